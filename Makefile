@@ -1,0 +1,59 @@
+# Two commands do everything on a fresh Debian or Ubuntu machine with Python 3.11 or 3.12:
+#
+#   make quickstart    set up, train an EAGLE3 draft online for a 135M LLM, measure it in a real SGLang server
+#   make test          set up, run the linters and every test
+#
+# Variables:
+#   TORCH_INDEX_URL    package index for torch, where the default index would bring the CUDA build:
+#                      make quickstart TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+#   PYTHON             interpreter for the virtual environment (python3)
+#   ARGS               more arguments: config overrides for quickstart, pytest arguments for test
+
+PYTHON ?= python3
+TORCH_INDEX_URL ?=
+ARGS ?=
+BIN := .venv/bin
+SGLANG := sglang==0.5.23
+TORCH := torch==2.13.0
+UV := uv==0.13.8
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: quickstart test setup lint clean
+.DEFAULT_GOAL := setup
+
+quickstart: setup
+	$(BIN)/torchspec quickstart $(ARGS)
+
+test: setup lint
+	$(BIN)/pytest $(ARGS)
+
+lint: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+setup: .venv/.complete
+	@$(BIN)/python -m torchspec.inference.sglang_patch apply
+	@$(BIN)/python -m torchspec.inference.target_checkpoint
+
+# The stamp is written last, so an interrupted set-up goes on where it was.
+.venv/.complete: pyproject.toml requirements.txt | .venv/.system
+	@echo "installing the Python packages (a few minutes the first time)"
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@$(BIN)/python -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12))' \
+	  || { echo "error: TorchSpec needs Python 3.11 or 3.12: make PYTHON=python3.11 ..." >&2; rm -rf .venv; exit 1; }
+	@$(BIN)/pip install --quiet $(UV)
+	@$(BIN)/pip install --quiet $(TORCH) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
+	@VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --constraint requirements.txt --editable '.[cpu,dev]'
+	@VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --no-deps $(SGLANG)
+	@touch $@
+
+.venv/.system:
+	@ldconfig -p | grep -q libibverbs.so.1 || \
+	  if [ "$$(id -u)" = 0 ]; then apt-get update -qq && apt-get install -y -qq libibverbs1 >/dev/null; \
+	  elif sudo -n true 2>/dev/null; then sudo apt-get update -qq && sudo apt-get install -y -qq libibverbs1 >/dev/null; \
+	  else echo "error: Mooncake needs the system library libibverbs1; run: sudo apt-get install -y libibverbs1" >&2; exit 1; fi
+	@mkdir -p .venv && touch $@
+
+clean:
+	rm -rf .venv

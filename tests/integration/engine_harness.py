@@ -1,0 +1,133 @@
+"""Engines for tests: one in this process on an event loop of its own, or a whole script in a process of its own.
+
+Run as a script, this file starts an engine and does what its arguments say; it is how tests kill things.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from torchspec.inference.aux_layers import default_aux_layers
+from torchspec.inference.engine import EngineConfig, EngineDied, EngineError, TargetEngine
+from torchspec.store.endpoint import StoreEndpoint
+
+CHUNK = 128
+AUX_LAYERS = default_aux_layers(30)
+
+
+class LiveEngine:
+    """A :class:`TargetEngine` and the loop that its coroutines run on."""
+
+    def __init__(self, endpoint: StoreEndpoint, model_path: Path, buffer_bytes: int = 16 << 20, **config: Any):
+        defaults: dict[str, Any] = {"chunked_prefill_size": CHUNK, "max_total_tokens": 8192, "dtype": "float32"}
+        self.engine = TargetEngine(
+            EngineConfig(str(model_path), AUX_LAYERS, **(defaults | config)), endpoint, buffer_bytes
+        )
+        self.runner = asyncio.Runner()
+
+    def run(self, coroutine: Any) -> Any:
+        return self.runner.run(coroutine)
+
+    def greedy(self, prompts: Sequence[list[int]], tokens: int) -> list[list[int]]:
+        """Greedy answers to all prompts at once."""
+
+        async def all_at_once() -> list[list[int]]:
+            answers = [self.engine.answer(prompt, tokens, 0.0, 1.0, 0) for prompt in prompts]
+            return [ids for ids, _ in await asyncio.gather(*answers)]
+
+        return self.run(all_at_once())
+
+    def close(self) -> None:
+        self.engine.stop()
+        self.runner.close()
+
+
+@contextmanager
+def live_engine(endpoint: StoreEndpoint, model_path: Path, **options: Any) -> Iterator[LiveEngine]:
+    engine = LiveEngine(endpoint, model_path, **options)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+class EngineProcess:
+    """This file, run with ``task`` in a process of its own, which prints one JSON object a line."""
+
+    def __init__(self, task: str, endpoint: StoreEndpoint, model_path: Path, **environment: str):
+        self.process = subprocess.Popen(
+            [sys.executable, __file__, task, endpoint.to_json(), str(model_path)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | environment,
+        )
+
+    def read(self) -> Any:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise AssertionError(f"the engine process ended with {self.process.wait()}")
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+
+
+def say(**message: Any) -> None:
+    print(json.dumps(message), flush=True)
+
+
+def main() -> None:
+    task, endpoint, model_path = sys.argv[1], StoreEndpoint.from_json(sys.argv[2]), Path(sys.argv[3])
+    try:
+        engine = LiveEngine(endpoint, model_path)
+    except EngineError as error:
+        children = [
+            child for child in psutil.Process().children() if "resource_tracker" not in "".join(child.cmdline())
+        ]
+        say(error=str(error), children=[child.pid for child in children])
+        return
+    pids = engine.engine._engine.get_all_child_pids()
+    say(pids=pids, answer=engine.greedy([[1, 4093, 198]], 4))
+    if task == "wait":  # to be killed
+        signal.pause()
+    if task == "scheduler-dies":
+        asyncio_error = engine.run(_kill_and_capture(engine, pids[0]))
+        say(error=asyncio_error)
+    engine.close()
+    say(stopped=True)
+
+
+async def _kill_and_capture(live: LiveEngine, scheduler: int) -> str:
+    """Two captures, of which the buffer holds one at a time, and an answer: all must end with the scheduler."""
+    pending = [asyncio.create_task(live.engine.capture(f"never{i}", [1] * 1500)) for i in range(2)]
+    pending += [asyncio.create_task(live.engine.answer([1, 2, 3], 2000, 0.0, 1.0, 0))]
+    await asyncio.sleep(0.5)
+    os.kill(scheduler, signal.SIGKILL)
+    started = time.monotonic()
+    results = await asyncio.gather(*pending, return_exceptions=True)
+    assert time.monotonic() - started < 30
+    assert all(isinstance(result, EngineDied) for result in results), results
+    try:
+        await live.engine.answer([1, 2, 3], 4, 0.0, 1.0, 0)
+    except EngineDied as error:
+        return str(error)
+    return "an engine without a scheduler answered"
+
+
+if __name__ == "__main__":
+    main()

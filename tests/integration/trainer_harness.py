@@ -1,0 +1,265 @@
+"""Runs real trainer ranks (Ray actors, gloo, a real store) against a controller that follows a script."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+from store_harness import running_store
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from torchspec.config.load import parse_config
+from torchspec.config.schema import Config
+from torchspec.contracts import RankBatch, SampleId, SampleRef, StepReport, pack_mask
+from torchspec.controller.batching import split_batch
+from torchspec.processes import free_port
+from torchspec.store.endpoint import StoreEndpoint
+from torchspec.store.geometry import SampleGeometry
+from torchspec.store.hidden_state_store import HiddenStateStore
+from torchspec.training.trainer import Trainer, TrainerSpec
+from torchspec.training.weights import gather_weights
+
+HIDDEN, VOCAB, AUX_LAYERS = 32, 64, (1, 2, 3)
+GEOMETRY = SampleGeometry(num_aux=3, hidden_size=HIDDEN, dtype="float32")
+DRAFT_IDS = np.arange(0, VOCAB, 2, dtype=np.int64)
+TTT = 3
+
+
+@dataclass
+class Bench:
+    """What the tests of a module share."""
+
+    endpoint: StoreEndpoint
+    client: HiddenStateStore
+    target: Path
+
+
+@contextmanager
+def running_bench(folder: Path) -> Iterator[Bench]:
+    """A store, a Ray cluster, a tiny target."""
+    with running_store(folder, 64 << 20) as store:
+        client = HiddenStateStore(store.endpoint, 8 << 20)
+        environment = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+        ray.init(
+            num_cpus=2,
+            include_dashboard=False,
+            log_to_driver=False,
+            _node_ip_address="127.0.0.1",
+            runtime_env={"env_vars": environment},
+        )
+        try:
+            yield Bench(store.endpoint, client, make_target(folder / "target"))
+        finally:
+            ray.shutdown()
+            client.close()
+
+
+def make_target(folder: Path) -> Path:
+    """A tiny Llama checkpoint with random weights."""
+    torch.manual_seed(1)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=HIDDEN,
+        intermediate_size=48,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        initializer_range=0.3,  # teachers that are sure of something
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+def make_config(target: Path, run_dir: Path, **sections: Mapping[str, Any]) -> Config:
+    tree: dict[str, dict[str, Any]] = {
+        "run": {"name": run_dir.name, "dir": str(run_dir.parent), "seed": 5},
+        "target": {"path": str(target), "dtype": "float32"},
+        "training": {"dtype": "float32", "device": "cpu", "ttt_length": TTT, "micro_batch_size": 2, "batch_size": 6},
+        "optimizer": {"lr": 0.01, "warmup_ratio": 0.2, "weight_decay": 0.1},
+        "checkpoint": {"export": False},
+    }
+    for name, knobs in sections.items():
+        tree[name] = {**tree.get(name, {}), **knobs}
+    return parse_config(tree)
+
+
+def put_samples(
+    store: HiddenStateStore, lengths: Sequence[int], *, prefix: str, first: int = 0, unsupervised: Sequence[int] = ()
+) -> list[SampleRef]:
+    """Store samples of random states, equal for equal prompt numbers; the last two thirds of each are supervised."""
+    refs = []
+    for prompt, length in enumerate(lengths, start=first):
+        generator = torch.Generator().manual_seed(prompt)
+        tensors = GEOMETRY.tensors(length)
+        buffer = store.allocate(tensors)
+        buffer.views["hs"].normal_(generator=generator)
+        buffer.views["lhs"].normal_(generator=generator)
+        buffer.views["ids"].random_(VOCAB, generator=generator)
+        mask = [prompt not in unsupervised and 3 * i >= length for i in range(length)]
+        key = f"{prefix}-{prompt}"
+        num_bytes = store.put(key, buffer).result(timeout=60)
+        refs.append(
+            SampleRef(SampleId(0, prompt), key, length, pack_mask(mask), tensors, num_bytes, norm_state="post_norm")
+        )
+    return refs
+
+
+@dataclass(frozen=True)
+class Step:
+    """One scripted step."""
+
+    refs: Sequence[SampleRef]
+    checkpoint: bool = False
+    evaluate: bool = False
+    replacement: Sequence[SampleRef] | None = None
+    """Handed out when a rank misses a sample of ``refs``."""
+
+
+class ScriptedController:
+    """Hands out a fixed script of steps and records what it is told."""
+
+    def __init__(self, steps: Sequence[Step], world: int, first_step: int, heldout: Sequence[SampleRef]):
+        self.world, self.heldout = world, heldout
+        self.steps = dict(enumerate(steps, start=first_step))
+        self.next_step = [first_step] * world
+        self.rounds: dict[int, list[set[SampleId]]] = {}
+        self.decisions: dict[int, asyncio.Event] = {}
+        self.log: list[tuple[Any, ...]] = []
+        self.reports: list[StepReport] = []
+
+    def _batch(self, rank: int, number: int, refs: Sequence[SampleRef]) -> RankBatch:
+        step = self.steps[number]
+        micro_batches = split_batch(refs, self.world, micro_batch_size=2)[rank]
+        return RankBatch(number, micro_batches, step.checkpoint, step.evaluate)
+
+    async def next_batch(self, rank: int) -> RankBatch | None:
+        number = self.next_step[rank]
+        self.next_step[rank] += 1
+        return self._batch(rank, number, self.steps[number].refs) if number in self.steps else None
+
+    async def fetched(self, rank: int, step: int, missing: tuple[SampleId, ...]) -> RankBatch | None:
+        self.log.append(("fetched", rank, step, missing))
+        reports = self.rounds.setdefault(step, [])
+        decision = self.decisions.setdefault(step, asyncio.Event())
+        reports.append(set(missing))
+        if len(reports) == self.world:
+            del self.rounds[step], self.decisions[step]
+            decision.set()
+        await decision.wait()
+        replacement = self.steps[step].replacement
+        return self._batch(rank, step, replacement) if any(reports) and replacement is not None else None
+
+    async def step_done(self, rank: int, step: int, report: StepReport | None) -> None:
+        self.log.append(("done", rank, step))
+        self.reports += [report] if report is not None else []
+
+    async def ledger_snapshot(self, step: int) -> str:
+        return f'{{"step": {step}}}'
+
+    async def committed(self, step: int, folder: str, best: bool) -> None:
+        self.log.append(("committed", step, Path(folder).name, best))
+
+    async def heldout_batches(self, rank: int) -> tuple[tuple[SampleRef, ...], ...]:
+        return split_batch(self.heldout, self.world, micro_batch_size=2)[rank]
+
+    async def heldout_fetched(self, rank: int, missing: tuple[SampleId, ...]) -> bool:
+        self.log.append(("heldout", rank, missing))
+        return not missing
+
+    async def heldout_done(self, report: StepReport) -> None:
+        self.reports.append(report)
+
+    async def told(self) -> tuple[list[tuple[Any, ...]], list[StepReport]]:
+        return self.log, self.reports
+
+
+class Rank(Trainer):
+    """A trainer rank that a test can look into."""
+
+    def weights(self) -> dict[str, Tensor]:
+        return gather_weights(self.parameters)
+
+    def draw(self) -> list[float]:
+        """The next random numbers, which tell whether the generator's state is what it should be."""
+        return torch.rand(3).tolist()
+
+    def limit_files(self, size: int) -> None:
+        """Let every write beyond ``size`` bytes of a file fail in this process, as on a full disk."""
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+
+
+@dataclass
+class Outcome:
+    """What a scripted run led to."""
+
+    log: list[tuple[Any, ...]]
+    reports: list[StepReport]
+    start: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    draws: list[float] = field(default_factory=list)
+    errors: list[Exception] = field(default_factory=list)
+
+    @property
+    def losses(self) -> list[float]:
+        return [r.loss for r in self.reports if r.split == "train"]
+
+
+def run_script(
+    config: Config,
+    endpoint: StoreEndpoint,
+    steps: Sequence[Step],
+    *,
+    world: int = 1,
+    total_steps: int | None = None,
+    resume: Path | None = None,
+    first_step: int = 1,
+    heldout: Sequence[SampleRef] = (),
+    file_limit: int | None = None,
+    draft_ids: np.ndarray = DRAFT_IDS,
+) -> Outcome:
+    """Train ``steps`` with ``world`` new rank processes. Errors of ranks are collected, not raised."""
+    controller = ray.remote(ScriptedController).options(num_cpus=0).remote(steps, world, first_step, heldout)
+    spec = TrainerSpec(
+        config=config,
+        rank=0,
+        world_size=world,
+        address="127.0.0.1",
+        port=free_port("127.0.0.1"),
+        threads=1,
+        draft_ids=draft_ids,
+        aux_layers=AUX_LAYERS,
+        geometry=GEOMETRY,
+        total_steps=total_steps or first_step + len(steps) - 1,
+        endpoint=endpoint,
+        run_dir=config.run_dir,
+        resume=resume,
+    )
+    ranks = [ray.remote(Rank).options(num_cpus=0).remote(replace(spec, rank=r)) for r in range(world)]
+    outcome = Outcome([], [])
+    try:
+        outcome.start = ray.get([rank.weights.remote() for rank in ranks], timeout=120)[0]
+        if file_limit is not None:
+            ray.get([rank.limit_files.remote(file_limit) for rank in ranks])
+        for run in [rank.run.remote(controller) for rank in ranks]:
+            try:
+                ray.get(run, timeout=120)
+            except ray.exceptions.RayTaskError as error:
+                outcome.errors.append(error.cause)
+        if not outcome.errors:
+            outcome.weights = ray.get([rank.weights.remote() for rank in ranks], timeout=60)[0]
+            outcome.draws = ray.get(ranks[0].draw.remote())
+        outcome.log, outcome.reports = ray.get(controller.told.remote())
+    finally:
+        for actor in [*ranks, controller]:
+            ray.kill(actor)
+    return outcome

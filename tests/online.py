@@ -1,0 +1,118 @@
+"""Real runs of the ``torchspec`` command for tests: SGLang, Mooncake, Ray and torch, on 24 short prompts."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+
+from torchspec.contracts import SampleId
+from torchspec.controller.journal import trained_batches
+from torchspec.data.order import epoch_order
+from torchspec.driver.janitor import MARK
+
+PROMPTS, EPOCHS, BATCH, SEED = 24, 2, 4, 5
+STEPS = PROMPTS * EPOCHS // BATCH
+
+CONFIG = f"""
+run: {{name: NAME, dir: DIR, seed: {SEED}}}
+target: {{path: TARGET}}
+data: {{train: "builtin:train", limit: {PROMPTS}, max_seq_length: 192}}
+answer: {{max_tokens: 12}}
+inference: {{max_concurrency: 8, max_total_tokens: 4096, buffer_bytes: 16777216, chunked_prefill_size: 256}}
+store: {{segment_bytes: 134217728}}
+controller: {{reorder_window: 12}}
+draft: {{vocab_size: 512, vocab_prompts: 6}}
+training: {{epochs: {EPOCHS}, batch_size: {BATCH}, ttt_length: 2, buffer_bytes: 16777216}}
+optimizer: {{lr: 1.0e-3}}
+evaluation: {{heldout: "builtin:heldout", samples: 4, every_steps: 6}}
+checkpoint: {{every_steps: 3}}
+"""
+
+
+def write_config(folder: Path, target: Path, name: str = "run") -> Path:
+    path = folder / f"{name}.yaml"
+    path.write_text(CONFIG.replace("NAME", name).replace("DIR", str(folder)).replace("TARGET", str(target)))
+    return path
+
+
+class Command:
+    """A ``torchspec`` command in the background, with its output kept for a failing test to show."""
+
+    def __init__(self, folder: Path, *arguments: str):
+        self.output = folder / f"output-{time.monotonic_ns()}.txt"
+        with self.output.open("w") as file:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "torchspec.cli.main", *map(str, arguments)],
+                stdin=subprocess.DEVNULL,
+                stdout=file,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait(self, seconds: float = 900) -> int:
+        return self.process.wait(seconds)
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text()
+
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float = 600) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert self.process.poll() is None, f"ended before {what}:\n{self.text}"
+            assert time.monotonic() < deadline, f"no {what} after {seconds} s:\n{self.text}"
+            time.sleep(0.1)
+
+
+def run_to_end(folder: Path, *arguments: str) -> Command:
+    command = Command(folder, *arguments)
+    try:
+        assert command.wait() == 0, command.text
+    finally:
+        command.process.kill()
+    return command
+
+
+def journal(run_dir: Path) -> dict[int, list[SampleId]]:
+    return trained_batches(run_dir / "ledger.jsonl")
+
+
+def seeded_batches() -> dict[int, list[SampleId]]:
+    """What every run of :data:`CONFIG` must train, whatever happens to it."""
+    line = [SampleId(e, int(p)) for e in range(EPOCHS) for p in epoch_order(SEED, e, PROMPTS)]
+    return {step: line[(step - 1) * BATCH : step * BATCH] for step in range(1, STEPS + 1)}
+
+
+def processes_of(run_dir: Path, name: str = "") -> list[psutil.Process]:
+    """Processes of the run in ``run_dir``, its driver and janitor aside, whose name or command line holds ``name``."""
+    found = []
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if (_mark(process) or "").startswith(f"{run_dir}#"):
+            described = " ".join([process.info["name"] or "", *(process.info["cmdline"] or ())])
+            if name in described:
+                found.append(process)
+    return found
+
+
+def wait_until_gone(run_dir: Path, seconds: float = 60) -> None:
+    """Until no process of the run is left; a zombie that nobody has reaped yet does not count."""
+    deadline = time.monotonic() + seconds
+    while left := processes_of(run_dir):
+        assert time.monotonic() < deadline, f"still there after {seconds} s: {left}"
+        time.sleep(0.2)
+
+
+def _mark(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get(MARK)
+    except psutil.Error:
+        return None
+
+
+def ledger_snapshot(run_dir: Path) -> dict:
+    return json.loads((run_dir / "checkpoints" / "latest" / "ledger.json").read_text())

@@ -1,0 +1,184 @@
+"""Random EAGLE3 training steps, run both by the product and by the dense oracle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tests.oracles.eagle3_dense import dense_step
+from torchspec.models.eagle3 import Eagle3Batch, Eagle3Config, Eagle3Draft, TargetHead
+
+THETA, EPS = 1e4, 1e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """Everything that decides a random step."""
+
+    seed: int = 3
+    dtype: torch.dtype = torch.float64
+    ttt_length: int = 4
+    lengths: tuple[int, ...] = (13, 9, 4)
+    padding: int = 3
+    kv_heads: int = 2
+    group: int = 2
+    head_dim: int = 8
+    hidden: int = 24
+    vocab: int = 50
+    draft_vocab: int = 30
+    mask_rate: float = 0.6
+    chunk: int = 7
+
+
+@dataclass
+class Step:
+    """A case made concrete. The target's final norm is not applied: ``lhs`` is post-norm."""
+
+    case: Case
+    draft: Eagle3Draft
+    target: TargetHead
+    target_head_VH: Tensor
+    draft_ids_D: Tensor
+    batch: Eagle3Batch
+
+
+@dataclass
+class Result:
+    total: Tensor
+    sums: dict[str, Tensor]
+    """Per TTT step: loss, counted, supervised, correct."""
+    gradients: dict[str, Tensor]
+    """By parameter name, and ``hs`` for the input."""
+
+
+def build(case: Case) -> Step:
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(case.dtype)
+
+    config = Eagle3Config(
+        hidden_size=case.hidden,
+        num_heads=case.kv_heads * case.group,
+        num_kv_heads=case.kv_heads,
+        head_dim=case.head_dim,
+        intermediate_size=2 * case.hidden,
+        rms_norm_eps=EPS,
+        vocab_size=case.vocab,
+        draft_vocab_size=case.draft_vocab,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "default", "rope_theta": THETA},
+    )
+    draft = Eagle3Draft(config).to(case.dtype)
+    with torch.no_grad():
+        for parameter in draft.parameters():
+            scale = 1.0 if parameter.dim() == 1 else parameter.shape[1] ** -0.5
+            parameter.copy_(randn(*parameter.shape) * scale + (parameter.dim() == 1))
+
+    draft_ids_D = torch.randperm(case.vocab, generator=generator)[: case.draft_vocab].sort().values
+    rest_V = torch.ones(case.vocab, dtype=torch.bool)
+    rest_V[draft_ids_D] = False
+    head_VH = randn(case.vocab, case.hidden) * case.hidden**-0.5 * 3
+    embedding_VH = randn(case.vocab, case.hidden)
+    target = TargetHead(embedding_VH, head_VH[draft_ids_D], head_VH[rest_V], randn(case.hidden), EPS)
+
+    shape = len(case.lengths), max(case.lengths) + case.padding
+    lengths_B = torch.tensor(case.lengths)
+    valid_BS = torch.arange(shape[1]) < lengths_B.unsqueeze(1)
+    batch = Eagle3Batch(
+        hs_BSA=randn(*shape, 3 * case.hidden).requires_grad_(),
+        lhs_BSH=randn(*shape, case.hidden),
+        ids_BS=torch.randint(case.vocab, shape, generator=generator, dtype=torch.int32),
+        loss_mask_BS=(torch.rand(shape, generator=generator) < case.mask_rate) & valid_BS,
+        lengths_B=lengths_B,
+    )
+    return Step(case, draft, target, head_VH, draft_ids_D, batch)
+
+
+def step_weights(case: Case) -> list[float]:
+    return [0.8**t for t in range(case.ttt_length)]
+
+
+def run_product(step: Step, **overrides: int) -> Result:
+    case = step.case
+    arguments = {"loss_chunk_tokens": case.chunk, **overrides}
+    output = step.draft(step.batch, step.target, case.ttt_length, step_weights(case), **arguments)
+    output.total.backward()
+    sums = {
+        "loss": output.loss_sum_T,
+        "counted": output.counted_T,
+        "supervised": output.supervised_T,
+        "correct": output.correct_T,
+    }
+    return Result(output.total.detach(), sums, _take_gradients(step))
+
+
+def run_oracle(step: Step) -> Result:
+    case, batch = step.case, step.batch
+    samples = [
+        {"aux": batch.hs_BSA[b, :n], "last": batch.lhs_BSH[b, :n], "ids": batch.ids_BS[b, :n], "loss_mask": mask[:n]}
+        for b, (n, mask) in enumerate(zip(case.lengths, batch.loss_mask_BS, strict=True))
+    ]
+    dense = dense_step(
+        samples,
+        weights=dict(step.draft.named_parameters()),
+        embedding=step.target.embedding_VH,
+        target_head=step.target_head_VH,
+        draft_ids=step.draft_ids_D,
+        step_weights=step_weights(case),
+        heads=case.kv_heads * case.group,
+        kv_heads=case.kv_heads,
+        theta=THETA,
+        eps=EPS,
+    )
+    if dense.total.requires_grad:  # it does not where nothing is counted
+        dense.total.backward()
+    for tensor in _inputs(step).values():
+        tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
+    sums = {
+        "loss": torch.stack(dense.loss).detach(),
+        "counted": torch.tensor(dense.counted, dtype=case.dtype),
+        "supervised": torch.tensor(dense.supervised, dtype=case.dtype),
+        "correct": torch.tensor(dense.correct, dtype=case.dtype),
+    }
+    return Result(dense.total.detach(), sums, _take_gradients(step))
+
+
+def _inputs(step: Step) -> dict[str, Tensor]:
+    return {**dict(step.draft.named_parameters()), "hs": step.batch.hs_BSA}
+
+
+def _take_gradients(step: Step) -> dict[str, Tensor]:
+    tensors = _inputs(step)
+    gradients = {name: tensor.grad.clone() for name, tensor in tensors.items()}
+    for tensor in tensors.values():
+        tensor.grad = None
+    return gradients
+
+
+def relative_error(actual: Tensor, expected: Tensor, scale: float | None = None) -> float:
+    """Largest difference over ``scale``, by default the largest expected value.
+
+    Infinite where zero was expected and not met.
+    """
+    difference = (actual - expected).abs().max().item()
+    scale = expected.abs().max().item() if scale is None else scale
+    return difference / scale if scale > 0 else (0.0 if difference == 0 else float("inf"))
+
+
+def worst_error(actual: Result, expected: Result) -> float:
+    """Over the loss, every sum and every gradient.
+
+    A gradient that vanishes, as that of a query with a single key, comes out as rounding noise: those below 1e-5 of the
+    largest are measured against the largest.
+    """
+    errors = [relative_error(actual.total, expected.total)]
+    errors += [relative_error(actual.sums[name], sums) for name, sums in expected.sums.items()]
+    sizes = {name: gradient.abs().max().item() for name, gradient in expected.gradients.items()}
+    largest = max(sizes.values())
+    for name, size in sizes.items():
+        scale = size if size > 1e-5 * largest else largest
+        errors.append(relative_error(actual.gradients[name], expected.gradients[name], scale))
+    return max(errors)

@@ -1,0 +1,235 @@
+"""The command line: exit codes, error lines, and what it costs to start."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from torchspec.cli.arguments import find_run
+from torchspec.cli.main import main
+from torchspec.cli.quickstart import unused_name
+from torchspec.cli.tables import plan_table, summary_table
+from torchspec.config.load import load_config, parse_config, save_config
+from torchspec.driver.plan import Plan
+from torchspec.driver.threads import ThreadPlan
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("target:\n  path: models/absent\n")
+    return path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+    """Run the command in this process; returns its exit code."""
+    monkeypatch.setattr(sys, "argv", ["torchspec", *map(str, arguments)])
+    with pytest.raises(SystemExit) as exit_:
+        main()
+    return int(exit_.value.code or 0)
+
+
+def command(*arguments: str | Path, **options: object) -> subprocess.Popen[str]:
+    code = "from torchspec.cli.main import main; main()"
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], **pipes, **options)  # type: ignore[call-overload]
+
+
+def test_importing_the_command_line_loads_no_heavy_package() -> None:
+    heavy = {"torch", "ray", "transformers", "sglang", "mooncake", "pydantic", "matplotlib", "tensorboard", "numpy"}
+    code = f"import sys, torchspec.cli.main; print(sorted({heavy!r} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_version_and_help() -> None:
+    version = command("--version")
+    assert version.communicate()[0].startswith("torchspec 0.") and version.returncode == 0
+    text, _ = command("--help").communicate()
+    for name in ("quickstart", "train", "resume", "plan", "status", "stop", "export", "eval", "config", "doctor"):
+        assert f" {name} " in text
+
+
+def test_a_config_error_in_a_real_process_is_a_line_and_exit_code_2(recipe: Path) -> None:
+    process = command("train", recipe, "traning.epochs=3", "run.seed=-1")
+    out, err = process.communicate()
+    assert (process.returncode, out) == (2, "")
+    lines = err.splitlines()
+    assert len(lines) == 2 and all(line.startswith("error: ") for line in lines)
+    assert "error: unknown key traning: did you mean training?" in lines
+
+
+def test_ctrl_c_is_exit_code_130(tmp_path: Path) -> None:
+    fifo = tmp_path / "recipe.yaml"
+    os.mkfifo(fifo)
+    process = command("config", fifo)
+    with fifo.open("w"):  # returns once the command reads, and it waits for text now
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate()
+    assert process.returncode == 130
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "absent.yaml"], "cannot read the config absent.yaml"),
+        (["plan", "{recipe}"], "target.path models/absent is not a Hugging Face checkpoint"),
+        (["resume", "absent"], "no run absent"),
+        (["status", "absent"], "no run absent"),
+        (["stop", "absent"], "no run absent"),
+        (["export", "."], "neither a checkpoint"),
+        (["eval", "."], "name the target"),
+        (["eval", ".", "--target", "x", "--tokens", "0"], "num_draft_tokens is 0"),
+        (["eval", ".", "--target", "x"], "not an exported draft"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_mistakes_are_told_without_a_traceback(
+    recipe: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    assert run(monkeypatch, *[a.format(recipe=recipe) for a in arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith("error: ") and message in err and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("arguments", [["train"], ["train", "recipe.yaml", "--bogus"], ["nonsense"]])
+def test_wrong_usage_is_exit_code_2(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
+    assert run(monkeypatch, *arguments) == 2
+
+
+def test_a_run_that_is_over_cannot_be_asked(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    folder = Path("runs/old")
+    folder.mkdir(parents=True)
+    save_config(load_config(recipe), folder / "config.yaml")
+    assert find_run("old") == find_run("runs/old") == folder
+    for name in ("status", "stop"):
+        assert run(monkeypatch, name, "old") == 2
+        assert "is not running now" in capsys.readouterr().err
+
+
+def test_resume_stays_in_the_runs_folder(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    folder = Path("runs/renamed")
+    folder.mkdir(parents=True)
+    save_config(load_config(recipe, ["run.name=original"]), folder / "config.yaml")
+    assert run(monkeypatch, "resume", "renamed") == 2
+    assert "continues in its own folder" in capsys.readouterr().err
+
+
+def test_config_prints_the_resolved_recipe(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run(monkeypatch, "config", recipe, "optimizer.lr=2e-3") == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert load_config(printed) == load_config(recipe, ["optimizer.lr=2e-3"])
+
+
+def test_every_quickstart_is_a_new_run(tmp_path: Path) -> None:
+    config = parse_config({"target": {"path": "x"}, "run": {"name": "quick", "dir": str(tmp_path)}})
+    names = []
+    for _ in range(3):
+        names.append(unused_name(config))
+        (tmp_path / names[-1]).mkdir()
+        (tmp_path / names[-1] / "config.yaml").touch()
+    assert names == ["quick", "quick-2", "quick-3"]
+
+
+def test_a_failed_run_is_exit_code_1_and_a_finished_one_prints_its_summary(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """How the command ends, for both ends of a run; the runs themselves are other tests' business."""
+    from torchspec.driver import run as driver
+
+    def fails(config: object, *, resume: bool, view: object) -> driver.RunSummary:
+        raise driver.RunFailed("trainer rank 0 failed: out of memory")
+
+    monkeypatch.setattr(driver, "train", fails)
+    assert run(monkeypatch, "train", recipe) == 1
+    assert capsys.readouterr().err == "error: trainer rank 0 failed: out of memory\n"
+
+    def ends(config: object, *, resume: bool, view: object) -> driver.RunSummary:
+        assert resume
+        return driver.RunSummary(tmp_path, 12, 48, 1, 75.0, False, None, tmp_path, None, None)
+
+    monkeypatch.setattr(driver, "train", ends)
+    assert run(monkeypatch, "train", recipe, "--resume") == 0
+    out = capsys.readouterr().out
+    assert "48 trained, 1 rejected" in out and "1m15s" in out
+
+
+def test_the_address_option_sets_the_cluster(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchspec.driver import run as driver
+
+    addresses = []
+
+    def notes(config: object, *, resume: bool, view: object) -> None:
+        addresses.append(config.cluster.address)  # type: ignore[attr-defined]
+        raise driver.RunFailed("seen")
+
+    monkeypatch.setattr(driver, "train", notes)
+    run(monkeypatch, "train", recipe, "--address", "10.0.0.7:6379")
+    run(monkeypatch, "train", recipe)
+    assert addresses == ["10.0.0.7:6379", None]
+
+
+def rendered(renderable: object, width: int = 100) -> str:
+    console = Console(width=width, record=True, file=io.StringIO())
+    console.print(renderable)
+    return console.export_text()
+
+
+def test_the_plan_warns_when_memory_is_short() -> None:
+    def plan(memory: int) -> Plan:
+        return Plan(
+            actors=(("inference worker", 2, "1 CPU threads"),),
+            threads=ThreadPlan(1, 1),
+            cores=2,
+            tokens_per_sample=2048,
+            sample_bytes=9_445_376,
+            credit_bytes=900 << 20,
+            store_samples=99,
+            draft_parameters=9_800_000,
+            memory_bytes=memory,
+            memory_available=16 << 30,
+        )
+
+    fits, short = rendered(plan_table(plan(10 << 30))), rendered(plan_table(plan(20 << 30)))
+    assert "2,048 tokens, 9.0 MiB" in fits and "99 samples" in fits and "9.8M" in fits
+    assert "about 10.0 GiB of 16.0 GiB" in fits
+    assert "more than the machine has" in short and "more than the machine has" not in fits
+
+
+def test_the_summary_names_the_next_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchspec.driver.run import RunSummary
+
+    monkeypatch.chdir(tmp_path)
+    run_dir = tmp_path / "runs" / "mine"
+    export, checkpoint = run_dir / "export", run_dir / "checkpoints" / "step_000012"
+    for folder in (export, checkpoint):
+        folder.mkdir(parents=True)
+    for stopped, exported, expected in (
+        (False, export, "next: torchspec eval runs/mine/export --target models/x"),
+        (False, None, "next: torchspec export runs/mine/checkpoints/step_000012"),
+        (True, export, "next: torchspec resume runs/mine"),
+    ):
+        summary = RunSummary(run_dir, 12, 48, 0, 75.0, stopped, checkpoint, exported, None, None)
+        text = rendered(summary_table(summary, "models/x"))
+        assert expected in text and "runs/mine/checkpoints/step_000012" in text

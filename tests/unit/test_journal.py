@@ -1,0 +1,39 @@
+"""The files that a run appends to."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from torchspec.contracts import Answer, SampleId
+from torchspec.controller.journal import AnswerBook, JsonLines, read_lines, trained_batches
+
+
+def test_a_torn_last_line_is_dropped_and_written_over(tmp_path):
+    path = tmp_path / "x.jsonl"
+    JsonLines(path).write({"a": 1})
+    with path.open("a") as file:
+        file.write('{"a": 2, "b"')
+    assert list(read_lines(path)) == [{"a": 1}]
+    JsonLines(path).write({"a": 3})
+    assert list(read_lines(path)) == [{"a": 1}, {"a": 3}]
+
+
+def test_a_resume_undoes_later_steps(tmp_path):
+    journal = JsonLines(tmp_path / "ledger.jsonl")
+    for step in (1, 2, 3):
+        journal.write({"event": "trained", "step": step, "samples": [[0, step]]})
+    journal.write({"event": "resumed", "step": 1})
+    journal.write({"event": "trained", "step": 2, "samples": [[0, 2]]})
+    assert trained_batches(tmp_path / "ledger.jsonl") == {1: [SampleId(0, 1)], 2: [SampleId(0, 2)]}
+
+
+def test_answers_belong_to_the_exact_prompt_and_survive(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    prompt, other = np.array([1, 2, 3]), np.array([1, 2, 4])
+    book = AnswerBook(path)
+    book.add("p", prompt, Answer(0, (7, 8), "hi", "stop"))
+    book.add("p", prompt, Answer(0, (9, 9), "again", "stop"))
+    assert book.get(prompt) == (7, 8) and book.get(other) is None
+    assert AnswerBook(path).get(prompt) == (7, 8)
+    assert len(list(read_lines(path))) == 1
+    assert AnswerBook(tmp_path / "new.jsonl", reuse=path).get(prompt) == (7, 8)

@@ -1,0 +1,28 @@
+"""Arguments that several commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A recipe in YAML (see configs/).")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[a.b=c]...", show_default=False, help="Override the recipe, as in optimizer.lr=2e-3"),
+]
+Run = Annotated[str, typer.Argument(metavar="RUN", help="The run's folder, or its name under runs/.")]
+
+
+def find_run(run: str) -> Path:
+    """The folder of a run, given by path or by its name under ``runs/``.
+
+    Raises:
+        ValueError: neither is a run.
+    """
+    places = [Path(run), Path("runs", run)]
+    for folder in places:
+        if (folder / "config.yaml").is_file():
+            return folder
+    raise ValueError(f"no run {run}: neither {places[0]} nor {places[1]} has a config.yaml")

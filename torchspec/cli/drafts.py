@@ -1,0 +1,95 @@
+"""``torchspec export`` and ``eval``: a draft as a folder that servers load, and what it is worth in one."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from torchspec.cli.units import human_seconds
+
+if TYPE_CHECKING:
+    from torchspec.evaluation.result import EvaluationSettings
+
+
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder, or a run's.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Where to write. Default: beside the run's checkpoints.", show_default=False)
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bfloat16, float16 or float32. Default: as the run says.", show_default=False)
+    ] = None,
+) -> None:
+    """Write a checkpoint's draft as a Hugging Face folder that SGLang and vLLM load."""
+    from torchspec.cli.tables import shown
+    from torchspec.training.checkpoint import latest_checkpoint
+    from torchspec.training.weights import export_checkpoint
+
+    folder = latest_checkpoint(checkpoint) or checkpoint.resolve()
+    out = out or folder.parent.parent / "exports" / folder.name
+    print(f"exported to {shown(export_checkpoint(folder, out, dtype))}")
+
+
+def evaluate(
+    draft: Annotated[Path, typer.Argument(metavar="DRAFT", help="An exported draft's folder.")],
+    target: Annotated[
+        str | None, typer.Option(help="The target's folder. Default: that of the draft's run.", show_default=False)
+    ] = None,
+    prompts: Annotated[
+        str, typer.Option(help="builtin:heldout, builtin:mtbench, builtin:humaneval, a JSONL path or a glob.")
+    ] = "builtin:heldout",
+    tokens: Annotated[int, typer.Option(help="Tokens drafted for each verify step.")] = 3,
+    max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 100,
+    limit: Annotated[int | None, typer.Option(help="Use the first so many prompts.", show_default=False)] = None,
+    dtype: Annotated[str, typer.Option(help="In float32, answers with and without the draft are the same.")] = "auto",
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.", show_default=False)
+    ] = None,
+) -> None:
+    """Measure a draft's accept length and speed in a real SGLang server."""
+    from torchspec.evaluation.result import EvaluationSettings
+
+    settings = EvaluationSettings(num_draft_tokens=tokens, max_tokens=max_tokens, dtype=dtype)
+    show_evaluation(draft, target or target_of(draft), prompts, settings, limit, json_file)
+
+
+def show_evaluation(
+    draft: Path, target: str, prompts: str, settings: EvaluationSettings, limit: int | None, json_file: Path | None
+) -> None:
+    """Evaluate and print the tables. Exits with 1, with the reason, if the server fails."""
+    import time
+
+    from rich.console import Console
+
+    from torchspec.evaluation.evaluate import run_evaluation
+    from torchspec.evaluation.render import render
+    from torchspec.evaluation.serving import ServingError
+
+    started = time.monotonic()
+
+    def progress(stage: str) -> None:
+        print(f"[{human_seconds(time.monotonic() - started):>6}] {stage}", file=sys.stderr, flush=True)
+
+    try:
+        result = run_evaluation(draft, target, prompts, settings, limit=limit, output=json_file, progress=progress)
+    except ServingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    Console().print(render(result))
+
+
+def target_of(draft: Path) -> str:
+    """The target's folder that the run around ``draft`` was trained for.
+
+    Raises:
+        ValueError: ``draft`` does not lie in a run's folder.
+    """
+    from torchspec.config.load import load_config
+
+    for folder in draft.absolute().parents:
+        if (folder / "config.yaml").is_file():
+            return load_config(folder / "config.yaml").target.path
+    raise ValueError(f"{draft} lies in no run's folder, so name the target: torchspec eval {draft} --target FOLDER")

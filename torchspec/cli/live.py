@@ -1,0 +1,131 @@
+"""What a person sees while a run trains: a live picture on a terminal, plain lines anywhere else.
+
+Both views are told the same: ``status`` about twice a second, ``message`` for each event, ``close`` at the end.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+
+from rich.console import Console, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from torchspec.cli.dashboard import Dashboard, phase_text
+from torchspec.cli.units import human_count, human_rate, human_seconds
+from torchspec.config.schema import MonitorConfig
+from torchspec.contracts import RunStatus, StepReport
+
+HEARTBEAT_SECONDS = 15.0
+"""Plain lines: say so often what is going on when nothing else was said."""
+REFRESH_PER_SECOND = 4
+LOSSES_KEPT = 2000
+EVENTS_KEPT = 50
+
+
+def open_view(config: MonitorConfig, console: Console | None = None) -> LiveView | PlainView:
+    """The view that ``monitor.live`` asks for."""
+    console = console or Console(highlight=False, force_terminal=True if config.live == "on" else None)
+    if config.live == "on" or (config.live == "auto" and console.is_interactive):
+        return LiveView(console)
+    return PlainView(config.every_steps, console)
+
+
+class LiveView:
+    """Redraws the dashboard in place; it follows the terminal's size, and the last picture stays."""
+
+    def __init__(self, console: Console):
+        self._console = console
+        self._events: deque[str] = deque(maxlen=EVENTS_KEPT)
+        self._losses: deque[float] = deque(maxlen=LOSSES_KEPT)
+        self._status: RunStatus | None = None
+        self._live = Live(get_renderable=self._picture, console=console, refresh_per_second=REFRESH_PER_SECOND)
+        self._live.start()
+
+    def status(self, status: RunStatus) -> None:
+        before = self._status.last_step if self._status else None
+        if status.last_step is not None and status.last_step != before:
+            self._losses.append(status.last_step.loss)
+        self._status = status
+
+    def message(self, text: str) -> None:
+        self._events.append(text)
+
+    def close(self) -> None:
+        self._live.stop()
+
+    def _picture(self) -> RenderableType:
+        if self._status is None:
+            return Text("\n".join(self._events) or "starting", style="dim")
+        return Dashboard(self._status, tuple(self._events), tuple(self._losses), self._console.height - 1)
+
+
+class PlainView:
+    """One line for every ``every_steps`` steps, each held-out evaluation, phase and event, and a heartbeat."""
+
+    def __init__(self, every_steps: int, console: Console, clock: Callable[[], float] = time.monotonic):
+        self._every_steps = every_steps
+        self._console = console
+        self._clock = clock
+        self._started = self._spoke = clock()
+        self._phase = ""
+        self._step = 0
+        self._heldout: StepReport | None = None
+
+    def status(self, status: RunStatus) -> None:
+        phase = phase_text(status)
+        if phase != self._phase:
+            self._phase = phase
+            self._say(phase)
+        if status.last_step is not None and status.step // self._every_steps > self._step // self._every_steps:
+            self._step = status.step
+            self._say(step_line(status, status.last_step))
+        if status.last_heldout is not None and status.last_heldout != self._heldout:
+            self._heldout = status.last_heldout
+            self._say(f"held-out at step {self._heldout.step:,}: {_quality(self._heldout)}")
+        if self._clock() - self._spoke >= HEARTBEAT_SECONDS:
+            self._say(heartbeat_line(status))
+
+    def message(self, text: str) -> None:
+        self._say(text)
+
+    def close(self) -> None:
+        """Nothing to put away."""
+
+    def _say(self, line: str) -> None:
+        self._spoke = self._clock()
+        print(f"[{human_seconds(self._spoke - self._started):>6}] {line}", file=self._console.file, flush=True)
+
+
+def step_line(status: RunStatus, report: StepReport) -> str:
+    """A step in one line."""
+    parts = [
+        f"step {report.step:,}/{status.total_steps:,}",
+        _quality(report),
+        f"lr {report.learning_rate:.2e}",
+        f"{human_rate(status.training_samples_per_s)} samples/s",
+    ]
+    if status.eta_seconds is not None:
+        parts.append(f"{human_seconds(status.eta_seconds)} left")
+    return " · ".join(parts)
+
+
+def heartbeat_line(status: RunStatus) -> str:
+    """What has been done so far, in one line; it moves before the first step, too."""
+    samples = sum(worker.samples for worker in status.workers)
+    tokens = sum(worker.tokens for worker in status.workers)
+    answers = sum(worker.answer_tokens for worker in status.workers)
+    parts = [f"{phase_text(status)}, step {status.step:,}/{status.total_steps:,}"]
+    if status.workers:
+        parts.append(f"{human_count(samples)} samples captured ({human_count(tokens)} tokens)")
+        parts.append(f"{human_count(answers)} answer tokens written")
+        parts.append(f"{human_rate(status.inference_tokens_per_s)} tokens/s")
+        parts.append(f"{status.queue_depth:,} samples ready")
+    return " · ".join(parts)
+
+
+def _quality(report: StepReport) -> str:
+    accuracy = " ".join(f"{a:.2f}" for a in report.full_accuracy)
+    return f"loss {report.loss:.3f} · accept length {report.accept_length:.2f} · accuracy {accuracy}"

@@ -1,0 +1,71 @@
+"""Entry point of the ``torchspec`` command.
+
+Exit codes: 0 done, 1 the run or a check failed, 2 the user's mistake (one ``error:`` line for each thing that is
+wrong, no traceback), 130 interrupted. Importing this module needs neither torch nor ray, so ``--help`` is instant.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from torchspec.cli import doctor, drafts, quickstart, reference, runs, train
+
+app = typer.Typer(
+    name="torchspec",
+    help="Train drafts for speculative decoding online: SGLang produces the target's hidden states while torch trains.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (
+    quickstart.quickstart,
+    train.train,
+    train.resume,
+    train.plan,
+    runs.status,
+    runs.stop,
+    drafts.export,
+    drafts.evaluate,
+    reference.config,
+    doctor.doctor,
+):
+    app.command(name="eval" if command is drafts.evaluate else None)(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(f"torchspec {version('torchspec')}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Options of the command itself."""
+
+
+def main() -> None:
+    """Run the command line and exit."""
+    # Ray reads it when it is imported. A cluster without a token is joined with RAY_AUTH_MODE=disabled.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    try:
+        app()
+    except ValueError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,39 @@
+"""``torchspec quickstart``: from nothing to a measured draft in minutes, on any machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torchspec.cli.arguments import Overrides
+from torchspec.cli.drafts import show_evaluation
+from torchspec.cli.train import run_training
+
+if TYPE_CHECKING:
+    from torchspec.config.schema import Config
+
+RECIPE = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+
+
+def quickstart(overrides: Overrides = None) -> None:
+    """Train a draft for a 135M LLM on this machine, then measure it in a real SGLang server."""
+    from torchspec.config.load import load_config
+    from torchspec.evaluation.result import EvaluationSettings
+
+    config = load_config(RECIPE, overrides or [])
+    config.run.name = unused_name(config)
+    summary = run_training(config, resume=False)
+    if summary.stopped or summary.export is None:
+        return
+    settings = EvaluationSettings(num_draft_tokens=3, max_tokens=config.answer.max_tokens)
+    target = str(Path(config.target.path).expanduser())
+    show_evaluation(summary.export, target, "builtin:heldout", settings, None, summary.run_dir / "evaluation.json")
+
+
+def unused_name(config: Config) -> str:
+    """The run's name, numbered if a run has it already: every quickstart is a new run."""
+    name, number = config.run.name, 2
+    while (config.run.dir / name / "config.yaml").exists():
+        name = f"{config.run.name}-{number}"
+        number += 1
+    return name

@@ -1,0 +1,103 @@
+"""Tables that commands print at their end."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from torchspec.cli.units import human_bytes, human_count, human_seconds
+
+if TYPE_CHECKING:
+    from torchspec.driver.plan import Plan
+    from torchspec.driver.run import RunSummary
+
+
+def pairs_table(title: str, pairs: dict[str, str]) -> Table:
+    """Names on the left, values on the right."""
+    table = _framed(title)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    table.show_header = False
+    for name, value in pairs.items():
+        table.add_row(name, Text(value))
+    return table
+
+
+def plan_table(plan: Plan) -> RenderableType:
+    """What a run needs: its actors, then its figures."""
+    actors = _framed("Actors")
+    actors.add_column("role")
+    actors.add_column("count", justify="right")
+    actors.add_column("each uses")
+    for role, count, uses in plan.actors:
+        actors.add_row(role, str(count), uses)
+    expected, available = human_bytes(plan.memory_bytes), human_bytes(plan.memory_available)
+    figures = pairs_table(
+        "Figures",
+        {
+            "threads": f"{plan.threads.inference} an engine, {plan.threads.training} a rank, of {plan.cores} cores",
+            "largest sample": f"{plan.tokens_per_sample:,} tokens, {human_bytes(plan.sample_bytes)} in the store",
+            "store": f"{human_bytes(plan.credit_bytes)} of credits: {plan.store_samples:,} samples of the largest size",
+            "draft": f"{human_count(plan.draft_parameters)} trained parameters",
+            "memory": f"about {expected} of {available}",
+        },
+    )
+    parts: list[RenderableType] = [actors, figures]
+    if plan.memory_bytes > plan.memory_available:
+        parts.append(
+            Text(
+                "This is more than the machine has: lower store.segment_bytes, inference.workers or "
+                "inference.max_total_tokens.",
+                style="yellow",
+            )
+        )
+    return Group(*parts)
+
+
+def summary_table(summary: RunSummary, target: str) -> RenderableType:
+    """How a run ended, and the command that comes next."""
+    pairs = {
+        "steps": f"{summary.steps:,}",
+        "samples": f"{summary.samples:,} trained, {summary.rejected:,} rejected",
+        "time": human_seconds(summary.seconds),
+    }
+    reports = {"train": summary.last_step, "held-out": summary.last_heldout}
+    measured = {split: report for split, report in reports.items() if report is not None}
+    if measured:
+        pairs["loss"] = ", ".join(f"{r.loss:.3f} {split}" for split, r in measured.items())
+        simulated = ", ".join(f"{r.accept_length:.2f} {split}" for split, r in measured.items())
+        pairs["accept length"] = f"{simulated} (simulated)"
+    if summary.rejected:
+        pairs["rejected"] = shown(summary.run_dir / "rejected.jsonl")
+    for name, path in (
+        ("checkpoint", summary.checkpoint),
+        ("export", summary.export),
+        ("curves", summary.run_dir / "curves.png"),
+    ):
+        if path is not None and path.exists():
+            pairs[name] = shown(path)
+    table = pairs_table(f"{summary.run_dir.name} {'stopped' if summary.stopped else 'finished'}", pairs)
+    commands = Text("next: ", style="dim")
+    if summary.stopped:
+        commands.append(f"torchspec resume {shown(summary.run_dir)}", style="cyan not dim")
+    elif summary.export is not None:
+        commands.append(f"torchspec eval {shown(summary.export)} --target {target}", style="cyan not dim")
+    else:
+        commands.append(f"torchspec export {shown(summary.checkpoint or summary.run_dir)}", style="cyan not dim")
+    return Group(table, commands)
+
+
+def shown(path: Path) -> str:
+    """The path as short as it can be typed here."""
+    relative = os.path.relpath(path)
+    return str(path) if relative.startswith("..") else relative
+
+
+def _framed(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.ROUNDED, border_style="bright_black")

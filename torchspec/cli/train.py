@@ -1,0 +1,72 @@
+"""``torchspec train``, ``resume`` and ``plan``."""
+
+from __future__ import annotations
+
+import sys
+from contextlib import closing
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from torchspec.cli.arguments import ConfigFile, Overrides, Run, find_run
+
+if TYPE_CHECKING:
+    from torchspec.config.schema import Config
+    from torchspec.driver.run import RunSummary
+
+Address = Annotated[
+    str | None, typer.Option(help="Join this Ray cluster (auto, host:port), do not start one.", show_default=False)
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue the run from its latest checkpoint.")]
+
+
+def train(config: ConfigFile, overrides: Overrides = None, address: Address = None, resume: Resume = False) -> None:
+    """Train a draft as CONFIG says. Ctrl-C once stops with a checkpoint, twice at once."""
+    from torchspec.config.load import load_config
+
+    changes = list(overrides or [])
+    if address is not None:
+        changes.append(f"cluster.address={address}")
+    run_training(load_config(config, changes), resume)
+
+
+def resume(run: Run, overrides: Overrides = None) -> None:
+    """Continue a run from its latest checkpoint, with the config that it was started with."""
+    from torchspec.config.load import load_config
+
+    folder = find_run(run)
+    config = load_config(folder / "config.yaml", [f"run.dir={folder.absolute().parent}", *(overrides or [])])
+    if config.run_dir != folder.absolute():
+        raise ValueError(
+            f"a run continues in its own folder {folder}, not in {config.run_dir}: leave run.dir and run.name alone"
+        )
+    run_training(config, resume=True)
+
+
+def plan(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Say what CONFIG needs (actors, threads, bytes of a sample, store, memory) without starting anything."""
+    from rich.console import Console
+
+    from torchspec.cli.tables import plan_table
+    from torchspec.config.load import load_config
+    from torchspec.driver.prepare import make_plan_for
+
+    Console().print(plan_table(make_plan_for(load_config(config, overrides or []))))
+
+
+def run_training(config: Config, resume: bool) -> RunSummary:
+    """Train with a view, then print the summary. Exits with 1, with the reason, if the run fails."""
+    from rich.console import Console
+
+    from torchspec.cli.live import open_view
+    from torchspec.cli.tables import summary_table
+    from torchspec.driver import run
+
+    try:
+        with closing(open_view(config.monitor)) as view:
+            summary = run.train(config, resume=resume, view=view)
+    except run.RunFailed as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    Console(highlight=False).print(summary_table(summary, config.target.path))
+    return summary

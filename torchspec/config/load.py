@@ -1,0 +1,106 @@
+"""Reads a YAML recipe, applies ``a.b=c`` overrides, and turns what is wrong into one clear line each."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from torchspec.config.schema import Config
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read ``path``, apply dotted overrides in order, validate.
+
+    Raises:
+        ValueError: the file is missing or not YAML, an override is malformed, a key is unknown (the nearest valid name
+            is given) or a value does not fit.
+    """
+    try:
+        text = Path(path).read_text()
+    except OSError as error:
+        raise ValueError(f"cannot read the config {path}: {error.strerror}") from None
+    try:
+        tree = yaml.safe_load(text) or {}
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold sections (run:, target:, data:, ...), not a {type(tree).__name__}")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_config(tree)
+
+
+def parse_config(tree: dict[str, Any]) -> Config:
+    """Validate a plain tree. Raises ValueError with one line for each thing that is wrong."""
+    try:
+        return Config.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(e["loc"], e["type"], e["msg"]) for e in error.errors()]
+        raise ValueError("\n".join(lines)) from None
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Write the resolved config as YAML; :func:`load_config` reads it back to an equal one."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {override!r} must look like section.key=value")
+    *sections, leaf = key.split(".")
+    node = tree
+    for section in sections:
+        child = node.get(section)
+        if child is None:
+            child = node[section] = {}
+        if not isinstance(child, dict):
+            raise ValueError(f"override {override!r}: {section} is a value, not a section")
+        node = child
+    node[leaf] = _value(value, override)
+
+
+def _value(text: str, override: str) -> Any:
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"override {override!r}: the value is not valid YAML") from None
+    if isinstance(value, str):  # YAML 1.1 reads 2e-3 as text
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return value
+
+
+def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:
+    name = ".".join(str(part) for part in loc)
+    if kind != "extra_forbidden":
+        message = message.removeprefix("Value error, ")
+        return f"{name}: {message}" if name else message
+    known = _known_keys()
+    parent = ".".join(str(part) for part in loc[:-1])
+    siblings = [k for k in known if k.rpartition(".")[0] == parent]
+    leaf = {k.rpartition(".")[2]: k for k in siblings}
+    near = difflib.get_close_matches(str(loc[-1]), leaf, n=1, cutoff=0.5)
+    if near:
+        return f"unknown key {name}: did you mean {leaf[near[0]]}?"
+    anywhere = difflib.get_close_matches(str(loc[-1]), [k.rpartition(".")[2] for k in known], n=1, cutoff=0.8)
+    if anywhere:
+        full = next(k for k in known if k.rpartition(".")[2] == anywhere[0])
+        return f"unknown key {name}: did you mean {full}?"
+    return f"unknown key {name}: valid keys here are {', '.join(sorted(leaf))}"
+
+
+def _known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys

@@ -1,0 +1,248 @@
+"""Every knob of a run, its default, its unit and what it is for.
+
+One pydantic model a section. Unknown keys are refused (``config/load.py`` names the nearest valid one). The resolved
+config is saved with the run; it holds no secrets.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
+
+
+class RunConfig(Section):
+    name: str = Field(default="run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the run's folder, its Ray namespace and its keys in the store."""
+    dir: Path = Path("runs")
+    """The run's folder is ``{dir}/{name}``: config, answers, rejected samples, checkpoints, exports, logs."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Seeds the order of prompts, sampled answers and the draft's initialisation."""
+
+
+class TargetConfig(Section):
+    path: str
+    """Folder of the target checkpoint in Hugging Face format (safetensors and tokenizer)."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """What the target runs in, and what its hidden states are stored in. ``auto`` is bfloat16 where the hardware
+    multiplies it, else float32."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the checkpoint. Off unless you trust its author."""
+    aux_layers: list[int] | None = None
+    """0-based target layers whose outputs feed the draft. Default for L layers: 1, L//2 - 1, L - 4."""
+
+
+class DataConfig(Section):
+    train: str = "builtin:train"
+    """JSONL path or glob in ``messages`` or ``conversations`` form, or ``builtin:train``."""
+    chat_template: str | None = None
+    """A Jinja chat template (text or path) instead of the tokenizer's own."""
+    max_seq_length: int = Field(default=2048, ge=8)
+    """Longest sample in tokens, prompt and answer together."""
+    min_loss_tokens: int = Field(default=4, ge=1)
+    """A sample with fewer tokens to learn from is rejected, by name."""
+    last_turn_only: bool = False
+    """Learn from the last assistant turn alone instead of from all of them."""
+    on_error: Literal["stop", "reject"] = "stop"
+    """A malformed line stops the run before it starts, or is listed in rejected.jsonl and passed over."""
+    limit: int | None = Field(default=None, ge=1)
+    """Use the first so many conversations only."""
+    cache_dir: Path = Path("~/.cache/torchspec")
+    """Tokenised data sets and draft vocabularies are kept here under the hash of what they were made from."""
+
+
+class AnswerConfig(Section):
+    max_tokens: int = Field(default=512, ge=1)
+    """Longest answer the target writes to a prompt that has none."""
+    temperature: float = Field(default=0.0, ge=0)
+    """0 is greedy. Drafts that serve sampled traffic gain from a temperature near 1."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    reuse: Path | None = None
+    """An ``answers.jsonl`` of an earlier run with the same prompts: what it holds is prefilled, not written again."""
+
+
+class InferenceConfig(Section):
+    workers: int = Field(default=1, ge=1)
+    """SGLang engines. They pull work, so uneven speed and late joiners need no setting."""
+    tp_size: int = Field(default=1, ge=1)
+    """Tensor parallelism inside one engine (GPUs)."""
+    threads: int | Literal["auto"] = "auto"
+    """CPU threads of one engine. ``auto`` shares the node's cores among both pools."""
+    max_concurrency: int = Field(default=32, ge=1)
+    """Samples one engine works on at a time."""
+    chunked_prefill_size: int = Field(default=2048, ge=16)
+    """Tokens of one prefill chunk."""
+    max_total_tokens: int = Field(default=32768, ge=64)
+    """KV-cache pool of one engine, in tokens."""
+    mem_fraction_static: float | None = Field(default=None, gt=0, lt=1)
+    """Share of the memory that weights and KV cache may take. Default: SGLang's own choice on a GPU, half on a CPU,
+    where ``max_total_tokens`` decides how much of it is used."""
+    buffer_bytes: int = Field(default=256 << 20, ge=1 << 20)
+    """Registered host buffer of one engine, through which samples leave for the store."""
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    """More arguments of ``sglang.Engine``, for what this section does not name."""
+
+
+class StoreConfig(Section):
+    segment_bytes: int = Field(default=1 << 30, ge=16 << 20)
+    """Memory of the Mooncake store on one node."""
+    protocol: Literal["tcp", "rdma"] = "tcp"
+    """Transport between hosts."""
+    host: str = "127.0.0.1"
+    """Address that the master binds. Loopback unless the run spans hosts."""
+    master_port: int | None = Field(default=None, ge=1, le=65535)
+    """Fixed port of the master. Default: a free one."""
+
+
+class ControllerConfig(Section):
+    reorder_window: int = Field(default=256, ge=1)
+    """How many samples beyond the oldest untrained one may be in the making. Bounds what a slow prompt holds up."""
+    max_attempts: int = Field(default=3, ge=1)
+    """A sample that failed so many times is rejected, by name."""
+    prefetch_steps: int = Field(default=2, ge=1)
+    """Batches handed to a rank before it has finished the current one, that one included."""
+
+
+class DraftConfig(Section):
+    vocab_size: int | None = Field(default=None, ge=2)
+    """Size of the draft's vocabulary: the target's most frequent tokens. Default: all of the target's."""
+    vocab_prompts: int = Field(default=128, ge=1)
+    """Prompts without an answer: the vocabulary is counted over the first so many answers, then training starts."""
+    init: Literal["default", "target"] = "default"
+    """``target`` starts the decoder layer as the target's last one, which learns much faster in a short run."""
+
+
+class OptimizerConfig(Section):
+    lr: float = Field(default=5e-5, gt=0)
+    """Peak learning rate. 5e-5 suits days, 2e-3 suits minutes."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    clip: float = Field(default=0.5, gt=0)
+    """Largest global gradient norm."""
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
+    """Shape after the warm-up. ``wsd`` holds the peak, then decays linearly over ``decay_ratio``."""
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1)
+    """Share of all steps spent on the linear warm-up."""
+    decay_ratio: float = Field(default=0.2, gt=0, le=1)
+    """Share of all steps that ``wsd`` decays over."""
+    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
+    """Where the schedule ends, as a share of ``lr``."""
+
+
+class TrainingConfig(Section):
+    epochs: int = Field(default=1, ge=1)
+    max_steps: int | None = Field(default=None, ge=1)
+    """Stop after so many steps, whatever ``epochs`` says."""
+    batch_size: int = Field(default=8, ge=1)
+    """Samples of one optimizer step, over all data-parallel ranks."""
+    micro_batch_size: int = Field(default=4, ge=1)
+    """Samples a rank works on at once; the rest of its share is accumulated."""
+    dp_size: int = Field(default=1, ge=1)
+    """Data-parallel ranks (FSDP2)."""
+    ttt_length: int = Field(default=7, ge=1, le=16)
+    """Training-time-test steps: how many tokens ahead the draft learns to go."""
+    step_decay: float = Field(default=0.8, gt=0, le=1)
+    """TTT step t weighs ``step_decay ** t`` in the loss."""
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    """Autocast dtype; the weights' masters are float32. ``auto`` as for ``target.dtype``."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """``auto`` takes CUDA where there is one."""
+    threads: int | Literal["auto"] = "auto"
+    """CPU threads of one rank. ``auto`` shares the node's cores among both pools."""
+    compile: bool = False
+    """Compile the draft with torch.compile; falls back to eager, with a warning, where no compiler is found."""
+    activation_checkpointing: bool = False
+    """Recompute the decoder layer in the backward pass: less memory, more time."""
+    loss_chunk_tokens: int = Field(default=1024, ge=16)
+    """Positions whose logits exist at the same time. Lower it when the loss runs out of memory."""
+    buffer_bytes: int = Field(default=256 << 20, ge=1 << 20)
+    """Registered host buffer of one rank, into which samples arrive."""
+    init_from: Path | None = None
+    """Start from the weights of this checkpoint or exported draft (weights only: fresh optimizer, schedule, ledger)."""
+
+
+class EvaluationConfig(Section):
+    heldout: str | None = None
+    """Held-out conversations (like ``data.train``), scored during the run without touching the training queue."""
+    samples: int = Field(default=32, ge=1)
+    """Use the first so many of them."""
+    every_steps: int = Field(default=100, ge=1)
+
+
+class CheckpointConfig(Section):
+    every_steps: int = Field(default=200, ge=1)
+    """Also saved at the end and at a stop."""
+    keep: int = Field(default=3, ge=1)
+    """Newest checkpoints kept. ``best`` (by held-out simulated accept length) is kept beside them."""
+    export: bool = True
+    """Write the Hugging Face folder of the draft after every save."""
+    export_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+
+
+class ClusterConfig(Section):
+    address: str | None = None
+    """An existing Ray cluster (``auto``, ``host:port``). Default: start one on this machine."""
+    num_cpus: int | None = Field(default=None, ge=1)
+    """Cores of the cluster started here. Default: all of the machine's."""
+    dashboard: bool = False
+    """Start Ray's own dashboard, on loopback."""
+
+
+class MonitorConfig(Section):
+    tensorboard: bool = True
+    live: Literal["auto", "on", "off"] = "auto"
+    """The terminal view while training; ``auto`` shows it on a terminal and prints plain lines elsewhere."""
+    every_steps: int = Field(default=10, ge=1)
+    """Plain lines: one each so many steps."""
+
+
+class Config(Section):
+    """The whole of a run."""
+
+    run: RunConfig = Field(default_factory=RunConfig)
+    target: TargetConfig
+    data: DataConfig = Field(default_factory=DataConfig)
+    answer: AnswerConfig = Field(default_factory=AnswerConfig)
+    inference: InferenceConfig = Field(default_factory=InferenceConfig)
+    store: StoreConfig = Field(default_factory=StoreConfig)
+    controller: ControllerConfig = Field(default_factory=ControllerConfig)
+    draft: DraftConfig = Field(default_factory=DraftConfig)
+    optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    monitor: MonitorConfig = Field(default_factory=MonitorConfig)
+
+    @model_validator(mode="after")
+    def check_batch(self) -> Config:
+        if self.training.batch_size < self.training.dp_size:
+            raise ValueError(
+                f"training.batch_size ({self.training.batch_size}) is smaller than training.dp_size "
+                f"({self.training.dp_size}): some ranks would never train; raise the one or lower the other"
+            )
+        if self.controller.reorder_window < self.training.batch_size:
+            raise ValueError(
+                f"controller.reorder_window ({self.controller.reorder_window}) is smaller than "
+                f"training.batch_size ({self.training.batch_size}): a batch could never fill"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_vocabulary(self) -> Config:
+        if self.controller.reorder_window < self.draft.vocab_prompts:
+            raise ValueError(
+                f"controller.reorder_window ({self.controller.reorder_window}) is smaller than "
+                f"draft.vocab_prompts ({self.draft.vocab_prompts}): the vocabulary could never be counted"
+            )
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return self.run.dir / self.run.name

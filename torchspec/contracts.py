@@ -1,0 +1,197 @@
+"""The messages that cross a process boundary, and nothing else.
+
+Every actor, worker and command of a run speaks in these frozen dataclasses. The module imports the standard
+library only, so that a process needs neither torch nor ray to read a message.
+
+A *sample* is one prompt in one epoch. It is in exactly one state at a time (see ``controller/ledger.py``) and
+its tensors live in the store under ``{key}_{hs,lhs,ids}``; what travels here is metadata.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+HELDOUT_EPOCH = -1
+"""The epoch number of held-out samples: captured once, evaluated many times, never trained."""
+
+NormState = Literal["post_norm", "pre_norm"]
+"""Whether ``lhs`` was taken after or before the target's final norm. SGLang hands over ``post_norm``."""
+
+
+FailureKind = Literal["retry", "final", "no_room"]
+"""What a failed lease calls for: another attempt, a rejection, or a wait until the store has room."""
+
+
+class SampleId(NamedTuple):
+    """Names a sample for the whole life of a run: row ``prompt`` of the prompt set in epoch ``epoch``."""
+
+    epoch: int
+    prompt: int
+
+    def __str__(self) -> str:
+        return f"e{self.epoch}p{self.prompt}"
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """One sample handed to one inference worker.
+
+    ``input_ids`` is the prompt when ``max_new_tokens > 0`` (the worker lets the target answer first, then captures
+    prompt + answer) and the whole conversation otherwise. Token ids are packed little-endian int32.
+    """
+
+    sample: SampleId
+    key: str
+    """Store key prefix; unique for each attempt, so a late put of a dead worker can never be read."""
+    input_ids: bytes
+    loss_mask: bytes
+    """Packed mask of ``input_ids`` (``pack_mask``); empty when the answer has yet to be written."""
+    max_new_tokens: int
+    seed: int
+    """Sampling seed, a function of the run's seed, the epoch and the prompt."""
+    credit_bytes: int
+    """Upper bound of what the sample may occupy in the store, reserved since the lease was given out."""
+
+
+@dataclass(frozen=True, slots=True)
+class TensorSpec:
+    """Global shape and dtype name (``bfloat16``, ``int32``) of one stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRef:
+    """Where a captured sample lies and how to read it. Shapes: hs [S, F*H], lhs [S, H], ids [S]."""
+
+    sample: SampleId
+    key: str
+    num_tokens: int
+    loss_mask: bytes
+    """Packed mask over the ``num_tokens`` tokens."""
+    tensors: dict[str, TensorSpec]
+    """Suffix (``hs``, ``lhs``, ``ids``) to global shape and dtype."""
+    num_bytes: int
+    norm_state: NormState
+    layout: Literal["full", "contiguous", "zigzag"] = "full"
+    usp_sharded: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the target wrote for a prompt, kept with the run so that later epochs only prefill."""
+
+    prompt: int
+    token_ids: tuple[int, ...]
+    text: str
+    finish_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReport:
+    """Counters of one inference worker, sent along with every lease request."""
+
+    worker: str
+    samples: int = 0
+    tokens: int = 0
+    """Tokens captured (prompt and answer)."""
+    answer_tokens: int = 0
+    put_bytes: int = 0
+    put_seconds: float = 0.0
+    busy_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RankBatch:
+    """One optimizer step's work for one rank. All ranks of a step carry the same ``actions``.
+
+    ``micro_batches`` has the same length on every rank; a rank with nothing to do in one gets an empty tuple and
+    still takes part in its collectives.
+    """
+
+    step: int
+    micro_batches: tuple[tuple[SampleRef, ...], ...]
+    checkpoint: bool = False
+    """Save a checkpoint after this step."""
+    evaluate: bool = False
+    """Run the held-out evaluation after this step."""
+    last: bool = False
+    """No batch follows."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepReport:
+    """What rank 0 measured in one optimizer step. Lists have one entry per TTT step."""
+
+    step: int
+    loss: float
+    loss_per_position: tuple[float, ...]
+    accuracy: tuple[float, ...]
+    """Right first choices among counted positions (target argmax inside the draft vocabulary)."""
+    full_accuracy: tuple[float, ...]
+    """The same, out-of-vocabulary targets counted as misses."""
+    accept_length: float
+    """Simulated: 1 + sum_t prod_{s<=t} full_accuracy_s."""
+    learning_rate: float
+    grad_norm: float
+    tokens: int
+    """Tokens of the global batch, all ranks."""
+    loss_tokens: int
+    wait_seconds: float
+    fetch_seconds: float
+    compute_seconds: float
+    optimizer_seconds: float
+    split: Literal["train", "heldout"] = "train"
+
+
+@dataclass(frozen=True, slots=True)
+class RunStatus:
+    """A snapshot of a run, what ``torchspec status`` and every view show."""
+
+    run: str
+    phase: str
+    """counting-vocabulary, training, stopping or finished."""
+    step: int
+    total_steps: int
+    epoch: int
+    epochs: int
+    samples: dict[str, int]
+    """Ledger state to number of samples: pending, leased, stored, assigned, trained, committed, rejected."""
+    store_bytes: int
+    store_capacity: int
+    credit_bytes: int
+    queue_depth: int
+    """Samples stored and in order, ready for the next steps."""
+    workers: tuple[WorkerReport, ...]
+    last_step: StepReport | None
+    last_heldout: StepReport | None
+    inference_tokens_per_s: float
+    inference_samples_per_s: float
+    training_tokens_per_s: float
+    training_samples_per_s: float
+    eta_seconds: float | None
+    uptime_seconds: float
+    messages: tuple[str, ...] = field(default=())
+    """Recent events worth a person's attention, oldest first."""
+
+
+def pack_mask(mask: list[bool] | list[int]) -> bytes:
+    """Pack a 0/1 mask into bits, most significant bit first (numpy's ``packbits`` order)."""
+    packed = bytearray((len(mask) + 7) // 8)
+    for i, keep in enumerate(mask):
+        if keep:
+            packed[i >> 3] |= 0x80 >> (i & 7)
+    return bytes(packed)
+
+
+def unpack_mask(packed: bytes, length: int) -> list[bool]:
+    """Inverse of :func:`pack_mask`.
+
+    Raises:
+        ValueError: ``packed`` does not hold exactly ``length`` bits (rounded up to whole bytes).
+    """
+    if len(packed) != (length + 7) // 8:
+        raise ValueError(f"a mask of {len(packed)} bytes cannot describe {length} tokens")
+    return [bool(packed[i >> 3] & (0x80 >> (i & 7))) for i in range(length)]

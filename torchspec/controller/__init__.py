@@ -1,0 +1,1 @@
+"""The controller of a run: ledger, credits, rank queues. Metadata only, never a tensor."""

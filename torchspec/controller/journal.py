@@ -1,0 +1,102 @@
+"""Append-only files of a run: the ledger's journal, the answers, the rejected samples, the metrics.
+
+JSON lines, flushed at every write, so that a ``kill -9`` costs at most a torn last line, which readers skip.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchspec.contracts import Answer, SampleId
+
+
+class JsonLines:
+    """Appends objects to a file."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_torn_line(path)
+        self._file = path.open("a")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a :class:`JsonLines` file, without a torn last line. Nothing if there is no file."""
+    if not path.exists():
+        return
+    with path.open() as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def _drop_torn_line(path: Path) -> None:
+    if not path.exists():
+        return
+    data = path.read_bytes()
+    whole = data[: data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        path.write_bytes(whole)
+
+
+def trained_batches(path: Path) -> dict[int, list[SampleId]]:
+    """Step to the samples it trained, from a run's ``ledger.jsonl``.
+
+    A resume from checkpoint ``k`` undoes what the journal says of later steps: they were trained by weights that no
+    longer exist.
+    """
+    steps: dict[int, list[SampleId]] = {}
+    for record in read_lines(path):
+        if record["event"] == "resumed":
+            steps = {s: b for s, b in steps.items() if s <= record["step"]}
+        elif record["event"] == "trained":
+            assert record["step"] not in steps, f"step {record['step']} is in the journal twice"
+            steps[record["step"]] = [SampleId(*sample) for sample in record["samples"]]
+    return steps
+
+
+class AnswerBook:
+    """What the target wrote, by prompt. Filled from earlier files, appended to this run's ``answers.jsonl``.
+
+    An answer belongs to the exact tokens of its prompt: with another template or another prompt under the same id it
+    is not found.
+    """
+
+    def __init__(self, path: Path, reuse: Path | None = None):
+        self._answers: dict[str, tuple[int, ...]] = {}
+        for source in (reuse, path):
+            for record in read_lines(source) if source else ():
+                self._answers[record["prompt_hash"]] = tuple(record["token_ids"])
+        self._file = JsonLines(path)
+        self._saved = {record["prompt_hash"] for record in read_lines(path)}
+
+    def get(self, prompt_ids: np.ndarray) -> tuple[int, ...] | None:
+        return self._answers.get(prompt_hash(prompt_ids))
+
+    def add(self, prompt_id: str, prompt_ids: np.ndarray, answer: Answer) -> None:
+        digest = prompt_hash(prompt_ids)
+        if digest in self._saved:
+            return
+        self._saved.add(digest)
+        self._answers[digest] = answer.token_ids
+        self._file.write(
+            {"id": prompt_id, "prompt_hash": digest, **{k: v for k, v in asdict(answer).items() if k != "prompt"}}
+        )
+
+
+def prompt_hash(prompt_ids: np.ndarray) -> str:
+    """Names a prompt by its token ids."""
+    return hashlib.sha256(np.ascontiguousarray(prompt_ids, dtype="<i4").tobytes()).hexdigest()[:24]

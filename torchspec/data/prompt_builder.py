@@ -1,0 +1,125 @@
+"""Makes a :class:`PromptSet` out of JSONL files, once for the same files, tokenizer and options."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from torchspec.data.conversations import BadLine, Conversation, read_conversations, require_clean, short_names
+from torchspec.data.prompt_set import PromptSet, TokenizeOptions
+from torchspec.data.prompt_sources import find_files
+from torchspec.data.tokenize import ChatTokenizer, Rejection, Tokenized, read_template
+
+FORMAT = 1
+"""Part of the cache's hash: raise it whenever the rows made from the same files change."""
+BATCH = 512
+"""Conversations tokenised at once."""
+TOKENIZER_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"}
+
+
+def load_or_build(
+    source: str,
+    tokenizer: Path,
+    options: TokenizeOptions,
+    cache_dir: Path,
+    knob: str,
+    progress: Callable[[int], None],
+) -> PromptSet:
+    """See :meth:`PromptSet.load_or_build`."""
+    files = find_files(source, cache_dir, knob)
+    options = replace(options, chat_template=read_template(options.chat_template))
+    content_hash = _hash_inputs(files, tokenizer, options)
+    path = cache_dir.expanduser() / "prompts" / f"{content_hash}.npz"
+    if path.exists():
+        return PromptSet.load(path)
+    chat = ChatTokenizer(tokenizer, options.chat_template, options.trust_remote_code)
+    if options.on_error == "stop":
+        require_clean(files, options.limit)
+    rows = _Rows(options)
+    done = 0
+    lines = read_conversations(files, options.limit)
+    while batch := list(islice(lines, BATCH)):
+        rows.reject_lines(line for line in batch if isinstance(line, BadLine))
+        conversations = [line for line in batch if isinstance(line, Conversation)]
+        for conversation, tokens in zip(conversations, chat.encode(conversations, options.last_turn_only), strict=True):
+            rows.add(conversation.id, tokens)
+        done += len(batch)
+        progress(done)
+    prompts = rows.freeze(content_hash)
+    prompts.save(path)
+    return prompts
+
+
+@dataclass
+class _Rows:
+    """A prompt set in the making."""
+
+    options: TokenizeOptions
+    ids: list[str] = field(default_factory=list)
+    tokens: list[np.ndarray] = field(default_factory=list)
+    masks: list[np.ndarray] = field(default_factory=list)
+    room: list[int] = field(default_factory=list)
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+
+    def reject_lines(self, lines: Iterable[BadLine]) -> None:
+        self.rejected += [(line.name, line.reason) for line in lines]
+
+    def add(self, name: str, row: Tokenized | Rejection) -> None:
+        if isinstance(row, Rejection):
+            self.rejected.append((name, row.reason))
+        elif reason := self._refuse(row):
+            self.rejected.append((name, reason))
+        else:
+            self.ids.append(name)
+            self.tokens.append(row.input_ids)
+            self.room.append(0 if row.loss_mask is not None else self._room(row))
+            if row.loss_mask is not None:
+                self.masks.append(np.packbits(row.loss_mask))
+
+    def freeze(self, content_hash: str) -> PromptSet:
+        return PromptSet(
+            ids=self.ids,
+            token_ids=np.concatenate([np.zeros(0, dtype=np.int32), *self.tokens]),
+            offsets=np.cumsum([0, *map(len, self.tokens)], dtype=np.int64),
+            packed_masks=np.concatenate([np.zeros(0, dtype=np.uint8), *self.masks]),
+            room=np.array(self.room, dtype=np.int32),
+            rejected=self.rejected,
+            content_hash=content_hash,
+        )
+
+    def _room(self, row: Tokenized) -> int:
+        return min(self.options.max_new_tokens, self.options.max_seq_length - len(row.input_ids))
+
+    def _refuse(self, row: Tokenized) -> str:
+        """Why a conversation cannot be a row; empty if it can."""
+        length, limit, needed = len(row.input_ids), self.options.max_seq_length, self.options.min_loss_tokens
+        if length > limit:
+            return f"{length} tokens are more than data.max_seq_length={limit}"
+        if row.loss_mask is not None:
+            count = int(row.loss_mask.sum())
+            return (
+                "" if count >= needed else f"{count} tokens to learn from are fewer than data.min_loss_tokens={needed}"
+            )
+        if self._room(row) >= needed:
+            return ""
+        return (
+            f"a prompt of {length} tokens leaves {self._room(row)} for the answer (data.max_seq_length={limit}, "
+            f"answer.max_tokens={self.options.max_new_tokens}), fewer than data.min_loss_tokens={needed}"
+        )
+
+
+def _hash_inputs(files: Sequence[Path], tokenizer: Path, options: TokenizeOptions) -> str:
+    tokenizer_files = sorted(f for f in tokenizer.rglob("*") if f.suffix in TOKENIZER_SUFFIXES and f.is_file())
+    digest = hashlib.sha256(json.dumps([FORMAT, version("transformers"), asdict(options)]).encode())
+    names = [*short_names(files), *(str(f.relative_to(tokenizer)) for f in tokenizer_files)]
+    for name, file in zip(names, [*files, *tokenizer_files], strict=True):
+        with file.open("rb") as content:
+            digest.update(f"{name}:{hashlib.file_digest(content, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()[:32]

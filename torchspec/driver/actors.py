@@ -1,0 +1,156 @@
+"""Makes the actors of a run: what each is told, which resources it takes, where its output goes.
+
+Every actor writes to ``{run_dir}/logs/{name}.log``, native libraries and child processes included, because the file
+takes the place of its standard output and error.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, TypeVar
+
+import ray
+
+from torchspec.controller.controller import Controller, ControllerSpec
+from torchspec.data.draft_vocab import DraftVocab
+from torchspec.driver.janitor import MARK
+from torchspec.driver.prepare import Prepared
+from torchspec.inference.engine import EngineConfig
+from torchspec.inference.worker import InferenceWorker
+from torchspec.processes import free_port
+from torchspec.store.endpoint import StoreEndpoint
+from torchspec.store.node import StoreNode
+from torchspec.training.trainer import Trainer, TrainerSpec
+
+T = TypeVar("T")
+
+LONG_POLLS = 10_000
+"""Calls that the controller holds open at a time: every worker and rank waits in one."""
+
+
+def logged(base: type[T]) -> type[T]:
+    """``base`` with its output in a file, given as the first argument of the constructor."""
+
+    class Logged(base):  # type: ignore[valid-type, misc]
+        def __init__(self, log_path: Path, *args: Any):
+            take_over_output(log_path)
+            super().__init__(*args)
+
+    Logged.__name__ = Logged.__qualname__ = base.__name__
+    return Logged
+
+
+def take_over_output(path: Path) -> None:
+    """Append this process's standard output and error, and its log records, to ``path``."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(file, sys.stdout.fileno())
+    os.dup2(file, sys.stderr.fileno())
+    os.close(file)
+    logging.basicConfig(
+        level=logging.INFO, stream=sys.stderr, force=True, format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+
+
+class ActorFactory:
+    """Starts actors of one run."""
+
+    def __init__(self, prepared: Prepared, endpoint: StoreEndpoint):
+        self._prepared, self._config, self._endpoint = prepared, prepared.config, endpoint
+        self._workers = 0
+
+    def log_path(self, name: str) -> Path:
+        return self._prepared.run_dir / "logs" / f"{name}.log"
+
+    def store_node(self) -> Any:
+        return self._start(StoreNode, "store-node", 1, 0, self._endpoint, self._config.store.segment_bytes)
+
+    def controller(self) -> Any:
+        prepared = self._prepared
+        spec = ControllerSpec(
+            config=self._config,
+            train=prepared.train,
+            heldout=prepared.heldout,
+            geometry=prepared.target.geometry,
+            vocab_size=prepared.target.vocab_size,
+            end_token_ids=prepared.target.end_token_ids,
+            endpoint=self._endpoint,
+            credit_bytes=prepared.plan.credit_bytes,
+            run_dir=prepared.run_dir,
+            resumed=prepared.resume,
+            ledger_snapshot=prepared.ledger_snapshot,
+        )
+        return self._start(Controller, "controller", 1, 0, spec, max_concurrency=LONG_POLLS)
+
+    def worker(self, controller: Any) -> tuple[str, Any]:
+        """A new inference worker; its name is never used again."""
+        name = f"worker-{self._workers}"
+        self._workers += 1
+        inference, target = self._config.inference, self._prepared.target
+        engine = EngineConfig(
+            model_path=target.path,
+            dtype=self._config.target.dtype,
+            device="cuda" if self._prepared.on_gpu else "cpu",
+            threads=self._prepared.plan.threads.inference,
+            tp_size=inference.tp_size,
+            aux_layers=target.aux_layers,
+            chunked_prefill_size=inference.chunked_prefill_size,
+            max_total_tokens=inference.max_total_tokens,
+            max_running_requests=inference.max_concurrency,
+            mem_fraction_static=inference.mem_fraction_static,
+            trust_remote_code=self._config.target.trust_remote_code,
+            extra_args=inference.engine_args,
+        )
+        gpus = inference.tp_size if self._prepared.on_gpu else 0
+        actor = self._start(
+            InferenceWorker,
+            name,
+            engine.threads,
+            gpus,
+            name,
+            controller,
+            engine,
+            self._endpoint,
+            self._config.inference,
+            self._config.answer,
+        )
+        return name, actor
+
+    def trainers(self, vocabulary: DraftVocab) -> list[Any]:
+        """One actor a rank, told where to meet."""
+        prepared, training = self._prepared, self._config.training
+        port = free_port()
+        actors = []
+        for rank in range(training.dp_size):
+            spec = TrainerSpec(
+                config=self._config,
+                rank=rank,
+                world_size=training.dp_size,
+                address="127.0.0.1",
+                port=port,
+                threads=prepared.plan.threads.training,
+                draft_ids=vocabulary.target_ids,
+                aux_layers=prepared.target.aux_layers,
+                geometry=prepared.target.geometry,
+                total_steps=prepared.total_steps,
+                endpoint=self._endpoint,
+                run_dir=prepared.run_dir,
+                resume=prepared.resume_from,
+            )
+            gpus = 1 if prepared.on_gpu else 0
+            actors.append(self._start(Trainer, f"trainer-{rank}", prepared.plan.threads.training, gpus, spec))
+        return actors
+
+    def _start(self, cls: type, name: str, threads: int, gpus: int, *args: Any, **options: Any) -> Any:
+        environment = {"OMP_NUM_THREADS": str(threads), MARK: self._prepared.mark}
+        actor = ray.remote(logged(cls)).options(
+            name=name,
+            num_cpus=0 if cls in (Controller, StoreNode) else threads,
+            num_gpus=gpus,
+            runtime_env={"env_vars": environment},
+            **options,
+        )
+        return actor.remote(self.log_path(name), *args)

@@ -1,0 +1,126 @@
+"""The dry run: what a config needs, said before anything starts, and refused where it cannot work."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import psutil
+
+from torchspec.config.schema import Config
+from torchspec.driver.target import TargetInfo
+from torchspec.driver.threads import ThreadPlan, plan_threads
+from torchspec.store.layout import USABLE_SHARE
+
+ENGINE_OVERHEAD_BYTES = 2 << 30
+"""Measured on a CPU: three processes of one engine, beside weights and KV cache."""
+TRAINER_OVERHEAD_BYTES = 1 << 30
+BASE_BYTES = 2 << 30
+"""Ray's own processes, the controller, the driver."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Figures of a run; bytes unless said otherwise."""
+
+    actors: tuple[tuple[str, int, str], ...]
+    """Role, count, and what each one uses."""
+    threads: ThreadPlan
+    cores: int
+    tokens_per_sample: int
+    """The most one sample can have."""
+    sample_bytes: int
+    credit_bytes: int
+    store_samples: int
+    """Samples of the largest size that the store holds at once."""
+    draft_parameters: int
+    memory_bytes: int
+    """Expected on this machine, all processes together (CPU runs)."""
+    memory_available: int
+
+
+def make_plan(config: Config, target: TargetInfo, heldout_samples: int, vocab_prompts: int, on_gpu: bool) -> Plan:
+    """Work out what ``config`` needs.
+
+    Args:
+        vocab_prompts: samples that are stored before training starts, because their answers are counted first.
+
+    Raises:
+        ValueError: the store cannot hold what the run must have in it at the same time.
+    """
+    cores = os.cpu_count() or 1
+    if config.cluster.num_cpus is not None:
+        cores = min(cores, config.cluster.num_cpus)
+    threads = plan_threads(config, cores, on_gpu)
+    sample_bytes = target.geometry.stored_bytes(config.data.max_seq_length)
+    credit_bytes = int(config.store.segment_bytes * USABLE_SHARE)
+    _check_store(config, sample_bytes, credit_bytes, heldout_samples, vocab_prompts)
+    for pool in ("inference", "training"):
+        _check_buffer(pool, getattr(config, pool).buffer_bytes, sample_bytes)
+    draft = draft_parameters(config, target)
+    weights = target.num_parameters * (4 if config.target.dtype == "float32" else 2)
+    kv_cache = config.inference.max_total_tokens * target.num_layers * target.hidden_size * 2
+    engine = weights + kv_cache + ENGINE_OVERHEAD_BYTES + config.inference.buffer_bytes
+    # float32 master, gradient and two AdamW moments, a bf16 copy; the target's two embedding matrices in bf16
+    rank = draft * 18 // config.training.dp_size + target.vocab_size * target.hidden_size * 4 + TRAINER_OVERHEAD_BYTES
+    memory = BASE_BYTES + config.store.segment_bytes + config.inference.workers * engine
+    memory += config.training.dp_size * (rank + config.training.buffer_bytes)
+    where = "GPU" if on_gpu else "CPU threads"
+    actors = (
+        ("controller", 1, "metadata only"),
+        ("store node", 1, f"{config.store.segment_bytes / 2**20:.0f} MiB of memory"),
+        ("inference worker", config.inference.workers, _uses(threads.inference, config.inference.tp_size, where)),
+        ("trainer rank", config.training.dp_size, _uses(threads.training, 1, where)),
+    )
+    return Plan(
+        actors=actors,
+        threads=threads,
+        cores=cores,
+        tokens_per_sample=config.data.max_seq_length,
+        sample_bytes=sample_bytes,
+        credit_bytes=credit_bytes,
+        store_samples=credit_bytes // sample_bytes,
+        draft_parameters=draft,
+        memory_bytes=memory,
+        memory_available=psutil.virtual_memory().total,
+    )
+
+
+def draft_parameters(config: Config, target: TargetInfo) -> int:
+    """Trained parameters of the one-layer EAGLE3 draft."""
+    hidden, inner, kv = target.hidden_size, target.intermediate_size, target.kv_size
+    vocab = config.draft.vocab_size or target.vocab_size
+    attention = 2 * hidden * (target.query_size + 2 * kv) + target.query_size * hidden
+    return len(target.aux_layers) * hidden**2 + attention + 3 * hidden * inner + vocab * hidden + 4 * hidden
+
+
+def _uses(threads: int, gpus: int, where: str) -> str:
+    return f"{gpus} {where}" if where == "GPU" else f"{threads} {where}"
+
+
+def _check_store(
+    config: Config, sample_bytes: int, credit_bytes: int, heldout_samples: int, vocab_prompts: int
+) -> None:
+    batch = config.training.batch_size
+    needs = {
+        "one sample": 1,
+        f"one batch of training.batch_size ({batch}) samples": batch,
+        f"the {heldout_samples} held-out samples (evaluation.samples) and one batch": heldout_samples + batch,
+        f"the {heldout_samples} held-out samples (evaluation.samples) and the {vocab_prompts} whose answers the "
+        "vocabulary is counted over (draft.vocab_prompts)": heldout_samples + vocab_prompts,
+    }
+    for what, samples in needs.items():
+        if samples * sample_bytes > credit_bytes:
+            least = int(samples * sample_bytes / USABLE_SHARE) + 1
+            raise ValueError(
+                f"store.segment_bytes ({config.store.segment_bytes}) is too small for {what} of up to "
+                f"{config.data.max_seq_length} tokens (data.max_seq_length): at least {least} bytes"
+            )
+
+
+def _check_buffer(pool: str, buffer_bytes: int, sample_bytes: int) -> None:
+    if buffer_bytes < 2 * sample_bytes:
+        raise ValueError(
+            f"{pool}.buffer_bytes ({buffer_bytes}) must hold two samples of the largest size: "
+            f"at least {2 * sample_bytes} bytes, or lower data.max_seq_length"
+        )

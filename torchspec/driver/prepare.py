@@ -1,0 +1,153 @@
+"""Everything that can be wrong with what the user asked for, found before anything starts."""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchspec.config.schema import Config
+from torchspec.data.prompt_set import PromptSet, TokenizeOptions
+from torchspec.driver.cluster import namespace
+from torchspec.driver.plan import Plan, make_plan
+from torchspec.driver.target import TargetInfo, read_target
+from torchspec.hardware import Device, fast_dtype, pick_device
+from torchspec.inference.sglang_patch import check_patched
+from torchspec.training.checkpoint import latest_checkpoint
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checked run: what to train, on what, with which figures."""
+
+    config: Config
+    target: TargetInfo
+    train: PromptSet
+    heldout: PromptSet | None
+    plan: Plan
+    on_gpu: bool
+    run_dir: Path
+    resume: bool
+    resume_from: Path | None
+    """The checkpoint that a resumed run goes on from; None if it had not made one yet."""
+    mark: str
+    """Found in the environment of every process of this run."""
+
+    @property
+    def namespace(self) -> str:
+        return namespace(self.config.run.name)
+
+    @property
+    def total_steps(self) -> int:
+        """Steps of the whole run, for the schedule."""
+        training = self.config.training
+        steps = -(-len(self.train) * training.epochs // training.batch_size)
+        return min(steps, training.max_steps) if training.max_steps is not None else steps
+
+    @property
+    def ledger_snapshot(self) -> str | None:
+        return None if self.resume_from is None else (self.resume_from / "ledger.json").read_text()
+
+
+def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Prepared:
+    """Check the target, the data, the machine and the run's folder.
+
+    Raises:
+        ValueError: one line for a person that names what is wrong and how to mend it.
+    """
+    check_patched()
+    device = pick_device(config.training.device, "training.device")
+    config = resolve_dtypes(config, device)
+    target = read_target(config.target)
+    config = _absolute(config, target)
+    run_dir = config.run_dir
+    resume_from = _check_folder(run_dir, resume)
+    message("reading and tokenising the prompts")
+    train = _prompts(config, "data.train", config.data.train, config.data.limit)
+    heldout = None
+    if config.evaluation.heldout is not None:
+        heldout = _prompts(config, "evaluation.heldout", config.evaluation.heldout, config.evaluation.samples)
+    if len(train) == 0:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in train.rejected[:3])
+        raise ValueError(f"data.train {config.data.train}: no usable conversation is left ({reasons})")
+    on_gpu = device == "cuda"
+    plan = make_plan(config, target, len(heldout) if heldout else 0, _vocab_prompts(config, train), on_gpu)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    _list_rejected(run_dir, resume, train, heldout)
+    mark = f"{run_dir}#{secrets.token_hex(8)}"
+    return Prepared(config, target, train, heldout, plan, on_gpu, run_dir, resume, resume_from, mark)
+
+
+def make_plan_for(config: Config) -> Plan:
+    """The figures of a run, without starting it or writing anything.
+
+    Raises:
+        ValueError: it could not run.
+    """
+    device = pick_device(config.training.device, "training.device")
+    config = resolve_dtypes(config, device)
+    heldout = config.evaluation.samples if config.evaluation.heldout is not None else 0
+    return make_plan(config, read_target(config.target), heldout, config.draft.vocab_prompts, device == "cuda")
+
+
+def _vocab_prompts(config: Config, train: PromptSet) -> int:
+    return 0 if train.fully_answered else min(config.draft.vocab_prompts, len(train))
+
+
+def resolve_dtypes(config: Config, device: Device) -> Config:
+    """Put the dtype that is fast on ``device`` in place of ``auto``."""
+    fast = fast_dtype(device)
+    sections = {}
+    for name in ("target", "training"):
+        section = getattr(config, name)
+        sections[name] = section.model_copy(update={"dtype": fast}) if section.dtype == "auto" else section
+    return config.model_copy(update=sections)
+
+
+def _absolute(config: Config, target: TargetInfo) -> Config:
+    """Actors have another working directory, so every path they see is absolute."""
+    run = config.run.model_copy(update={"dir": config.run.dir.expanduser().absolute()})
+    data = config.data.model_copy(update={"cache_dir": config.data.cache_dir.expanduser().absolute()})
+    section = config.target.model_copy(update={"path": str(Path(target.path).absolute())})
+    return config.model_copy(update={"run": run, "data": data, "target": section})
+
+
+def _check_folder(run_dir: Path, resume: bool) -> Path | None:
+    """The checkpoint to resume from; None for a fresh start."""
+    exists = (run_dir / "config.yaml").exists()
+    if not resume:
+        if exists:
+            raise ValueError(
+                f"the run {run_dir} exists already: continue it with `torchspec resume {run_dir}`, or choose another "
+                "name with run.name=..."
+            )
+        return None
+    if not exists:
+        raise ValueError(f"there is nothing to resume in {run_dir}: it has no config.yaml")
+    return latest_checkpoint(run_dir)
+
+
+def _prompts(config: Config, knob: str, source: str, limit: int | None) -> PromptSet:
+    data, answer = config.data, config.answer
+    options = TokenizeOptions(
+        chat_template=data.chat_template,
+        max_seq_length=data.max_seq_length,
+        min_loss_tokens=data.min_loss_tokens,
+        last_turn_only=data.last_turn_only,
+        max_new_tokens=answer.max_tokens,
+        on_error=data.on_error,
+        limit=limit,
+        trust_remote_code=config.target.trust_remote_code,
+    )
+    return PromptSet.load_or_build(source, config.target.path, options, data.cache_dir, knob=knob)
+
+
+def _list_rejected(run_dir: Path, resume: bool, train: PromptSet, heldout: PromptSet | None) -> None:
+    if resume:
+        return
+    with (run_dir / "rejected.jsonl").open("w") as file:
+        for prompts in (train, heldout):
+            for name, reason in prompts.rejected if prompts else ():
+                file.write(json.dumps({"id": name, "reason": reason}, ensure_ascii=False) + "\n")

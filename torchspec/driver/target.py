@@ -1,0 +1,69 @@
+"""What the driver must know of a target before it starts anything: shapes, vocabulary, tokens that end an answer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import AutoConfig, AutoTokenizer
+
+from torchspec.config.schema import TargetConfig
+from torchspec.inference.aux_layers import resolve_aux_layers
+from torchspec.store.geometry import SampleGeometry
+
+
+@dataclass(frozen=True, slots=True)
+class TargetInfo:
+    """Read from the target's folder; no weights are loaded."""
+
+    path: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    query_size: int
+    kv_size: int
+    vocab_size: int
+    num_parameters: int
+    aux_layers: tuple[int, ...]
+    end_token_ids: tuple[int, ...]
+    geometry: SampleGeometry
+
+
+def read_target(config: TargetConfig) -> TargetInfo:
+    """Read the shapes of ``target.path``.
+
+    Raises:
+        ValueError: the folder is no checkpoint, or ``target.aux_layers`` does not fit it.
+    """
+    path = Path(config.path).expanduser()
+    if not (path / "config.json").is_file():
+        raise ValueError(f"target.path {path} is not a Hugging Face checkpoint: it has no config.json")
+    weights = sorted(path.glob("*.safetensors"))
+    if not weights:
+        raise ValueError(f"target.path {path} has no .safetensors weights")
+    model = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code).get_text_config()
+    head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    aux_layers = resolve_aux_layers(model.num_hidden_layers, config.aux_layers)
+    return TargetInfo(
+        path=str(path),
+        num_layers=model.num_hidden_layers,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        query_size=model.num_attention_heads * head_dim,
+        kv_size=model.num_key_value_heads * head_dim,
+        vocab_size=model.vocab_size,
+        num_parameters=sum(f.stat().st_size for f in weights) // 2,
+        aux_layers=tuple(aux_layers),
+        end_token_ids=_end_tokens(path, config.trust_remote_code),
+        geometry=SampleGeometry(len(aux_layers), model.hidden_size, config.dtype),
+    )
+
+
+def _end_tokens(path: Path, trust_remote_code: bool) -> tuple[int, ...]:
+    ends = {AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code).eos_token_id}
+    generation = path / "generation_config.json"
+    if generation.is_file():
+        ids = json.loads(generation.read_text()).get("eos_token_id")
+        ends.update(ids if isinstance(ids, list) else [ids])
+    return tuple(sorted(i for i in ends if i is not None))

@@ -1,0 +1,56 @@
+"""The process around one SGLang engine: reads ``job.json``, answers it, writes ``replies.json``.
+
+    python -m torchspec.evaluation.engine_process FOLDER
+
+``serving.py`` starts it and says why it is a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import sglang
+import torch
+
+from torchspec.evaluation.loaded_weights import require_loaded
+from torchspec.evaluation.serving import Job, Reply
+
+_WARM_UP_TOKENS = 8
+
+
+def answer(job: Job) -> tuple[list[Reply], float]:
+    """All replies, and the seconds they took.
+
+    Raises:
+        ValueError: the engine does not hold all of the draft.
+    """
+    engine = sglang.Engine(**job.sglang_args())
+    if job.draft is not None:
+        require_loaded(engine, Path(job.draft), getattr(torch, job.dtype))
+    sampling = {"temperature": 0.0, "max_new_tokens": job.max_tokens}
+    engine.generate(
+        input_ids=job.prompts[: job.concurrency], sampling_params=sampling | {"max_new_tokens": _WARM_UP_TOKENS}
+    )
+    start = time.perf_counter()
+    outputs = engine.generate(input_ids=job.prompts, sampling_params=sampling)
+    seconds = time.perf_counter() - start
+    replies = [Reply(o["output_ids"], o["meta_info"].get("spec_correct_drafts_histogram", [])) for o in outputs]
+    engine.shutdown()
+    return replies, seconds
+
+
+def main() -> None:
+    folder = Path(sys.argv[1])
+    replies, seconds = answer(Job(**json.loads((folder / "job.json").read_text())))
+    served = {"replies": [asdict(r) for r in replies], "seconds": seconds, "sglang_version": sglang.__version__}
+    (folder / "replies.part").write_text(json.dumps(served))
+    os.rename(folder / "replies.part", folder / "replies.json")
+
+
+if __name__ == "__main__":  # SGLang's own processes import this module too
+    main()

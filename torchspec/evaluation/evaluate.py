@@ -1,0 +1,173 @@
+"""Measures a draft: the same prompts, greedily, in a SGLang server with the draft and in one without it.
+
+The engines run one after the other, never two at once. What the figures mean is written in ``result.py``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from transformers import PretrainedConfig
+
+from torchspec.evaluation.prompts import EvaluationPrompt, load_prompts
+from torchspec.evaluation.result import (
+    Acceptance,
+    EvaluationResult,
+    EvaluationSettings,
+    PromptResult,
+    Speed,
+    by_category,
+)
+from torchspec.evaluation.serving import Job, Served, serve
+from torchspec.export.hf import DraftExport, read_target, validate_export
+from torchspec.hardware import fast_dtype, pick_device
+
+Progress = Callable[[str], None]
+
+
+def run_evaluation(
+    draft_folder: str | Path,
+    target_path: str | Path,
+    prompt_set: str = "builtin:heldout",
+    settings: EvaluationSettings | None = None,
+    *,
+    limit: int | None = None,
+    cache_dir: Path = Path("~/.cache/torchspec"),
+    output: Path | None = None,
+    progress: Progress = lambda stage: None,
+) -> EvaluationResult:
+    """``torchspec eval``: load a prompt set, evaluate the draft, write JSON to ``output``.
+
+    Args:
+        prompt_set: path, glob, or a set by name (``builtin:heldout``, ``builtin:mtbench``, ``builtin:humaneval``).
+        limit: use the first so many prompts.
+
+    Raises:
+        ValueError: the draft, the target or the prompt set cannot be used; one clear line.
+        ServingError: the server failed.
+    """
+    require_match(validate_export(draft_folder), read_target(target_path))  # before anything is downloaded
+    prompts = load_prompts(prompt_set, Path(target_path).expanduser(), cache_dir, limit)
+    result = evaluate_draft(draft_folder, target_path, prompts, settings, prompt_set=prompt_set, progress=progress)
+    if output is not None:
+        result.save(output)
+    return result
+
+
+def evaluate_draft(
+    draft_folder: str | Path,
+    target_path: str | Path,
+    prompts: Sequence[EvaluationPrompt],
+    settings: EvaluationSettings | None = None,
+    *,
+    prompt_set: str = "",
+    progress: Progress = lambda stage: None,
+) -> EvaluationResult:
+    """Serve ``prompts`` with and without the draft, greedily.
+
+    Args:
+        prompt_set: its name, for the record.
+        progress: told what is about to happen.
+
+    Raises:
+        ValueError: the draft does not fit the target, or a prompt does not fit its context.
+        ServingError: the server failed, or did not load all of the draft.
+    """
+    export, target = validate_export(draft_folder), read_target(target_path)
+    settings = _resolve(settings or EvaluationSettings())
+    require_match(export, target)
+    _require_room(prompts, target, settings)
+    plain_job = Job(
+        target=str(Path(target_path).expanduser()),
+        prompts=[list(prompt.input_ids) for prompt in prompts],
+        max_tokens=settings.max_tokens,
+        dtype=settings.dtype,
+        device=settings.device,
+        threads=settings.threads or 1,
+        concurrency=min(settings.concurrency, len(prompts)),
+        num_draft_tokens=settings.num_draft_tokens,
+        engine_args=settings.engine_args,
+    )
+    progress(f"serving {len(prompts)} prompts with the draft")
+    drafted = serve(replace(plain_job, draft=str(export.folder)))
+    progress(f"serving {len(prompts)} prompts without it")
+    plain = serve(plain_job)
+    return _compare(drafted, plain, prompts, settings, str(draft_folder), str(target_path), prompt_set)
+
+
+def require_match(export: DraftExport, target: PretrainedConfig) -> None:
+    """Refuse a draft that was made for another target.
+
+    Raises:
+        ValueError: the sizes differ; names both.
+    """
+    for what, of_draft, of_target in (
+        ("hidden size", export.hidden_size, target.hidden_size),
+        ("vocabulary", export.vocab_size, target.vocab_size),
+    ):
+        if of_draft != of_target:
+            raise ValueError(
+                f"the draft {export.folder} was made for another target: {what} {of_draft}, "
+                f"but the target's is {of_target}"
+            )
+    if export.aux_layers[-1] >= target.num_hidden_layers:
+        raise ValueError(
+            f"the draft {export.folder} was made for another target: it reads layers {list(export.aux_layers)}, "
+            f"but the target has {target.num_hidden_layers}"
+        )
+
+
+def _resolve(settings: EvaluationSettings) -> EvaluationSettings:
+    device = pick_device(settings.device, "device")
+    dtype = fast_dtype(device) if settings.dtype == "auto" else settings.dtype
+    return replace(settings, device=device, dtype=dtype, threads=settings.threads or os.cpu_count())
+
+
+def _require_room(prompts: Sequence[EvaluationPrompt], target: PretrainedConfig, settings: EvaluationSettings) -> None:
+    if not prompts:
+        raise ValueError("there is no prompt to evaluate the draft on")
+    room = target.max_position_embeddings - settings.max_tokens - settings.num_draft_tokens
+    for prompt in prompts:
+        if len(prompt.input_ids) > room:
+            raise ValueError(
+                f"prompt {prompt.id} has {len(prompt.input_ids)} tokens; with max_tokens={settings.max_tokens} it "
+                f"does not fit into the target's context of {target.max_position_embeddings}"
+            )
+
+
+def _compare(
+    drafted: Served,
+    plain: Served,
+    prompts: Sequence[EvaluationPrompt],
+    settings: EvaluationSettings,
+    draft: str,
+    target: str,
+    prompt_set: str,
+) -> EvaluationResult:
+    """All figures, from what the two engines answered."""
+    results = [
+        PromptResult(prompt.id, prompt.category, a.output_ids, a.histogram, a.output_ids == b.output_ids)
+        for prompt, a, b in zip(prompts, drafted.replies, plain.replies, strict=True)
+    ]
+    with_draft, without_draft = (Speed.of(served.output_tokens, served.seconds) for served in (drafted, plain))
+    return EvaluationResult(
+        draft=draft,
+        target=target,
+        prompt_set=prompt_set,
+        settings=settings,
+        sglang_version=drafted.sglang_version,
+        overall=Acceptance.of(results, settings.num_draft_tokens),
+        categories={
+            category: Acceptance.of(members, settings.num_draft_tokens)
+            for category, members in by_category(results).items()
+            if any(member.histogram for member in members)
+        },
+        with_draft=with_draft,
+        without_draft=without_draft,
+        speed_up=with_draft.tokens_per_s / without_draft.tokens_per_s,
+        prompts=results,
+        identical_outputs=sum(result.identical for result in results),
+    )

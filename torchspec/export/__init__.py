@@ -1,0 +1,1 @@
+"""Folders that real servers load."""

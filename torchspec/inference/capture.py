@@ -1,0 +1,204 @@
+"""SGLang plugin that carries prefill hidden states from the scheduler process to the store.
+
+    TpModelWorker.forward_batch_generation ---- hook ----> CaptureRows            (one extend batch)
+                                                 |  copy_to_host: rows -> slot of a registered host buffer
+                                                 |  consume: prompt complete? -> CaptureWriter (thread): check, put
+                                                 v
+                               reply of the request is streamed only now
+
+SGLang already computes the states (``enable_return_aux_hidden_states``) and already has a path for outputs that ride
+along with a batch (``managers/auxiliary_output.py``): it calls ``copy_to_host`` on the stream that copies results, in
+both of its event loops, and ``consume`` before it replies. One hook attaches our rows to that path. A prompt that is
+prefilled in chunks fills its slot chunk by chunk; each row is copied once.
+
+A request is only ever handed on whole: a chunk must start where the previous one ended, so a prefix that came out of a
+cache, a retraction in the middle, or an abort can never yield a sample with rows missing.
+
+Shapes: T tokens of a batch, S tokens of a prompt, F aux layers, H hidden size.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from torchspec.inference.capture_protocol import ENVIRONMENT_VARIABLE, CaptureConfig, Hello, captured_key
+from torchspec.inference.capture_writer import CaptureWriter
+from torchspec.store.geometry import SampleGeometry
+from torchspec.store.hidden_state_store import SampleBuffer
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
+    from sglang.srt.managers.tp_worker import TpModelWorker
+    from sglang.srt.managers.utils import GenerationBatchResult
+
+_WORKER = "sglang.srt.managers.tp_worker.TpModelWorker"
+_PATIENCE_SECONDS = 5.0
+"""The engine never has more bytes on their way than the buffer holds, so only fragmentation can make a slot wait."""
+
+_capture: Capture | None = None
+
+
+def register() -> None:
+    """Entry point of the group ``sglang.srt.plugins``; idle unless the parent process asked for captures."""
+    if ENVIRONMENT_VARIABLE not in os.environ:
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(f"{_WORKER}.__init__", _start, HookType.AFTER)
+    HookRegistry.register(f"{_WORKER}.forward_batch_generation", _attach, HookType.AFTER)
+
+
+def _start(_result: None, worker: TpModelWorker, *_args: Any, **_kwargs: Any) -> None:
+    """Connect to store and parent, and say hello. Every tensor-parallel rank has all states; the first one captures."""
+    global _capture
+    from sglang.srt.runtime_context import get_exec, get_parallel
+
+    if get_parallel().tp_rank != 0:
+        return
+    if not hasattr(type(worker).forward_batch_generation, "__wrapped__"):
+        raise RuntimeError(f"SGLang did not apply the capture hook to {_WORKER}.forward_batch_generation")
+    config = CaptureConfig.from_json(os.environ[ENVIRONMENT_VARIABLE])
+    model, dtype = worker.model_runner.model_config, str(worker.model_runner.dtype).removeprefix("torch.")
+    aux_layers = list(get_exec().features.return_aux_hidden_state_layer_ids)
+    _capture = Capture(CaptureWriter(config), SampleGeometry(len(aux_layers), model.hidden_size, dtype))
+    hello = Hello(tuple(aux_layers), model.num_hidden_layers, model.hidden_size, dtype)
+    _capture.writer.say({"type": "hello", **asdict(hello)})
+
+
+def _attach(
+    result: GenerationBatchResult, _worker: TpModelWorker, batch: ScheduleBatch | None = None, *_: Any, **__: Any
+) -> None:
+    """After a forward pass: if it prefilled rows of captured prompts, let them ride along with its result."""
+    if _capture is None or batch is None or not batch.forward_mode.is_extend():
+        return
+    pieces = _find_pieces(batch)
+    if pieces:
+        from sglang.srt.managers.auxiliary_output import append_auxiliary_output
+
+        output = result.logits_output
+        rows = CaptureRows(_capture, pieces, output.hidden_states, output.last_hidden_states)
+        output.auxiliary_device_output = append_auxiliary_output(output.auxiliary_device_output, rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows ``offset .. offset + length`` of a batch are tokens ``start .. start + length`` of a captured prompt."""
+
+    req: Req
+    key: str
+    offset: int
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+def _find_pieces(batch: ScheduleBatch) -> list[Piece]:
+    pieces, offset = [], 0
+    for req, start, length in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
+        key = captured_key(req.rid)
+        if key is not None and start < len(req.origin_input_ids):
+            pieces.append(Piece(req, key, offset, start, length))
+        offset += length
+    return pieces
+
+
+@dataclass(slots=True)
+class PendingPrompt:
+    """A prompt whose first ``filled`` rows lie in its slot. Without a slot it has failed and waits to be forgotten."""
+
+    req: Req
+    buffer: SampleBuffer | None
+    filled: int = 0
+
+
+class Capture:
+    """The prompts that are being prefilled, and the writer that takes the finished ones."""
+
+    def __init__(self, writer: CaptureWriter, geometry: SampleGeometry):
+        self.writer = writer
+        self._geometry = geometry
+        self._pending: dict[str, PendingPrompt] = {}
+
+    def fill(self, piece: Piece, aux: Tensor, last: Tensor) -> None:
+        """Copy ``aux`` [length, F*H] and ``last`` [length, H] into the prompt's slot."""
+        self._forget_finished()
+        if piece.key not in self._pending:
+            self._pending[piece.key] = PendingPrompt(piece.req, self._allocate(piece))
+        pending = self._pending[piece.key]
+        if pending.buffer is None:
+            return
+        if piece.start not in (0, pending.filled):  # 0: started over after a retraction
+            self._fail(piece.key, f"rows {pending.filled}..{piece.start} were never computed (prefix cache?)")
+            return
+        for name, rows in (("hs", aux), ("lhs", last)):
+            pending.buffer.views[name][piece.start : piece.end].copy_(rows, non_blocking=True)
+        pending.filled = piece.end
+
+    def complete(self, piece: Piece) -> None:
+        """The batch of ``piece`` has been processed; hand its prompt on if these were the last rows."""
+        from sglang.srt.managers.schedule_batch import FINISH_ABORT
+
+        pending = self._pending.get(piece.key)
+        if pending is None or pending.buffer is None or piece.end < len(piece.req.origin_input_ids):
+            return
+        if pending.filled == piece.end and not isinstance(piece.req.finished_reason, FINISH_ABORT):
+            del self._pending[piece.key]
+            self.writer.write(piece.key, pending.buffer, piece.req.origin_input_ids)
+
+    def _allocate(self, piece: Piece) -> SampleBuffer | None:
+        tensors = self._geometry.tensors(len(piece.req.origin_input_ids))
+        try:
+            return self.writer.store.allocate(tensors, timeout=_PATIENCE_SECONDS)
+        except (TimeoutError, ValueError) as error:
+            self.writer.fail(piece.key, str(error))
+            return None
+
+    def _fail(self, key: str, reason: str) -> None:
+        pending = self._pending[key]
+        assert pending.buffer is not None
+        self.writer.store.release(pending.buffer)
+        pending.buffer = None
+        self.writer.fail(key, reason)
+
+    def _forget_finished(self) -> None:
+        """Drop prompts that ended unfinished: aborted by the client, or failed above."""
+        for key in [key for key, pending in self._pending.items() if pending.req.finished()]:
+            buffer = self._pending.pop(key).buffer
+            if buffer is not None:
+                self.writer.store.release(buffer)
+
+
+@dataclass(frozen=True, slots=True)
+class CaptureRows:
+    """The captured rows of one batch, in SGLang's ``DeviceAuxiliaryOutput`` and ``HostAuxiliaryOutput`` protocols."""
+
+    capture: Capture
+    pieces: list[Piece]
+    aux: Tensor
+    """[T, F*H]"""
+    last: Tensor
+    """[T, H], after the final norm."""
+
+    def copy_to_host(self, _copy_tensor: Callable[[Tensor], Tensor]) -> CaptureRows:
+        """Copy each prompt's rows straight to its slot; SGLang waits for this stream before :meth:`consume`."""
+        for tensor in (self.aux, self.last):
+            if tensor.is_cuda:
+                tensor.record_stream(torch.cuda.current_stream())
+        for piece in self.pieces:
+            rows = slice(piece.offset, piece.offset + piece.length)
+            self.capture.fill(piece, self.aux[rows], self.last[rows])
+        return self
+
+    def consume(self, _batch: ScheduleBatch, _commits: Sequence[object]) -> None:
+        """Sampled tokens are committed, the replies are not sent yet."""
+        for piece in self.pieces:
+            self.capture.complete(piece)

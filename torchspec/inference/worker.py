@@ -1,0 +1,175 @@
+"""One inference worker: pulls leases, has the target answer and prefill them, publishes what the store holds.
+
+    controller --lease--> [prompt] --answer--> [prompt + answer] --capture--> store --publish--> controller
+
+The worker keeps ``max_concurrency`` samples in its engine's continuous batch. It asks for more as soon as one is done
+and never waits for a whole batch. It keeps no state that anybody would miss: when it dies, its leases are given to
+another worker, and what it has published lies in the store.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from torchspec.config.schema import AnswerConfig, InferenceConfig
+from torchspec.contracts import Answer, FailureKind, Lease, SampleRef, WorkerReport, pack_mask
+from torchspec.inference.engine import EngineConfig, EngineDied, EngineError, NoRoom, SampleTooLarge, TargetEngine
+from torchspec.store.endpoint import StoreEndpoint
+
+CAPTURES_WHILE_ANSWERING = 2
+"""SGLang prefers prefill to decode: without this bound, samples that only need a prefill would starve the answers that
+the front of the line waits for."""
+
+
+class Unanswerable(Exception):
+    """The target has nothing to say to a prompt; asking again would not help."""
+
+
+class InferenceWorker:
+    """A Ray actor class around one :class:`TargetEngine`.
+
+    Args:
+        name: This worker, unique in the run.
+        controller: Handle of the controller actor.
+        engine: The engine to start.
+        endpoint: The run's store.
+        inference: Concurrency and buffer size.
+        answer: How the target answers.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        controller: Any,
+        engine: EngineConfig,
+        endpoint: StoreEndpoint,
+        inference: InferenceConfig,
+        answer: AnswerConfig,
+    ):
+        self._name, self._controller, self._answer = name, controller, answer
+        self._max_concurrency = inference.max_concurrency
+        self._tokenizer = AutoTokenizer.from_pretrained(engine.model_path, trust_remote_code=engine.trust_remote_code)
+        self._report = WorkerReport(name)
+        self._answering = self._capturing = 0
+        self._turn = asyncio.Condition()
+        self._engine = TargetEngine(engine, endpoint, inference.buffer_bytes)
+
+    async def run(self) -> None:
+        """Work until the controller has no more leases for this worker, then stop the engine.
+
+        Raises:
+            EngineDied: the engine is gone; the controller takes the open leases back.
+        """
+        samples: set[asyncio.Task[None]] = set()
+        try:
+            await self._work(samples)
+        finally:
+            for task in samples:
+                task.cancel()
+            self._engine.stop()
+
+    async def _work(self, samples: set[asyncio.Task[None]]) -> None:
+        asking: asyncio.Task[list[Lease]] | None = None
+        more, since = True, time.monotonic()
+        while more or samples:
+            if more and asking is None and len(samples) < self._max_concurrency:
+                asking = asyncio.create_task(self._lease(self._max_concurrency - len(samples)))
+            waiting = samples | ({asking} if asking is not None else set())
+            await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            now = time.monotonic()
+            if samples:
+                self._count(busy_seconds=now - since)
+            since = now
+            for task in [task for task in samples if task.done()]:
+                samples.remove(task)
+                task.result()
+            if asking is not None and asking.done():
+                leases = asking.result()
+                samples.update(asyncio.create_task(self._serve(lease)) for lease in leases)
+                more, asking = bool(leases), None
+
+    async def _lease(self, count: int) -> list[Lease]:
+        return await self._controller.lease.remote(self._name, count, self._report)
+
+    async def _serve(self, lease: Lease) -> None:
+        """Turn one lease into a published sample, or into a failure with a reason."""
+        try:
+            ref, answer = await self._produce(lease)
+        except EngineDied:
+            raise
+        except (EngineError, SampleTooLarge, Unanswerable) as error:
+            await self._controller.fail.remote(self._name, lease.sample, lease.key, str(error), _kind(error))
+            return
+        await self._controller.publish.remote(self._name, ref, answer)
+
+    async def _produce(self, lease: Lease) -> tuple[SampleRef, Answer | None]:
+        input_ids, loss_mask, answer = np.frombuffer(lease.input_ids, "<i4").tolist(), lease.loss_mask, None
+        if lease.max_new_tokens > 0:
+            self._answering += 1
+            try:
+                answer = await self._ask(lease, input_ids)
+            finally:
+                self._answering -= 1
+            loss_mask = pack_mask([False] * len(input_ids) + [True] * len(answer.token_ids))
+            input_ids += answer.token_ids
+        async with self._capture_turn():
+            captured = await self._engine.capture(lease.key, input_ids)
+        self._count(
+            samples=1,
+            tokens=len(input_ids),
+            answer_tokens=len(answer.token_ids) if answer else 0,
+            put_bytes=captured.num_bytes,
+            put_seconds=captured.put_seconds,
+        )
+        ref = SampleRef(
+            sample=lease.sample,
+            key=lease.key,
+            num_tokens=len(input_ids),
+            loss_mask=loss_mask,
+            tensors=captured.tensors,
+            num_bytes=captured.num_bytes,
+            norm_state="post_norm",  # SGLang's last_hidden_states
+        )
+        return ref, answer
+
+    @asynccontextmanager
+    async def _capture_turn(self) -> AsyncIterator[None]:
+        """Wait while as many captures are under way as answers can bear."""
+        async with self._turn:
+            await self._turn.wait_for(lambda: not self._answering or self._capturing < CAPTURES_WHILE_ANSWERING)
+            self._capturing += 1
+        try:
+            yield
+        finally:
+            async with self._turn:
+                self._capturing -= 1
+                self._turn.notify_all()
+
+    async def _ask(self, lease: Lease, input_ids: list[int]) -> Answer:
+        """The target's answer; its token that ends the turn, if it came to one, is part of it and is learnt from."""
+        token_ids, finish_reason = await self._engine.answer(
+            input_ids, lease.max_new_tokens, self._answer.temperature, self._answer.top_p, lease.seed
+        )
+        text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        if not text.strip():
+            raise Unanswerable(f"the target's answer is empty ({len(token_ids)} tokens, {finish_reason})")
+        return Answer(lease.sample.prompt, tuple(token_ids), text, finish_reason)
+
+    def _count(self, **more: float) -> None:
+        current = self._report
+        self._report = replace(current, **{name: getattr(current, name) + value for name, value in more.items()})
+
+
+def _kind(error: Exception) -> FailureKind:
+    """Who is to blame, and so what the controller does about it."""
+    if isinstance(error, Unanswerable | SampleTooLarge):
+        return "final"
+    return "no_room" if isinstance(error, NoRoom) else "retry"

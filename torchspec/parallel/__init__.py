@@ -1,0 +1,1 @@
+"""Meshes and parallel setup of the training ranks."""

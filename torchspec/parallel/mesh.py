@@ -1,0 +1,66 @@
+"""The process group of a run's training ranks, and their mesh.
+
+The mesh is two-dimensional, ``("dp", "sp")``: data-parallel replicas (FSDP2 shards over them) and, inside each, the
+ranks that share one sample. A group exists for one rank too, so the step loop needs no special case; only sharding is
+left out there.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+from datetime import timedelta
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+TIMEOUT = timedelta(minutes=30)
+
+
+def join_mesh(rank: int, world_size: int, address: str, port: int, device: torch.device) -> DeviceMesh:
+    """Meet the other ranks at ``address:port`` (rank 0 binds it, and nothing wider) and return the mesh.
+
+    Collectives of CPU tensors go over gloo, of CUDA tensors over NCCL.
+    """
+    if ipaddress.ip_address(socket.gethostbyname(address)).is_loopback:
+        # gloo and NCCL choose an interface by the host's name otherwise, which need not be loopback
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = _interface_of("127.0.0.1")
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    store = _rendezvous(rank, world_size, address, port)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    return init_device_mesh(device.type, (world_size, 1), mesh_dim_names=("dp", "sp"))
+
+
+def shard_module(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Shard ``module`` over the mesh's dp ranks with FSDP2, in place; a single rank keeps it plain.
+
+    One unit: a draft is one layer that runs ``ttt_length`` times in a forward, so it is gathered once a micro-batch.
+    Gradients are summed, not averaged (the loss is a sum until the step scales it by the global count). A parameter
+    without gradient on this rank takes part with zeros, so a rank's masks never change the collectives.
+    """
+    if mesh["dp"].size() == 1:
+        return
+    sharded = fully_shard(module, mesh=mesh["dp"])
+    sharded.set_gradient_divide_factor(1.0)
+    sharded.set_force_sum_reduction_for_comms(True)
+    sharded.set_reduce_scatter_unused_params(True)
+
+
+def _rendezvous(rank: int, world_size: int, address: str, port: int) -> TCPStore:
+    if rank != 0:
+        return TCPStore(address, port, world_size, is_master=False, timeout=TIMEOUT)
+    # TCPStore binds all interfaces when left to itself, so it is given a socket that is already bound
+    listener = socket.create_server((address, port))
+    return TCPStore(address, port, world_size, is_master=True, timeout=TIMEOUT, master_listen_fd=listener.detach())
+
+
+def _interface_of(address: str) -> str:
+    return next(
+        name for name, entries in psutil.net_if_addrs().items() for entry in entries if entry.address == address
+    )

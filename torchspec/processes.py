@@ -1,0 +1,145 @@
+"""Child processes that cannot outlive the process that started them, and the ports that they listen on.
+
+    this process <--pidfd-- guard --PR_SET_PDEATHSIG--> command (a session of its own)
+
+Each command runs under a small *guard* process. The guard watches both sides: when the starting process ends in
+whatever way, ``kill -9`` included, it ends the command's whole process group; should the guard itself be killed, the
+kernel kills the command. PR_SET_PDEATHSIG on the command alone would not do: it fires when the *thread* that forked
+ends, and setting it between fork and exec of a process with threads can deadlock. The guard has one thread.
+
+Standard library only, no import of ours: the guard runs this very file in isolated mode and starts in milliseconds.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+
+GRACE_SECONDS = 5.0
+"""What a command gets between SIGTERM and SIGKILL."""
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+class ChildProcess:
+    """One supervised command, its output appended to a log file.
+
+    Args:
+        command: Program and arguments.
+        log_path: File for stdout and stderr; its folder is created.
+        env: The command's environment; default: ours.
+    """
+
+    def __init__(self, command: Sequence[str], log_path: Path, env: dict[str, str] | None = None):
+        self.log_path = log_path
+        log_path.parent.mkdir(parents=True, exist_ok=True)
+        with log_path.open("ab") as log:
+            self._guard = subprocess.Popen(
+                [sys.executable, "-I", "-S", __file__, str(os.getpid()), *command],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=env,
+                start_new_session=True,  # a Ctrl-C in the terminal is ours to handle
+            )
+
+    @property
+    def pid(self) -> int:
+        """The guard's process id."""
+        return self._guard.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """The command's exit status (128 + the signal that ended it), None while it runs."""
+        return self._guard.poll()
+
+    def alive(self) -> bool:
+        return self.returncode is None
+
+    def stop(self) -> None:
+        """SIGTERM, then SIGKILL after GRACE_SECONDS, to the command's process group. Returns when all is gone."""
+        self._guard.terminate()
+        self._guard.wait()
+
+    def log_tail(self, lines: int = 10) -> str:
+        with self.log_path.open(errors="replace") as log:
+            return "".join(deque(log, maxlen=lines))
+
+
+def free_port(host: str = "127.0.0.1") -> int:
+    """A TCP port that was free a moment ago. Another process can take it, so callers try again."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def require_free_port(host: str, port: int, knob: str) -> None:
+    """Refuse a port that the user asked for and that cannot be had.
+
+    Raises:
+        ValueError: ``host:port`` is in use, or ``host`` is not an address of this machine.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free to a server
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(
+                f"{knob}={port} cannot be used on {host} ({error.strerror}); choose another port, or leave {knob} out "
+                "to get a free one"
+            ) from error
+
+
+class _Stop(Exception):
+    """SIGTERM arrived at the guard."""
+
+
+def _stop(*_: object) -> None:
+    raise _Stop
+
+
+def _guard(parent: int, command: list[str]) -> int:
+    """Run ``command`` until it ends, SIGTERM comes, or ``parent`` is gone. Returns the command's exit status."""
+    parent_fd = os.pidfd_open(parent)
+    guard = os.getpid()
+    if os.getppid() != parent:  # it ended before we looked, and its number may be someone else's by now
+        return 1
+    libc = ctypes.CDLL(None)
+
+    def die_with_guard() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != guard:  # the guard ended before prctl
+            os._exit(1)
+
+    child = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_guard)
+    child_fd = os.pidfd_open(child.pid)
+    child_poll = select.poll()
+    child_poll.register(child_fd, select.POLLIN)
+    either_poll = select.poll()
+    either_poll.register(child_fd, select.POLLIN)
+    either_poll.register(parent_fd, select.POLLIN)
+    try:
+        signal.signal(signal.SIGTERM, _stop)
+        either_poll.poll()
+    except _Stop:
+        pass
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # The child is not reaped before the last killpg, so the group's number cannot have been given to another.
+    if not child_poll.poll(0):
+        os.killpg(child.pid, signal.SIGTERM)
+        child_poll.poll(GRACE_SECONDS * 1000)
+    os.killpg(child.pid, signal.SIGKILL)
+    status = child.wait()
+    return status if status >= 0 else 128 - status
+
+
+if __name__ == "__main__":
+    sys.exit(_guard(int(sys.argv[1]), sys.argv[2:]))

@@ -1,0 +1,67 @@
+"""How a process of ours joins the store."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import socket
+import stat
+
+from mooncake.store import MooncakeDistributedStore, ReplicateConfig
+
+from torchspec.store.endpoint import StoreEndpoint
+from torchspec.store.errors import StoreUnavailable
+
+_PROBE_SECONDS = 5.0
+
+
+def connect(endpoint: StoreEndpoint, segment_bytes: int = 0) -> MooncakeDistributedStore:
+    """A connected client that contributes ``segment_bytes`` of memory to the store.
+
+    Raises:
+        StoreUnavailable: the master does not answer or refuses.
+    """
+    _probe(endpoint.master)  # setup would try for much longer, and holds the GIL meanwhile
+    client = MooncakeDistributedStore()
+    before = set(os.listdir("/proc/self/fd"))
+    code = client.setup(
+        endpoint.local_hostname, endpoint.metadata, segment_bytes, 0, endpoint.protocol, "", endpoint.master
+    )
+    if code != 0:
+        raise StoreUnavailable(f"the store's master at {endpoint.master} refused this client (Mooncake {code})")
+    if ipaddress.ip_address(socket.gethostbyname(endpoint.local_hostname)).is_loopback:
+        _confine_to_loopback({int(fd) for fd in set(os.listdir("/proc/self/fd")) - before})
+    return client
+
+
+def pinned() -> ReplicateConfig:
+    """Put objects so that the master never evicts them; a put that finds no room fails instead."""
+    config = ReplicateConfig()
+    config.with_hard_pin = True
+    return config
+
+
+def _probe(master: str) -> None:
+    host, port = master.rsplit(":", 1)
+    try:
+        socket.create_connection((host, int(port)), timeout=_PROBE_SECONDS).close()
+    except OSError as error:
+        raise StoreUnavailable(f"the store's master does not answer at {master}: {error}") from error
+
+
+def _confine_to_loopback(fds: set[int]) -> None:
+    """Let the listening sockets among ``fds`` accept from this machine only.
+
+    A client listens for handshakes and for data, always on all interfaces (0.3.13), whatever address it advertises. A
+    socket bound to the loopback *device* gets no packet from any other.
+    """
+    for fd in fds:
+        try:
+            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+                continue
+            duplicate = socket.socket(fileno=os.dup(fd))
+        except OSError:  # closed meanwhile
+            continue
+        with duplicate:
+            if duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")

@@ -1,0 +1,190 @@
+"""Samples in and out of the Mooncake store, without a copy on our side.
+
+    capture -> allocate -> views (registered host memory) -> put --batch_put_from--> store node
+    trainer <- views (registered host memory)             <- get <--batch_get_into-- store node
+
+A sample is a few objects ``{key}_{suffix}``; one call moves them all. Each process registers *one* buffer and hands
+out slots of it. Objects are hard-pinned, so the master never evicts them: a full store makes a put fail. Mooncake
+releases the GIL in every call made here except connecting and closing, so puts on the executor's threads do not hold
+up the caller.
+
+Keys must be unique for each attempt: Mooncake answers a put on an existing key with success and keeps the old bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import torch
+
+from torchspec.contracts import TensorSpec
+from torchspec.store.client import connect, pinned
+from torchspec.store.endpoint import StoreEndpoint
+from torchspec.store.errors import MissingObject, SizeMismatch, error_for
+from torchspec.store.layout import tensor_bytes
+from torchspec.store.slot_pool import SlotPool, align
+from torchspec.store.usage import StoreUsage, read_usage
+
+_PUT_THREADS = 2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SampleBuffer:
+    """A slot of registered memory. The views die with :meth:`HiddenStateStore.release` or with the end of a put."""
+
+    views: dict[str, torch.Tensor]
+    """Suffix to a CPU tensor in the slot."""
+    offset: int
+
+    def pointers(self) -> list[int]:
+        return [view.data_ptr() for view in self.views.values()]
+
+    def sizes(self) -> list[int]:
+        """Bytes of each view."""
+        return [view.nbytes for view in self.views.values()]
+
+
+class HiddenStateStore:
+    """A process's client of the store. Thread-safe.
+
+    Args:
+        endpoint: The run's store.
+        buffer_bytes: Size of the registered host buffer; bounds what is in flight between this process and the store.
+
+    Raises:
+        StoreUnavailable: the master does not answer.
+    """
+
+    def __init__(self, endpoint: StoreEndpoint, buffer_bytes: int):
+        self.endpoint = endpoint
+        self._client = connect(endpoint)
+        self._buffer = torch.empty(buffer_bytes, dtype=torch.uint8)  # pages are touched when used
+        self._pool = SlotPool(buffer_bytes)
+        code = self._client.register_buffer(self._buffer.data_ptr(), buffer_bytes)
+        if code != 0:
+            raise error_for(code, "registration", f"a host buffer of {buffer_bytes} bytes")
+        self._replication = pinned()
+        self._executor = ThreadPoolExecutor(_PUT_THREADS, thread_name_prefix="store-put")
+
+    def allocate(self, tensors: Mapping[str, TensorSpec], timeout: float | None = None) -> SampleBuffer:
+        """A slot with a view for each tensor, contents undefined. Waits for room.
+
+        Raises:
+            ValueError: it can never fit, or a dtype is not one that the store carries.
+            TimeoutError: no room within ``timeout`` seconds.
+        """
+        starts, end = [], 0
+        for spec in tensors.values():
+            starts.append(end)
+            end += align(tensor_bytes(spec))
+        if end > self._pool.capacity:
+            raise ValueError(
+                f"a sample of {end} bytes never fits into a host buffer of {self._pool.capacity}: raise "
+                "inference.buffer_bytes and training.buffer_bytes"
+            )
+        try:
+            offset = self._pool.allocate(end, timeout)
+        except TimeoutError as error:
+            raise TimeoutError(
+                f"no room for {end} bytes in a host buffer of {self._pool.capacity} within {timeout} s: raise "
+                "inference.buffer_bytes (engines) or training.buffer_bytes (trainers)"
+            ) from error
+        views = {
+            suffix: self._buffer[offset + start : offset + start + tensor_bytes(spec)]
+            .view(getattr(torch, spec.dtype))
+            .view(spec.shape)
+            for (suffix, spec), start in zip(tensors.items(), starts, strict=True)
+        }
+        return SampleBuffer(views, offset)
+
+    def release(self, buffer: SampleBuffer) -> None:
+        """Give the slot back; its views must not be used any more."""
+        self._pool.release(buffer.offset)
+
+    def put(self, key: str, buffer: SampleBuffer) -> Future[int]:
+        """Store the views under ``{key}_{suffix}`` in the background, all of them or none, and release the buffer.
+
+        Returns:
+            Future of the bytes stored. It raises StoreFull or StoreUnavailable.
+        """
+        return self._executor.submit(self._put, key, buffer)
+
+    def get(self, key: str, tensors: Mapping[str, TensorSpec], timeout: float | None = None) -> SampleBuffer:
+        """Read ``{key}_{suffix}`` into a new buffer, which the caller releases. ``timeout``: as in :meth:`allocate`.
+
+        Raises:
+            MissingObject: one of the tensors is not there.
+            SizeMismatch: one of them is larger or smaller than its spec says.
+            StoreUnavailable: the master or the store node does not answer.
+        """
+        buffer = self.allocate(tensors, timeout)
+        try:
+            names, sizes = _names(key, tensors), buffer.sizes()
+            results = self._client.batch_get_into(names, buffer.pointers(), sizes)
+            for name, size, result in zip(names, sizes, results, strict=True):
+                if result < 0:
+                    raise error_for(result, "get", name)
+                if result != size:
+                    raise SizeMismatch(f"get of {name}: {result} bytes are stored, its shape says {size}")
+        except BaseException:
+            self.release(buffer)
+            raise
+        return buffer
+
+    def remove(self, key: str, suffixes: Iterable[str]) -> None:
+        """Free ``{key}_{suffix}``, whether or not a reader's lease on it has ended. What is not there is fine.
+
+        Raises:
+            StoreUnavailable: the master does not answer.
+        """
+        names = _names(key, suffixes)
+        for name, code in zip(names, self._client.batch_remove(names, True), strict=True):
+            error = error_for(code, "remove", name)
+            if code < 0 and not isinstance(error, MissingObject):
+                raise error
+
+    def exists(self, key: str, suffixes: Iterable[str]) -> bool:
+        """Whether all of ``{key}_{suffix}`` are stored.
+
+        Raises:
+            StoreUnavailable: the master does not answer.
+        """
+        names = _names(key, suffixes)
+        results = self._client.batch_is_exist(names)
+        for name, result in zip(names, results, strict=True):
+            if result < 0:
+                raise error_for(result, "look-up", name)
+        return all(results)
+
+    def usage(self) -> StoreUsage:
+        """The whole store's fill level.
+
+        Raises:
+            StoreUnavailable: the master does not answer.
+        """
+        return read_usage(self.endpoint)
+
+    def close(self) -> None:
+        """Finish the puts under way and disconnect. Views of this store's buffers must not be used any more."""
+        self._executor.shutdown()
+        self._client.unregister_buffer(self._buffer.data_ptr())
+        self._client.close()
+
+    def _put(self, key: str, buffer: SampleBuffer) -> int:
+        try:
+            names, sizes = _names(key, buffer.views), buffer.sizes()
+            codes = self._client.batch_put_from(names, buffer.pointers(), sizes, self._replication)
+            for name, code in zip(names, codes, strict=True):
+                if code < 0:
+                    # Half a sample is of no use. Should this fail too, the first error is the one to tell.
+                    self._client.batch_remove(names, True)
+                    raise error_for(code, "put", name)
+            return sum(sizes)
+        finally:
+            self.release(buffer)
+
+
+def _names(key: str, suffixes: Iterable[str]) -> list[str]:
+    return [f"{key}_{suffix}" for suffix in suffixes]

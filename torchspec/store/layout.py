@@ -1,0 +1,65 @@
+"""What a sample looks like in the store: tensor names, shapes, bytes. No torch, so that the controller can count.
+
+Legend: S tokens of the sample, F auxiliary layers, H hidden size of the target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+from torchspec.contracts import TensorSpec
+
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
+"""The dtypes that the store carries, by torch's names, and the bytes of one element."""
+
+USABLE_SHARE = 0.7
+"""Share of the store that samples may fill, counted in ``stored_bytes``; the rest pays for fragmentation.
+
+From a simulation of Mooncake's allocator with lengths drawn uniformly and samples freed nearly in order: in a store of
+14 of the largest samples, no put in 6000 fails at 0.7, 0.2% at 0.75, 39% at 0.9; of 100 of them: none at 0.85.
+"""
+
+_SMALLEST_OBJECT = 4096
+_MANTISSA_BITS = 3
+
+
+def sample_tensors(num_tokens: int, num_aux: int, hidden: int, dtype: str) -> dict[str, TensorSpec]:
+    """The tensors of one full sample.
+
+    Returns:
+        ``hs`` [S, F*H]: auxiliary states, layers concatenated; ``lhs`` [S, H]: last hidden states;
+        ``ids`` [S] int32: token ids.
+    """
+    return {
+        "hs": TensorSpec((num_tokens, num_aux * hidden), dtype),
+        "lhs": TensorSpec((num_tokens, hidden), dtype),
+        "ids": TensorSpec((num_tokens,), "int32"),
+    }
+
+
+def tensor_bytes(spec: TensorSpec) -> int:
+    """Bytes of a tensor's data.
+
+    Raises:
+        ValueError: the store does not carry this dtype.
+    """
+    if spec.dtype not in ITEM_BYTES:
+        raise ValueError(f"the store does not carry dtype {spec.dtype!r}; it carries {', '.join(ITEM_BYTES)}")
+    return prod(spec.shape) * ITEM_BYTES[spec.dtype]
+
+
+def stored_bytes(tensors: Mapping[str, TensorSpec]) -> int:
+    """Upper bound of the segment bytes that these tensors occupy, each an object of its own."""
+    return sum(object_bytes(tensor_bytes(spec)) for spec in tensors.values())
+
+
+def object_bytes(size: int) -> int:
+    """Upper bound of the segment bytes that Mooncake takes for an object of ``size`` bytes.
+
+    Its offset allocator rounds each request up to a number of four significant bits, so up to 1/8 more (mooncake-store,
+    ``offset_allocator.cpp``), while the master's metrics count what was asked for. Segments above 3.75 GiB are counted
+    in granules, 512 bytes at 1 TiB; the smallest object covers that.
+    """
+    step = 1 << max(0, size.bit_length() - 1 - _MANTISSA_BITS)
+    return max(_SMALLEST_OBJECT, -(-size // step) * step)

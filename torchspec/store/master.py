@@ -1,0 +1,104 @@
+"""Mooncake's master as a supervised child: it knows which objects exist and hands out the nodes' memory.
+
+It binds the given address only, runs without Mooncake's metadata server, ends with the process that started it, and
+never evicts: all our objects are hard-pinned (``hidden_state_store.py``), so a full store refuses a put instead.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import mooncake
+import psutil
+
+from torchspec.processes import ChildProcess, free_port, require_free_port
+from torchspec.store.endpoint import StoreEndpoint
+from torchspec.store.errors import StoreUnavailable
+
+_START_ATTEMPTS = 3
+"""A free port may be taken between looking and binding; the master then exits at once."""
+_START_SECONDS = 30.0
+
+_FLAGS = {
+    "enable_metric_reporting": "false",  # the periodic log line; /metrics stays
+    "allow_evict_soft_pinned_objects": "false",
+    # A lease that ends during a read fails it. Ours end with the removal (by force), so a long one costs nothing.
+    "default_kv_lease_ttl": "60s",
+    # Room of a put whose process died comes back after this; a live put that stalls is cut off sooner.
+    "put_start_discard_timeout_sec": "30",
+    "put_start_release_timeout_sec": "60",
+    # Seconds without a heartbeat until a node's memory is written off. A busy machine can delay one for long.
+    "client_ttl": "30",
+}
+
+
+class MooncakeMaster:
+    """Starts on construction and is ready when the constructor returns.
+
+    Args:
+        log_path: File for the master's log.
+        host: Address to bind, and under which clients find it.
+        port: Port for clients; default: a free one.
+        protocol: Transport of the tensors, handed on to the clients: ``tcp`` or ``rdma``.
+
+    Raises:
+        ValueError: ``port`` cannot be had (names ``store.master_port``).
+        StoreUnavailable: the master does not come up (quotes its log).
+    """
+
+    def __init__(self, log_path: Path, host: str = "127.0.0.1", port: int | None = None, protocol: str = "tcp"):
+        for _ in range(_START_ATTEMPTS):
+            if port is not None:
+                require_free_port(host, port, "store.master_port")
+            self.endpoint = StoreEndpoint(
+                master=f"{host}:{port or free_port(host)}",
+                metrics=f"{host}:{free_port(host)}",
+                protocol=protocol,
+                local_hostname=host,
+            )
+            self._process = ChildProcess(_command(self.endpoint), log_path)
+            if self._becomes_ready():
+                return
+            self._process.stop()
+        raise StoreUnavailable(f"the store's master does not start; {log_path} ends with\n{self._process.log_tail()}")
+
+    def alive(self) -> bool:
+        return self._process.alive()
+
+    def stop(self) -> None:
+        self._process.stop()
+
+    def _becomes_ready(self) -> bool:
+        """Whether the child itself came to listen on both ports.
+
+        Its ``/health`` says ready before the port for clients is bound, and whoever took a port may answer too.
+        """
+        wanted = {int(address.rsplit(":", 1)[1]) for address in (self.endpoint.master, self.endpoint.metrics)}
+        deadline = time.monotonic() + _START_SECONDS
+        while self._process.alive() and time.monotonic() < deadline:
+            if wanted <= _ports_of_children(self._process.pid):
+                return True
+            time.sleep(0.02)
+        return False
+
+
+def _ports_of_children(pid: int) -> set[int]:
+    try:
+        sockets = [s for child in psutil.Process(pid).children() for s in child.net_connections("tcp")]
+    except psutil.NoSuchProcess:  # it ended while we looked
+        return set()
+    return {s.laddr.port for s in sockets if s.status == psutil.CONN_LISTEN}
+
+
+def _command(endpoint: StoreEndpoint) -> list[str]:
+    host, rpc_port = endpoint.master.rsplit(":", 1)
+    _, metrics_port = endpoint.metrics.rsplit(":", 1)
+    addresses = {
+        "rpc_address": host,
+        "rpc_port": rpc_port,
+        "metrics_host": host,
+        "metrics_port": metrics_port,
+    }
+    binary = Path(mooncake.__file__).with_name("mooncake_master")
+    return [str(binary), *(f"--{name}={value}" for name, value in (addresses | _FLAGS).items())]

@@ -1,0 +1,252 @@
+"""One rank of the training side: the step loop of a run, from top to bottom.
+
+    stream.next() -> forward and backward of each micro-batch -> all-reduce of the sums -> scale, clip, step
+        -> step_done -> evaluation and checkpoint where the batch says so
+
+Every rank runs the same sequence of collectives whatever its samples hold: the number of micro-batches and the flags
+come with the batch and are equal on all ranks, a rank without samples trains one row of padding, and decisions use
+all-reduced values only. The host waits for the device once a step.
+
+Random numbers: the draft's weights come from ``run.seed`` on every rank; after that, rank ``r`` draws from a generator
+seeded with ``run.seed + 1 + r``, whose state is part of the checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import closing
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import torch
+import torch.distributed as dist
+import yaml
+from torch.distributed.fsdp import FSDPModule
+
+from torchspec.config.schema import Config
+from torchspec.contracts import StepReport
+from torchspec.export.hf import export_draft
+from torchspec.hardware import pick_device
+from torchspec.models.eagle3 import Eagle3Batch, Eagle3Output
+from torchspec.parallel.mesh import join_mesh, shard_module
+from torchspec.store.endpoint import StoreEndpoint
+from torchspec.store.geometry import SampleGeometry
+from torchspec.store.hidden_state_store import HiddenStateStore
+from torchspec.training.checkpoint import (
+    CONFIG_FILE,
+    LEDGER_FILE,
+    CheckpointInfo,
+    checkpoints_root,
+    read_info,
+    restore_checkpoint,
+    save_checkpoint,
+    training_state,
+)
+from torchspec.training.fetch import FetchedStep, SampleFetcher, StepStream
+from torchspec.training.metrics import StepSums, summarise
+from torchspec.training.optimizer import build_optimizer, scale_and_clip
+from torchspec.training.rotation import point, rotate, step_folder
+from torchspec.training.schedule import learning_rate
+from torchspec.training.setup import build_draft, compile_or_stay_eager
+from torchspec.training.weights import gather_weights
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or the gradient norm is not finite."""
+
+
+@dataclass(frozen=True)
+class TrainerSpec:
+    """What a rank is made from. Only ``rank`` differs between the ranks of a run."""
+
+    config: Config
+    rank: int
+    world_size: int
+    address: str
+    """Host of rank 0, where the ranks meet; rank 0 binds this address and no other."""
+    port: int
+    threads: int
+    """CPU threads of this rank."""
+    draft_ids: np.ndarray
+    """int64 [Vd]: the draft vocabulary, as increasing target ids."""
+    aux_layers: tuple[int, ...]
+    geometry: SampleGeometry
+    total_steps: int
+    """Length of the learning-rate schedule."""
+    endpoint: StoreEndpoint
+    run_dir: Path
+    resume: Path | None = None
+    """Checkpoint to go on from."""
+
+
+class Trainer:
+    """See the module's docstring. One per process: it joins the process group and sets the number of threads."""
+
+    def __init__(self, spec: TrainerSpec):
+        config, training = spec.config, spec.config.training
+        self.spec, self.config = spec, config
+        torch.set_num_threads(spec.threads)
+        self.device = torch.device(pick_device(training.device, "training.device"))
+        self.mesh = join_mesh(spec.rank, spec.world_size, spec.address, spec.port, self.device)
+        self.draft_ids = torch.from_numpy(spec.draft_ids)
+        self.draft, self.target = build_draft(config, self.draft_ids, len(spec.aux_layers), self.device)
+        if training.compile:
+            compile_or_stay_eager(self.draft, training.ttt_length, self.device)
+        shard_module(self.draft, self.mesh)
+        self.parameters = dict(self.draft.named_parameters())
+        self.optimizer = build_optimizer(self.parameters.values(), config.optimizer)
+        torch.manual_seed(config.run.seed + 1 + spec.rank)
+        self.step_weights = [training.step_decay**t for t in range(training.ttt_length)]
+        self.step = self.saved_step = 0
+        if spec.resume is not None:
+            self.step = restore_checkpoint(spec.resume, self.parameters, self.optimizer, self.draft_ids).step
+            self.saved_step = self.step
+        self.store = HiddenStateStore(spec.endpoint, training.buffer_bytes)
+
+    def run(self, controller: Any) -> None:
+        """Train what ``controller`` hands out until it says that nothing follows.
+
+        Raises:
+            TrainingDiverged: the loss or the gradients are not finite; names the step. Nothing was saved from it.
+            CheckpointError: a checkpoint could not be saved.
+        """
+        rank, config = self.spec.rank, self.config
+        fetcher = SampleFetcher(self.store, self.spec.geometry, pin_memory=self.device.type == "cuda")
+        heldout = config.evaluation.heldout is not None
+        with closing(StepStream(controller, rank, fetcher, config.controller.prefetch_steps, heldout)) as stream:
+            while True:
+                started = time.perf_counter()
+                fetched = stream.next()
+                if fetched is None:
+                    break
+                batch = fetched.batch
+                report = self._train(fetched, wait_seconds=time.perf_counter() - started)
+                ray.get(controller.step_done.remote(rank, batch.step, report if rank == 0 else None))
+                score = self._evaluate(controller, stream.heldout()) if batch.evaluate else None
+                if batch.checkpoint:
+                    self._save(controller, score)
+            if self.step > self.saved_step:  # stopped between two checkpoints
+                self._save(controller, None)
+        self.store.close()
+
+    # ---- one optimizer step ----
+
+    def _train(self, fetched: FetchedStep, wait_seconds: float) -> StepReport:
+        started = time.perf_counter()
+        self.step = fetched.batch.step
+        sums = StepSums(len(self.step_weights), self.device)
+        for number, batch in enumerate(fetched.micro_batches, start=1):
+            if isinstance(self.draft, FSDPModule):  # gradients are reduced once a step
+                self.draft.set_requires_gradient_sync(number == len(fetched.micro_batches))
+            output = self._forward(batch)
+            output.total.backward()
+            sums.add(output, int(batch.lengths_B.sum()))
+        dist.all_reduce(sums.flat)
+        scale = 1.0 / sums.counted.clamp(min=1.0)
+        grad_norm = scale_and_clip(
+            self.parameters.values(), scale.float(), self.config.optimizer.clip, self._sharding_group()
+        )
+        *totals, norm = torch.cat([sums.flat, grad_norm.double().view(1)]).tolist()  # waits for the device
+        metrics = summarise(totals, self.step_weights)
+        if not (math.isfinite(metrics.loss) and math.isfinite(norm)):
+            raise TrainingDiverged(
+                f"step {self.step}: the loss is {metrics.loss} and the gradient norm {norm}; the weights were not "
+                f"changed. Resume from the last checkpoint with a lower optimizer.lr ({self.config.optimizer.lr}) or "
+                f"optimizer.clip ({self.config.optimizer.clip})"
+            )
+        computed = time.perf_counter()
+        rate = self._optimize()
+        return StepReport(
+            **asdict(metrics),
+            step=self.step,
+            learning_rate=rate,
+            grad_norm=norm,
+            wait_seconds=wait_seconds,
+            fetch_seconds=fetched.fetch_seconds,
+            compute_seconds=computed - started,
+            optimizer_seconds=time.perf_counter() - computed,
+        )
+
+    def _forward(self, batch: Eagle3Batch) -> Eagle3Output:
+        dtype = getattr(torch, self.config.training.dtype)
+        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
+            return self.draft(
+                batch.to(self.device),
+                self.target,
+                len(self.step_weights),
+                self.step_weights,
+                self.config.training.loss_chunk_tokens,
+            )
+
+    def _optimize(self) -> float:
+        rate = learning_rate(self.step, self.spec.total_steps, self.config.optimizer)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return rate
+
+    def _sharding_group(self) -> dist.ProcessGroup | None:
+        return self.mesh.get_group("dp") if isinstance(self.draft, FSDPModule) else None
+
+    # ---- after a step ----
+
+    def _evaluate(self, controller: Any, micro_batches: list[Eagle3Batch]) -> float | None:
+        """Score the held-out samples; their simulated accept length, or None without samples."""
+        sums = StepSums(len(self.step_weights), self.device)
+        started = time.perf_counter()
+        with torch.no_grad():
+            for batch in micro_batches:
+                sums.add(self._forward(batch), int(batch.lengths_B.sum()))
+        dist.all_reduce(sums.flat)
+        metrics = summarise(sums.flat.tolist(), self.step_weights)
+        if metrics.tokens == 0:
+            return None
+        report = StepReport(
+            **asdict(metrics),
+            step=self.step,
+            learning_rate=0.0,
+            grad_norm=0.0,
+            wait_seconds=0.0,
+            fetch_seconds=0.0,
+            compute_seconds=time.perf_counter() - started,
+            optimizer_seconds=0.0,
+            split="heldout",
+        )
+        if self.spec.rank == 0:
+            ray.get(controller.heldout_done.remote(report))
+        return metrics.accept_length
+
+    def _save(self, controller: Any, score: float | None) -> None:
+        """Checkpoint, pointers, rotation, export: in this order, so that each step only adds to what is safe."""
+        spec, config = self.spec, self.config
+        root = checkpoints_root(spec.run_dir)
+        folder = step_folder(root, self.step)
+        files = {}
+        if spec.rank == 0:
+            files[LEDGER_FILE] = ray.get(controller.ledger_snapshot.remote(self.step))
+            files[CONFIG_FILE] = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+        state = training_state(self.parameters, self.optimizer, self.draft_ids)
+        save_checkpoint(folder, state, CheckpointInfo(self.step, spec.aux_layers, score), files)
+        self.saved_step = self.step
+        if spec.rank == 0:
+            best = score is not None and score > _best_score(root)
+            for pointer in ("latest", *(["best"] if best else [])):
+                point(root, pointer, folder)
+            rotate(root, config.checkpoint.keep)
+            ray.get(controller.committed.remote(self.step, str(folder), best))
+        if config.checkpoint.export:
+            weights = gather_weights(self.parameters)
+            if spec.rank == 0:
+                target, dtype = config.target.path, config.checkpoint.export_dtype
+                export_draft(weights, target, self.draft_ids, spec.aux_layers, spec.run_dir / "export", dtype)
+
+
+def _best_score(root: Path) -> float:
+    """Held-out accept length of the best checkpoint so far; 0 before the first that was evaluated."""
+    best = root / "best"
+    return (read_info(best).accept_length or 0.0) if best.exists() else 0.0
