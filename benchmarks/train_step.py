@@ -94,7 +94,7 @@ def plain_loss(draft: Eagle3Draft, target: TargetHead, batch: Eagle3Batch, step_
     logits_BSV = F.linear(batch.lhs_BSH.to(head_VH.dtype), head_VH)
     counted_BS = (logits_BSV.argmax(-1) < config.draft_vocab_size) & batch.loss_mask_BS
     p_BSD = logits_BSV[..., : config.draft_vocab_size].float().softmax(-1)
-    cos_PE, sin_PE = rotary_table(config, length + len(step_weights), dtype, torch.device("cpu"))
+    cos_PE, sin_PE = rotary_table(config, torch.arange(length + len(step_weights)), dtype)
 
     def heads(x: Tensor, count: int, t: int, rotated: bool = True) -> Tensor:
         x = x.view(size, length, count, config.head_dim).transpose(1, 2)

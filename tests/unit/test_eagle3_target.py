@@ -207,7 +207,7 @@ def test_rotary_table_equals_transformers(rope_type: str) -> None:
         max_position_embeddings=256,
         rope_parameters={"rope_type": rope_type, "rope_theta": 5e4, **ROPES[rope_type]},
     )
-    table = rotary_table(Eagle3Config.from_target(llama), 100, torch.float32, torch.device("cpu"))
+    table = rotary_table(Eagle3Config.from_target(llama), torch.arange(100), torch.float32)
     expected = LlamaRotaryEmbedding(llama)(torch.zeros(1), torch.arange(100).unsqueeze(0))
     for got, want in zip(table, expected, strict=True):
         torch.testing.assert_close(got, want[0], rtol=0, atol=2e-5)

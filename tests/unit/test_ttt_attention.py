@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchspec.models.attention import block_attention, block_attention_backward, merge_diagonal, ttt_attention
+from torchspec.models.attention import (
+    Block0,
+    PaddedKernel,
+    block_attention,
+    block_attention_backward,
+    merge_diagonal,
+    ttt_attention,
+)
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 SHAPES = [(1, 1, 1, 1, 8), (2, 9, 2, 1, 8), (3, 17, 1, 4, 16), (2, 40, 3, 3, 64), (1, 300, 1, 2, 32)]
@@ -32,7 +39,7 @@ def inputs(shape: tuple[int, ...], steps: int, dtype: torch.dtype, scale: float 
 def fast(leaves: list[Tensor], rows_R: Tensor) -> Tensor:
     q, k0, v0, *diagonal = leaves
     half = len(diagonal) // 2
-    return ttt_attention(q, k0, v0, rows_R, diagonal[:half], diagonal[half:])
+    return ttt_attention(q, Block0(PaddedKernel(), (k0, v0, rows_R)), diagonal[:half], diagonal[half:])
 
 
 def dense(leaves: list[Tensor], rows_R: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ The backward of block 0 is the flash backward called with the *merged* O and L, 
 the diagonal part is dv_j = w_j dO and dl_j = w_j dO . (v_j - O). No [S, S + t] matrix is ever made.
 Source: SpecForge's TTT attention and the context-parallel EAGLE3 pull requests (TorchSpec 93, ModelOpt 745).
 
-Block 0 works on right-padded [B, S] tensors, the diagonal terms on packed rows. The two are separate functions because
-only block 0 has anything to communicate when the sequence is sharded. Right padding needs no mask: under a causal mask
-a padded key comes after every valid row.
+The diagonal terms work on packed rows. Block 0 is behind a :class:`Kernel`, because it alone knows where keys lie: in
+right-padded [B, S] tensors where samples are whole (:class:`PaddedKernel`; padding needs no mask there: under a causal
+mask a padded key comes after every valid row), or around a ring where they are sharded (``parallel/ring.py``).
 
 Shapes: B batch, S padded length, R packed rows, J diagonal terms, Q query heads, K key/value heads (Q % K == 0),
 E head dimension. Log-sum-exps are float32, or float64 for float64 inputs.
@@ -21,7 +21,8 @@ E head dimension. Log-sum-exps are float32, or float64 for float64 inputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from itertools import accumulate
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -30,8 +31,13 @@ from torch.autograd.function import once_differentiable
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def block_attention(q_BSQE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Causal flash attention that also returns its log-sum-exp.
+def block_attention(
+    q_BSQE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, scale: float, causal: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Flash attention that also returns its log-sum-exp.
+
+    Args:
+        causal: query i sees the keys 0..i; there must be as many keys as queries. Else it sees all of them.
 
     Returns:
         o_BSQE and lse_BSQ.
@@ -43,14 +49,21 @@ def block_attention(q_BSQE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, scale: float
     if q.is_cuda:
         if q.dtype not in CUDA_DTYPES:
             raise ValueError(f"training.dtype: flash attention on CUDA needs bfloat16 or float16, got {q.dtype}")
-        o, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, True, False, scale=scale)[:2]
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, causal, False, scale=scale)[:2]
     else:
-        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, True, scale=scale)
+        o, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, causal, scale=scale)
     return o.transpose(1, 2), lse.transpose(1, 2)
 
 
 def block_attention_backward(
-    do_BSQE: Tensor, q_BSQE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, o_BSQE: Tensor, lse_BSQ: Tensor, scale: float
+    do_BSQE: Tensor,
+    q_BSQE: Tensor,
+    k_BSKE: Tensor,
+    v_BSKE: Tensor,
+    o_BSQE: Tensor,
+    lse_BSQ: Tensor,
+    scale: float,
+    causal: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of block 0 when its terms are part of a larger softmax with output ``o`` and log-sum-exp ``lse``.
 
@@ -60,14 +73,27 @@ def block_attention_backward(
     q, k, v = _heads_first(q_BSQE, k_BSKE, v_BSKE)
     do, o, lse = do_BSQE.transpose(1, 2), o_BSQE.transpose(1, 2), lse_BSQ.transpose(1, 2)
     if q.is_cuda:
-        length = q.shape[2]
         philox = torch.zeros(2, dtype=torch.uint64, device=q.device)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            do, q, k, v, o, lse.contiguous(), None, None, length, length, 0.0, True, philox, philox[:0], scale=scale
+            do,
+            q,
+            k,
+            v,
+            o,
+            lse.contiguous(),
+            None,
+            None,
+            q.shape[2],
+            k.shape[2],
+            0.0,
+            causal,
+            philox,
+            philox[:0],
+            scale=scale,
         )
     else:
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            do, q, k, v, o, lse, 0.0, True, scale=scale
+            do, q, k, v, o, lse, 0.0, causal, scale=scale
         )
     batch, length, kv_heads, width = k_BSKE.shape
     dk, dv = (g.transpose(1, 2).reshape(batch, length, kv_heads, -1, width).sum(3) for g in (dk, dv))
@@ -134,45 +160,41 @@ def _grouped(x_RQE: Tensor, k_RKE: Tensor) -> Tensor:
     return x_RQE.unflatten(1, (kv_heads, x_RQE.shape[1] // kv_heads))
 
 
-class TTTAttention(torch.autograd.Function):
-    """One TTT step's attention of packed query rows, with its exact backward. See :func:`ttt_attention`."""
+class Kernel(Protocol):
+    """How queries attend to block 0, which a subclass keeps in tensors of its own making."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q_RQE: Tensor,
-        k0_BSKE: Tensor,
-        v0_BSKE: Tensor,
-        rows_R: Tensor,
-        scale: float,
-        *diagonal: Tensor,
-    ) -> Tensor:
-        keys, values = diagonal[: len(diagonal) // 2], diagonal[len(diagonal) // 2 :]
-        q_BSQE = _scatter_rows(q_RQE, rows_R, k0_BSKE)
-        o_BSQE, lse_BSQ = block_attention(q_BSQE, k0_BSKE, v0_BSKE, scale)
-        o_RQE, lse_RQ = o_BSQE.flatten(0, 1)[rows_R], lse_BSQ.flatten(0, 1)[rows_R]
-        w_JRQ = lse_RQ.new_empty(0)
-        if keys:
-            o_RQE, lse_RQ, w_JRQ = merge_diagonal(o_RQE, lse_RQ, q_RQE, keys, values, scale)
-        ctx.save_for_backward(q_RQE, k0_BSKE, v0_BSKE, rows_R, o_RQE, lse_RQ, w_JRQ, *diagonal)
-        ctx.scale = scale
-        return o_RQE.to(q_RQE.dtype)
+    def attend(self, q_RQE: Tensor, tensors: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+        """o_RQE, and lse_RQ in at least float32."""
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, do_RQE: Tensor) -> tuple[Tensor | None, ...]:
-        q_RQE, k0_BSKE, v0_BSKE, rows_R, o_RQE, lse_RQ, w_JRQ, *diagonal = ctx.saved_tensors
-        keys, values = diagonal[: len(diagonal) // 2], diagonal[len(diagonal) // 2 :]
-        do_BSQE, q_BSQE = (_scatter_rows(x, rows_R, k0_BSKE) for x in (do_RQE, q_RQE))
-        o_BSQE, lse_BSQ = (_scatter_rows(x, rows_R, k0_BSKE) for x in (o_RQE.to(q_RQE.dtype), lse_RQ))
-        dq_BSQE, dk0, dv0 = block_attention_backward(do_BSQE, q_BSQE, k0_BSKE, v0_BSKE, o_BSQE, lse_BSQ, ctx.scale)
-        dq_RQE = dq_BSQE.flatten(0, 1)[rows_R]
-        dks: list[Tensor] = []
-        dvs: list[Tensor] = []
-        if keys:
-            dq_diagonal, dks, dvs = merge_diagonal_backward(do_RQE, o_RQE, q_RQE, keys, values, w_JRQ, ctx.scale)
-            dq_RQE = dq_RQE.to(dq_diagonal.dtype).add_(dq_diagonal).to(q_RQE.dtype)
-        return dq_RQE, dk0, dv0, None, None, *dks, *dvs
+    def gradients(
+        self, do_RQE: Tensor, q_RQE: Tensor, o_RQE: Tensor, lse_RQ: Tensor, tensors: Sequence[Tensor], scale: float
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        """dq_RQE and one gradient for each of ``tensors``; ``o`` and ``lse`` are the merged ones."""
+
+
+class Block0(NamedTuple):
+    """Block 0 of a micro-batch, the same in all TTT steps."""
+
+    kernel: Kernel
+    tensors: tuple[Tensor, ...]
+    """Arguments of the kernel, through which gradients reach the keys and values."""
+
+
+class PaddedKernel:
+    """Block 0 in right-padded tensors, all of it here. Tensors: k_BSKE, v_BSKE, and rows_R, where each query lies."""
+
+    def attend(self, q_RQE: Tensor, tensors: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+        k_BSKE, v_BSKE, rows_R = tensors
+        o_BSQE, lse_BSQ = block_attention(_scatter_rows(q_RQE, rows_R, k_BSKE), k_BSKE, v_BSKE, scale)
+        return o_BSQE.flatten(0, 1)[rows_R], lse_BSQ.flatten(0, 1)[rows_R]
+
+    def gradients(
+        self, do_RQE: Tensor, q_RQE: Tensor, o_RQE: Tensor, lse_RQ: Tensor, tensors: Sequence[Tensor], scale: float
+    ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
+        k_BSKE, v_BSKE, rows_R = tensors
+        do, q, o, lse = (_scatter_rows(x, rows_R, k_BSKE) for x in (do_RQE, q_RQE, o_RQE, lse_RQ))
+        dq_BSQE, dk, dv = block_attention_backward(do, q, k_BSKE, v_BSKE, o, lse, scale)
+        return dq_BSQE.flatten(0, 1)[rows_R], (dk, dv, None)
 
 
 def _scatter_rows(x_R: Tensor, rows_R: Tensor, like_BS: Tensor) -> Tensor:
@@ -184,11 +206,45 @@ def _scatter_rows(x_R: Tensor, rows_R: Tensor, like_BS: Tensor) -> Tensor:
     return x_R.new_zeros(batch * length, *x_R.shape[1:]).index_copy_(0, rows_R, x_R).unflatten(0, (batch, length))
 
 
+class TTTAttention(torch.autograd.Function):
+    """One TTT step's attention of packed query rows, with its exact backward. See :func:`ttt_attention`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, kernel: Kernel, split: tuple[int, int, int], scale: float, q_RQE: Tensor, *tensors: Tensor
+    ) -> Tensor:
+        block0, keys, values = _split(tensors, split)
+        o_RQE, lse_RQ = kernel.attend(q_RQE, block0, scale)
+        w_JRQ = lse_RQ.new_empty(0)
+        if keys:
+            o_RQE, lse_RQ, w_JRQ = merge_diagonal(o_RQE, lse_RQ, q_RQE, keys, values, scale)
+        ctx.save_for_backward(q_RQE, o_RQE, lse_RQ, w_JRQ, *tensors)
+        ctx.kernel, ctx.split, ctx.scale = kernel, split, scale
+        return o_RQE.to(q_RQE.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do_RQE: Tensor) -> tuple[Tensor | None, ...]:
+        q_RQE, o_RQE, lse_RQ, w_JRQ, *tensors = ctx.saved_tensors
+        block0, keys, values = _split(tensors, ctx.split)
+        o_low_RQE = o_RQE.to(q_RQE.dtype)
+        dq_RQE, dblock0 = ctx.kernel.gradients(do_RQE, q_RQE, o_low_RQE, lse_RQ, block0, ctx.scale)
+        dks: list[Tensor] = []
+        dvs: list[Tensor] = []
+        if keys:
+            dq_diagonal, dks, dvs = merge_diagonal_backward(do_RQE, o_RQE, q_RQE, keys, values, w_JRQ, ctx.scale)
+            dq_RQE = dq_RQE.to(dq_diagonal.dtype).add_(dq_diagonal)
+        return None, None, None, dq_RQE.to(q_RQE.dtype), *dblock0, *dks, *dvs
+
+
+def _split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Sequence[Tensor]]:
+    ends = list(accumulate(counts))
+    return [tensors[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+
 def ttt_attention(
     q_RQE: Tensor,
-    k0_BSKE: Tensor,
-    v0_BSKE: Tensor,
-    rows_R: Tensor,
+    block0: Block0,
     keys_RKE: Sequence[Tensor] = (),
     values_RKE: Sequence[Tensor] = (),
     scale: float | None = None,
@@ -197,15 +253,15 @@ def ttt_attention(
 
     Args:
         q_RQE: queries of the rows that the step computes.
-        k0_BSKE: keys of step 0, right-padded; the same tensor in every step. ``v0_BSKE`` likewise.
-        rows_R: where each row lies, as an index into the flattened [B * S].
+        block0: keys and values of step 0; the same in every step.
         keys_RKE: keys of steps 1..t, one tensor a step, for the same rows. ``values_RKE`` likewise.
         scale: logit scale, by default ``E ** -0.5``.
 
     Returns:
         o_RQE in the dtype of ``q_RQE``.
     """
-    assert len(keys_RKE) == len(values_RKE) and q_RQE.shape[1] % k0_BSKE.shape[2] == 0
+    assert len(keys_RKE) == len(values_RKE)
     scale = q_RQE.shape[-1] ** -0.5 if scale is None else scale
-    output: Tensor = TTTAttention.apply(q_RQE, k0_BSKE, v0_BSKE, rows_R, scale, *keys_RKE, *values_RKE)
+    split = len(block0.tensors), len(keys_RKE), len(values_RKE)
+    output: Tensor = TTTAttention.apply(block0.kernel, split, scale, q_RQE, *block0.tensors, *keys_RKE, *values_RKE)
     return output

@@ -6,7 +6,8 @@
 
 The parameters carry exactly the names that servers load. The target's embedding, final norm and head stay outside
 (:class:`TargetHead`). Which rows each step needs is decided by :class:`TTTRows`, where the alignment is spelled out;
-the attention is :func:`ttt_attention`, the loss :func:`fused_soft_cross_entropy`.
+the attention is :func:`ttt_attention`, the loss :func:`fused_soft_cross_entropy`. Whether samples are whole or shared
+by several ranks is the business of an :class:`AttentionBackend`: all else is row-wise and does not see the difference.
 
 All parameters are used inside the root module's ``forward``, the only entry, so ``fully_shard(draft)`` gathers them
 once a micro-batch. Results are sums: whoever trains divides by the global number of counted positions. A batch without
@@ -28,22 +29,26 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from torchspec.contracts import NormState
-from torchspec.models.attention import ttt_attention
+from torchspec.models.attention import Block0, ttt_attention
+from torchspec.models.backends import FLASH, AttentionBackend, Sequences
 from torchspec.models.eagle3_config import Eagle3Config
 from torchspec.models.losses import compute_dtype, fused_soft_cross_entropy
 from torchspec.models.rotary import rotary_table, rotate
 from torchspec.models.target_head import TargetHead, load_target_head
-from torchspec.models.ttt_rows import TTTRows
 
 __all__ = ["Eagle3Batch", "Eagle3Config", "Eagle3Draft", "Eagle3Output", "TargetHead", "load_target_head"]
 
 
 @dataclass(frozen=True, slots=True)
 class Eagle3Batch:
-    """A micro-batch, right-padded with anything finite. B and S are at least 1."""
+    """A micro-batch, right-padded with anything finite. B and S are at least 1.
+
+    Where samples are sharded, ``hs``, ``lhs`` and ``ids`` hold this rank's windows of them (``ShardFormula.windows``: a
+    segment a row, and its halo), while ``loss_mask`` and ``lengths`` describe the whole samples on every rank.
+    """
 
     hs_BSA: Tensor
-    """Outputs of the aux layers, concatenated."""
+    """Outputs of the aux layers, concatenated. Not read in a halo."""
     lhs_BSH: Tensor
     """Last hidden states; ``norm_state`` says whether the target's final norm has been applied."""
     ids_BS: Tensor
@@ -132,14 +137,14 @@ class DecoderLayer(nn.Module):
         residual_RH: Tensor,
         x_RX: Tensor,
         rotary: tuple[Tensor, Tensor],
-        rows_R: Tensor,
-        block0_BSKE: tuple[Tensor, Tensor],
-        keys_RKE: Sequence[Tensor],
-        values_RKE: Sequence[Tensor],
+        sequences: Sequences,
+        block0: Block0,
+        keys: Sequence[Tensor],
+        values: Sequence[Tensor],
     ) -> Tensor:
         """The residual stream after one TTT step, from its attention input; see :func:`ttt_attention`."""
-        q_RQE = self.self_attn.queries(x_RX, *rotary)
-        attended_RQE = ttt_attention(q_RQE, *block0_BSKE, rows_R, keys_RKE, values_RKE)
+        q_RQE = sequences.split_heads(self.self_attn.queries(x_RX, *rotary))
+        attended_RQE = sequences.join_heads(ttt_attention(q_RQE, block0, keys, values))
         residual_RH = residual_RH + self.self_attn.o_proj(attended_RQE.flatten(1))
         return residual_RH + self.mlp(self.post_attention_layernorm(residual_RH))
 
@@ -149,12 +154,19 @@ class Eagle3Draft(nn.Module):
 
     Args:
         activation_checkpointing: recompute the decoder layer of every TTT step in the backward.
+        attention_backend: where the positions of a sample are; by default all of them are here.
     """
 
-    def __init__(self, config: Eagle3Config, activation_checkpointing: bool = False):
+    def __init__(
+        self,
+        config: Eagle3Config,
+        activation_checkpointing: bool = False,
+        attention_backend: AttentionBackend = FLASH,
+    ):
         super().__init__()
         self.config = config
         self.activation_checkpointing = activation_checkpointing
+        self.attention_backend = attention_backend
         self.fc = nn.Linear(config.num_aux * config.hidden_size, config.hidden_size, bias=False)
         self.midlayer = DecoderLayer(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -181,8 +193,9 @@ class Eagle3Draft(nn.Module):
         """
         self._check(batch, target, ttt_length, step_weights)
         device = batch.hs_BSA.device
-        rows = TTTRows.plan(batch.loss_mask_BS, ttt_length).to(device)
-        hidden_TNH = self.norm(self._unroll(batch, target, rows, ttt_length))
+        sequences = self.attention_backend.plan(batch.loss_mask_BS, batch.lengths_B, ttt_length, device)
+        rows = sequences.rows
+        hidden_TNH = self.norm(self._unroll(batch, target, sequences, ttt_length))
         teacher = target.teacher(batch.lhs_BSH.flatten(0, 1)[rows.teacher_flat_N], batch.norm_state)
         sums = fused_soft_cross_entropy(
             hidden_TNH, self.lm_head.weight, teacher, rows.scored_TN, step_weights, loss_chunk_tokens
@@ -190,34 +203,33 @@ class Eagle3Draft(nn.Module):
         supervised_T = rows.scored_TN.sum(1).to(sums.counted_T.dtype)
         return Eagle3Output(sums.total, sums.loss_T, sums.counted_T, supervised_T, sums.correct_T)
 
-    def _unroll(self, batch: Eagle3Batch, target: TargetHead, rows: TTTRows, ttt_length: int) -> Tensor:
+    def _unroll(self, batch: Eagle3Batch, target: TargetHead, sequences: Sequences, ttt_length: int) -> Tensor:
         """Residual stream after each TTT step at the rows that it scores, [T, N, H]."""
-        layer, shape_BS = self.midlayer, batch.ids_BS.shape
+        layer, rows = self.midlayer, sequences.rows
         dtype = compute_dtype(self.fc.weight)
-        cos_PE, sin_PE = rotary_table(self.config, shape_BS[1] + ttt_length, dtype, batch.hs_BSA.device)
+        cos_PE, sin_PE = rotary_table(self.config, rows.position_P, dtype)
 
-        def rotary(positions: Tensor) -> tuple[Tensor, Tensor]:
-            return cos_PE[positions], sin_PE[positions]
+        def rotary(angles: Tensor) -> tuple[Tensor, Tensor]:
+            return cos_PE[angles], sin_PE[angles]
 
         def embedding(flat: Tensor) -> Tensor:
             return target.embed(batch.ids_BS.flatten()[flat.clamp(max=batch.ids_BS.numel() - 1)]).to(dtype)
 
         residual_CH = self.fc(batch.hs_BSA.flatten(0, 1)[rows.context_flat_C].to(dtype))
         x_CX = layer.attention_input(embedding(rows.context_flat_C + 1), residual_CH)
-        packed_CKE = layer.self_attn.keys_values(x_CX, *rotary(rows.context_flat_C % shape_BS[1]))
-        block0_BSKE = tuple(_padded(x, rows.context_flat_C, shape_BS) for x in packed_CKE)
+        block0 = sequences.block0(*layer.self_attn.keys_values(x_CX, *rotary(rows.context_angle_C)))
 
         residual_RH, x_RX = residual_CH[rows.active_in_context_R], x_CX[rows.active_in_context_R]
         keys: list[Tensor] = []
         values: list[Tensor] = []
         scored = []
         for t in range(ttt_length):
-            angles = rotary(rows.active_offset_R + t)
+            angles = rotary(rows.active_angle_R + t)
             if t > 0:
                 x_RX = layer.attention_input(embedding(rows.active_flat_R + 1 + t), residual_RH)
-                k_RKE, v_RKE = layer.self_attn.keys_values(x_RX, *angles)
-                keys, values = [*keys, k_RKE], [*values, v_RKE]
-            inputs = (residual_RH, x_RX, angles, rows.active_flat_R, block0_BSKE, keys, values)
+                k, v = sequences.split_key_value_heads(*layer.self_attn.keys_values(x_RX, *angles))
+                keys, values = [*keys, k], [*values, v]
+            inputs = (residual_RH, x_RX, angles, sequences, block0, keys, values)
             residual_RH = (
                 checkpoint(layer, *inputs, use_reentrant=False) if self.activation_checkpointing else layer(*inputs)
             )
@@ -237,8 +249,3 @@ class Eagle3Draft(nn.Module):
                 f"aux states are {batch.hs_BSA.shape[-1]} wide; {self.config.num_aux} layers of "
                 f"{self.config.hidden_size} make {self.fc.in_features}"
             )
-
-
-def _padded(x_C: Tensor, flat_C: Tensor, shape_BS: torch.Size) -> Tensor:
-    """Packed rows at their places in a padded tensor of zeros."""
-    return x_C.new_zeros(shape_BS.numel(), *x_C.shape[1:]).index_copy(0, flat_C, x_C).unflatten(0, shape_BS)

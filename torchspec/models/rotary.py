@@ -12,12 +12,12 @@ from torch import Tensor
 from torchspec.models.eagle3_config import Eagle3Config
 
 
-def rotary_table(config: Eagle3Config, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos_PE and sin_PE for the positions 0..length - 1."""
+def rotary_table(config: Eagle3Config, positions_P: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos_PE and sin_PE of integer positions, on their device."""
     frequencies, factor = _frequencies(config)
-    angles = torch.arange(length, dtype=torch.float64).unsqueeze(1) * frequencies
+    angles = positions_P.double().unsqueeze(1) * frequencies.to(positions_P.device)
     angles_PE = torch.cat((angles, angles), dim=1)
-    return (angles_PE.cos() * factor).to(device, dtype), (angles_PE.sin() * factor).to(device, dtype)
+    return (angles_PE.cos() * factor).to(dtype), (angles_PE.sin() * factor).to(dtype)
 
 
 def _frequencies(config: Eagle3Config) -> tuple[Tensor, float]:
