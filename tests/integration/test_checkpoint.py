@@ -27,7 +27,7 @@ from torchspec.config.load import load_config
 from torchspec.config.schema import Config, OptimizerConfig
 from torchspec.contracts import SampleRef
 from torchspec.export.hf import validate_export
-from torchspec.parallel.mesh import join_mesh
+from torchspec.parallel.mesh import join_ranks
 from torchspec.processes import free_port
 from torchspec.training.checkpoint import (
     CheckpointInfo,
@@ -225,7 +225,7 @@ def test_wrong_folders_are_named(finished: Run, tmp_path: Path) -> None:
 @pytest.fixture
 def one_rank() -> Iterator[None]:
     """A process group in this very process."""
-    join_mesh(0, 1, "127.0.0.1", free_port("127.0.0.1"), CPU)
+    join_ranks(0, 1, "127.0.0.1", free_port("127.0.0.1"), CPU)
     yield
     dist.destroy_process_group()
 

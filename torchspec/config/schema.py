@@ -144,7 +144,21 @@ class TrainingConfig(Section):
     micro_batch_size: int = Field(default=4, ge=1)
     """Samples a rank works on at once; the rest of its share is accumulated."""
     dp_size: int = Field(default=1, ge=1)
-    """Data-parallel ranks (FSDP2)."""
+    """Data-parallel ranks: each has samples of its own."""
+    attention_backend: Literal["flash", "usp"] = "flash"
+    """``usp`` shares every sample among ``sp_ulysses_size * sp_ring_size`` ranks (sequence parallelism), for samples
+    too long for one. There are ``dp_size`` times as many ranks then."""
+    sp_ulysses_size: int = Field(default=1, ge=1)
+    """Ranks that split the attention heads of a sample; must divide the draft's query heads. Cheapest inside a node."""
+    sp_ring_size: int = Field(default=1, ge=1)
+    """Ranks (or groups of Ulysses ranks) that pass keys and values around; any number."""
+    sp_layout: Literal["contiguous", "zigzag"] = "zigzag"
+    """``zigzag`` gives a rank one early and one late part of a sample, so that all have the same work in a ring."""
+    sp_gather_once: bool = True
+    """Gather a sample's keys and values once and keep them. Off sends them around the ring in each TTT step: less
+    memory, ``ttt_length`` times the traffic."""
+    sharding: Literal["fsdp2", "replicated"] = "fsdp2"
+    """``fsdp2`` shards weights, gradients and optimizer over all ranks; ``replicated`` keeps them whole on each."""
     ttt_length: int = Field(default=7, ge=1, le=16)
     """Training-time-test steps: how many tokens ahead the draft learns to go."""
     step_decay: float = Field(default=0.8, gt=0, le=1)
@@ -165,6 +179,11 @@ class TrainingConfig(Section):
     """Registered host buffer of one rank, into which samples arrive."""
     init_from: Path | None = None
     """Start from the weights of this checkpoint or exported draft (weights only: fresh optimizer, schedule, ledger)."""
+
+    @property
+    def sp_size(self) -> int:
+        """Ranks that share a sample."""
+        return self.sp_ulysses_size * self.sp_ring_size
 
 
 class EvaluationConfig(Section):
@@ -231,6 +250,16 @@ class Config(Section):
             raise ValueError(
                 f"controller.reorder_window ({self.controller.reorder_window}) is smaller than "
                 f"training.batch_size ({self.training.batch_size}): a batch could never fill"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def check_sequence_parallel(self) -> Config:
+        training = self.training
+        if training.attention_backend != "usp" and training.sp_size > 1:
+            raise ValueError(
+                f"training.sp_ulysses_size ({training.sp_ulysses_size}) and training.sp_ring_size "
+                f"({training.sp_ring_size}) need training.attention_backend=usp; it is {training.attention_backend}"
             )
         return self
 

@@ -1,8 +1,8 @@
 """Where the positions of a sample are: what attention needs to know, and nothing else of a draft does.
 
 A backend plans each micro-batch once. The plan says which rows this rank computes, and moves heads and keys to where
-they are needed. Here is the backend for samples that are whole on each rank; ``parallel/usp.py`` has the one for samples
-that several ranks share.
+they are needed. Here is the backend for samples that are whole on each rank; ``parallel/usp.py`` has the one for
+samples that several ranks share.
 
 Shapes: B batch, S padded length, C context rows, R active rows, Q query heads, K key/value heads, E head dimension.
 """

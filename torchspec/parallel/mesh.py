@@ -1,8 +1,12 @@
 """The process group of a run's training ranks, and their mesh.
 
-The mesh is two-dimensional, ``("dp", "sp")``: data-parallel replicas (FSDP2 shards over them) and, inside each, the
-ranks that share one sample. A group exists for one rank too, so the step loop needs no special case; only sharding is
-left out there.
+The mesh has three dimensions, ``("dp", "ring", "ulysses")``: data-parallel replicas and, inside each, the ranks that
+share its samples (``parallel/shards.py``). Neighbours in number are Ulysses ranks, which exchange the most. A group
+exists for one rank too, so the step loop needs no special case.
+
+The weights do not follow the mesh. Every rank's gradient is a part of one sum, whether it comes from other samples or
+from other positions of the same ones, so FSDP2 shards over all ranks, and where each rank keeps the whole draft its
+gradients are summed over all.
 """
 
 from __future__ import annotations
@@ -23,8 +27,8 @@ from torch.distributed.fsdp import fully_shard
 TIMEOUT = timedelta(minutes=30)
 
 
-def join_mesh(rank: int, world_size: int, address: str, port: int, device: torch.device) -> DeviceMesh:
-    """Meet the other ranks at ``address:port`` (rank 0 binds it, and nothing wider) and return the mesh.
+def join_ranks(rank: int, world_size: int, address: str, port: int, device: torch.device) -> None:
+    """Meet the other ranks at ``address:port``; rank 0 binds it, and nothing wider.
 
     Collectives of CPU tensors go over gloo, of CUDA tensors over NCCL.
     """
@@ -34,19 +38,35 @@ def join_mesh(rank: int, world_size: int, address: str, port: int, device: torch
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = _rendezvous(rank, world_size, address, port)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
-    return init_device_mesh(device.type, (world_size, 1), mesh_dim_names=("dp", "sp"))
 
 
-def shard_module(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Shard ``module`` over the mesh's dp ranks with FSDP2, in place; a single rank keeps it plain.
+def build_mesh(device: torch.device, ulysses_size: int, ring_size: int) -> DeviceMesh:
+    """The mesh of all ranks, once they have met.
+
+    Raises:
+        ValueError: the number of ranks is not a multiple of ``ulysses_size * ring_size``.
+    """
+    world_size = dist.get_world_size()
+    sp_size = ulysses_size * ring_size
+    if world_size % sp_size:
+        raise ValueError(
+            f"training.sp_ulysses_size={ulysses_size} times training.sp_ring_size={ring_size} is {sp_size}, which does "
+            f"not divide the {world_size} training ranks"
+        )
+    shape = world_size // sp_size, ring_size, ulysses_size
+    return init_device_mesh(device.type, shape, mesh_dim_names=("dp", "ring", "ulysses"))
+
+
+def shard_module(module: nn.Module, device: torch.device) -> None:
+    """Shard ``module`` over all ranks with FSDP2, in place; a single rank keeps it plain.
 
     One unit: a draft is one layer that runs ``ttt_length`` times in a forward, so it is gathered once a micro-batch.
     Gradients are summed, not averaged (the loss is a sum until the step scales it by the global count). A parameter
     without gradient on this rank takes part with zeros, so a rank's masks never change the collectives.
     """
-    if mesh["dp"].size() == 1:
+    if dist.get_world_size() == 1:
         return
-    sharded = fully_shard(module, mesh=mesh["dp"])
+    sharded = fully_shard(module, mesh=init_device_mesh(device.type, (dist.get_world_size(),)))
     sharded.set_gradient_divide_factor(1.0)
     sharded.set_force_sum_reduction_for_comms(True)
     sharded.set_reduce_scatter_unused_params(True)

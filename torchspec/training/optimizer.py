@@ -25,13 +25,24 @@ def build_optimizer(parameters: Iterable[nn.Parameter], config: OptimizerConfig)
     )
 
 
+def sum_over_ranks(parameters: Iterable[nn.Parameter]) -> None:
+    """Sum the gradients of whole (not sharded) parameters over all ranks, where each holds a part of the sum.
+
+    A parameter without gradient on this rank takes part with zeros.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        dist.all_reduce(parameter.grad)
+
+
 def scale_and_clip(
     parameters: Iterable[nn.Parameter], scale: Tensor, max_norm: float, group: dist.ProcessGroup | None
 ) -> Tensor:
     """Multiply all gradients by ``scale``, then clip their global L2 norm to ``max_norm``, in one pass.
 
     Args:
-        scale: 0-dim; one over the number of positions that the gradients' sum counts.
+        scale: 0-dim, float64; one over the number of positions that the gradients' sum counts.
         group: the ranks over which the parameters are sharded, or None where each rank holds them whole. Every rank
             reaches the all-reduce, also one without gradients.
 
@@ -40,13 +51,13 @@ def scale_and_clip(
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
-    square = torch.zeros((), dtype=torch.float32, device=scale.device)
+    square = torch.zeros_like(scale)
     if local:
-        square += torch.stack(torch._foreach_norm(local)).square().sum()
+        square += torch.stack(torch._foreach_norm(local)).to(square.dtype).square().sum()
     if group is not None:
         dist.all_reduce(square, group=group)
     norm = square.sqrt() * scale
     coefficient = scale * torch.clamp(max_norm / (norm + 1e-6), max=1.0)
     if local:
-        torch._foreach_mul_(local, coefficient)
+        torch._foreach_mul_(local, coefficient.to(local[0].dtype))
     return norm

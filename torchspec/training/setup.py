@@ -7,11 +7,14 @@ import logging
 import torch
 import torch._dynamo
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig
 
-from torchspec.config.schema import Config
+from torchspec.config.schema import Config, TrainingConfig
 from torchspec.models.eagle3 import Eagle3Config, Eagle3Draft, TargetHead, load_target_head
 from torchspec.models.initialise import initialise
+from torchspec.parallel.shards import ShardFormula
+from torchspec.parallel.usp import UspBackend
 from torchspec.training.weights import warm_start
 
 log = logging.getLogger(__name__)
@@ -35,6 +38,16 @@ def build_draft(
     if training.init_from is not None:
         warm_start(draft, draft_ids, training.init_from)
     return draft.to(device), head
+
+
+def usp_backend(training: TrainingConfig, draft: Eagle3Config, mesh: DeviceMesh) -> UspBackend:
+    """Sequence parallelism as the config says.
+
+    Raises:
+        ValueError: the draft's query heads cannot be split over ``training.sp_ulysses_size`` ranks.
+    """
+    formula = ShardFormula(training.sp_ulysses_size, training.sp_ring_size, training.sp_layout, training.ttt_length)
+    return UspBackend.on(mesh, formula, draft.num_heads, draft.num_kv_heads, training.sp_gather_once)
 
 
 def compile_or_stay_eager(draft: Eagle3Draft, ttt_length: int, device: torch.device) -> None:

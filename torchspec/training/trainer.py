@@ -25,14 +25,13 @@ import ray
 import torch
 import torch.distributed as dist
 import yaml
-from torch.distributed.fsdp import FSDPModule
 
 from torchspec.config.schema import Config
 from torchspec.contracts import StepReport
 from torchspec.export.hf import export_draft
 from torchspec.hardware import pick_device
 from torchspec.models.eagle3 import Eagle3Batch, Eagle3Output
-from torchspec.parallel.mesh import join_mesh, shard_module
+from torchspec.parallel.mesh import build_mesh, join_ranks, shard_module
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
 from torchspec.store.hidden_state_store import HiddenStateStore
@@ -48,10 +47,11 @@ from torchspec.training.checkpoint import (
 )
 from torchspec.training.fetch import FetchedStep, SampleFetcher, StepStream
 from torchspec.training.metrics import StepSums, summarise
-from torchspec.training.optimizer import build_optimizer, scale_and_clip
+from torchspec.training.optimizer import build_optimizer
 from torchspec.training.rotation import point, rotate, step_folder
 from torchspec.training.schedule import learning_rate
-from torchspec.training.setup import build_draft, compile_or_stay_eager
+from torchspec.training.setup import build_draft, compile_or_stay_eager, usp_backend
+from torchspec.training.step import add_gradients, reduce_gradients
 from torchspec.training.weights import gather_weights
 
 
@@ -91,12 +91,17 @@ class Trainer:
         self.spec, self.config = spec, config
         torch.set_num_threads(spec.threads)
         self.device = torch.device(pick_device(training.device, "training.device"))
-        self.mesh = join_mesh(spec.rank, spec.world_size, spec.address, spec.port, self.device)
+        join_ranks(spec.rank, spec.world_size, spec.address, spec.port, self.device)
+        self.mesh = build_mesh(self.device, training.sp_ulysses_size, training.sp_ring_size)
+        self.counts_tokens = self.mesh.get_local_rank("ring") == self.mesh.get_local_rank("ulysses") == 0
         self.draft_ids = torch.from_numpy(spec.draft_ids)
         self.draft, self.target = build_draft(config, self.draft_ids, len(spec.aux_layers), self.device)
+        if training.attention_backend == "usp":
+            self.draft.attention_backend = usp_backend(training, self.draft.config, self.mesh)
         if training.compile:
             compile_or_stay_eager(self.draft, training.ttt_length, self.device)
-        shard_module(self.draft, self.mesh)
+        if training.sharding == "fsdp2":
+            shard_module(self.draft, self.device)
         self.parameters = dict(self.draft.named_parameters())
         self.optimizer = build_optimizer(self.parameters.values(), config.optimizer)
         torch.manual_seed(config.run.seed + 1 + spec.rank)
@@ -139,18 +144,9 @@ class Trainer:
         started = time.perf_counter()
         self.step = fetched.batch.step
         sums = StepSums(len(self.step_weights), self.device)
-        for number, batch in enumerate(fetched.micro_batches, start=1):
-            if isinstance(self.draft, FSDPModule):  # gradients are reduced once a step
-                self.draft.set_requires_gradient_sync(number == len(fetched.micro_batches))
-            output = self._forward(batch)
-            output.total.backward()
-            sums.add(output, int(batch.lengths_B.sum()))
-        dist.all_reduce(sums.flat)
-        scale = 1.0 / sums.counted.clamp(min=1.0)
-        grad_norm = scale_and_clip(
-            self.parameters.values(), scale.float(), self.config.optimizer.clip, self._sharding_group()
-        )
-        *totals, norm = torch.cat([sums.flat, grad_norm.double().view(1)]).tolist()  # waits for the device
+        add_gradients(self.draft, fetched.micro_batches, self._forward, sums, self.counts_tokens)
+        grad_norm = reduce_gradients(self.draft, sums, self.config.optimizer.clip)
+        *totals, norm = torch.cat([sums.flat, grad_norm.view(1)]).tolist()  # waits for the device
         metrics = summarise(totals, self.step_weights)
         if not (math.isfinite(metrics.loss) and math.isfinite(norm)):
             raise TrainingDiverged(
@@ -190,9 +186,6 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return rate
 
-    def _sharding_group(self) -> dist.ProcessGroup | None:
-        return self.mesh.get_group("dp") if isinstance(self.draft, FSDPModule) else None
-
     # ---- after a step ----
 
     def _evaluate(self, controller: Any, micro_batches: list[Eagle3Batch]) -> float | None:
@@ -201,7 +194,7 @@ class Trainer:
         started = time.perf_counter()
         with torch.no_grad():
             for batch in micro_batches:
-                sums.add(self._forward(batch), int(batch.lengths_B.sum()))
+                sums.add(self._forward(batch), int(batch.lengths_B.sum()) if self.counts_tokens else 0)
         dist.all_reduce(sums.flat)
         metrics = summarise(sums.flat.tolist(), self.step_weights)
         if metrics.tokens == 0:

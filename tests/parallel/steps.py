@@ -1,0 +1,193 @@
+"""Whole EAGLE3 training steps on several ranks: each rank's part, and what the dense oracle says of the whole."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+
+from tests.oracles.eagle3_cases import Case, Result, Step, build, run_oracle, step_weights
+from tests.parallel.mutations import mutated
+from tests.parallel.recorder import Call, Recorder
+from torchspec.models.eagle3 import Eagle3Batch, Eagle3Output
+from torchspec.parallel.mesh import build_mesh, shard_module
+from torchspec.parallel.shards import Layout, ShardFormula
+from torchspec.parallel.usp import UspBackend
+from torchspec.training.metrics import ROWS, StepSums
+from torchspec.training.step import add_gradients, reduce_gradients
+
+CPU = torch.device("cpu")
+GARBAGE = 1e3
+"""What padding holds: finite, and large enough to be noticed."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How a step is split over ranks."""
+
+    ulysses: int
+    ring: int
+    layout: Layout = "contiguous"
+    gather_once: bool = True
+    sharding: str = "replicated"
+    micro_batches: int = 1
+    clip: float = 0.5
+    mutation: str | None = None
+
+    @property
+    def sp_size(self) -> int:
+        return self.ulysses * self.ring
+
+    def formula(self, ttt_length: int) -> ShardFormula:
+        return ShardFormula(self.ulysses, self.ring, self.layout, ttt_length)
+
+    def shares(self, samples: int, world: int) -> list[list[list[int]]]:
+        """Sample numbers of each micro-batch of each data-parallel replica; some may be empty."""
+        replicas = world // self.sp_size
+        return [
+            [
+                list(range(dp * self.micro_batches + m, samples, replicas * self.micro_batches))
+                for m in range(self.micro_batches)
+            ]
+            for dp in range(replicas)
+        ]
+
+
+@dataclass
+class RankOutcome:
+    """What one rank knows after a step. Parameter gradients come from rank 0 alone."""
+
+    sums: np.ndarray
+    norm: float
+    gradients: dict[str, np.ndarray]
+    hs_gradients: list[np.ndarray]
+    """Of each micro-batch, in windows."""
+    calls: list[Call]
+
+
+@cache
+def mesh_of(ulysses: int, ring: int) -> DeviceMesh:
+    return build_mesh(CPU, ulysses, ring)
+
+
+def windows_of(batch: Eagle3Batch, samples: Sequence[int], formula: ShardFormula, rank: int) -> Eagle3Batch:
+    """What a rank holds of some samples of a batch; one sample of nothing where there are none."""
+    if not samples:
+        empty = Eagle3Batch(
+            hs_BSA=torch.full_like(batch.hs_BSA[:1], GARBAGE),
+            lhs_BSH=batch.lhs_BSH[:1],
+            ids_BS=batch.ids_BS[:1],
+            loss_mask_BS=torch.zeros_like(batch.loss_mask_BS[:1]),
+            lengths_B=torch.zeros_like(batch.lengths_B[:1]) + 1,
+        )
+        return windows_of(empty, [0], formula, rank)
+    lengths_B = batch.lengths_B[samples]
+    lengths = lengths_B.tolist()
+    shape = formula.window_shape(lengths)
+    hs, lhs = (x.new_full((*shape, x.shape[2]), GARBAGE) for x in (batch.hs_BSA, batch.lhs_BSH))
+    ids = batch.ids_BS.new_zeros(shape)
+    for row, (b, (start, stop, halo_stop)) in enumerate(formula.windows(lengths, rank)):
+        sample = samples[b]
+        hs[row, : stop - start] = batch.hs_BSA[sample, start:stop].detach()
+        lhs[row, : halo_stop - start] = batch.lhs_BSH[sample, start:halo_stop]
+        ids[row, : halo_stop - start] = batch.ids_BS[sample, start:halo_stop]
+    return Eagle3Batch(hs.requires_grad_(), lhs, ids, batch.loss_mask_BS[samples], lengths_B, batch.norm_state)
+
+
+def run_rank(rank: int, setup: Setup, case: Case, mask: Tensor | None = None) -> RankOutcome:
+    """One step, as a trainer's rank takes it."""
+    with mutated(setup.mutation), Recorder() as recorder:
+        step = build_step(case, mask)
+        mesh, formula = mesh_of(setup.ulysses, setup.ring), setup.formula(case.ttt_length)
+        heads = step.draft.config.num_heads, step.draft.config.num_kv_heads
+        step.draft.attention_backend = UspBackend.on(mesh, formula, *heads, setup.gather_once)
+        if setup.sharding == "fsdp2":
+            shard_module(step.draft, CPU)
+        share = setup.shares(len(case.lengths), dist.get_world_size())[rank // setup.sp_size]
+        batches = [windows_of(step.batch, samples, formula, rank % setup.sp_size) for samples in share]
+        weights, sums = step_weights(case), StepSums(case.ttt_length, CPU)
+
+        def forward(batch: Eagle3Batch) -> Eagle3Output:
+            return step.draft(batch, step.target, case.ttt_length, weights, case.chunk)
+
+        add_gradients(step.draft, batches, forward, sums, counts_tokens=rank % setup.sp_size == 0)
+        norm = reduce_gradients(step.draft, sums, setup.clip)
+    gradients = {}
+    for name, parameter in step.draft.named_parameters():
+        gradient = parameter.grad
+        assert gradient is not None
+        whole = gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
+        if rank == 0:
+            gradients[name] = whole.numpy()
+    hs_gradients = []
+    for batch in batches:
+        assert batch.hs_BSA.grad is not None
+        hs_gradients.append(batch.hs_BSA.grad.numpy())
+    return RankOutcome(sums.flat.numpy(), norm.item(), gradients, hs_gradients, recorder.calls)
+
+
+def build_step(case: Case, mask: Tensor | None) -> Step:
+    """The case, with another loss mask where one is given."""
+    step = build(case)
+    if mask is not None:
+        step.batch = replace(step.batch, loss_mask_BS=mask)
+    return step
+
+
+def gathered(outcomes: list[RankOutcome], setup: Setup, case: Case) -> Result:
+    """The ranks' outcomes put together. Gradients of parameters are normalised and clipped, that of hs is not."""
+    first = outcomes[0]
+    assert all(np.array_equal(o.sums, first.sums) and o.norm == first.norm for o in outcomes)
+    loss, counted, supervised, correct = torch.from_numpy(first.sums[:-1]).view(ROWS, -1)
+    assert first.sums[-1] == expected_tokens(outcomes, setup, case)
+    gradients = {name: torch.from_numpy(gradient) for name, gradient in first.gradients.items()}
+    gradients["hs"] = _hs_gradient(outcomes, setup, case)
+    total = (loss * torch.tensor(step_weights(case), dtype=torch.float64)).sum()
+    return Result(total, {"loss": loss, "counted": counted, "supervised": supervised, "correct": correct}, gradients)
+
+
+def expected_tokens(outcomes: list[RankOutcome], setup: Setup, case: Case) -> int:
+    """Every sample's tokens once, and one token for each idle micro-batch."""
+    shares = setup.shares(len(case.lengths), len(outcomes))
+    return sum(case.lengths) + sum(not samples for share in shares for samples in share)
+
+
+def _hs_gradient(outcomes: list[RankOutcome], setup: Setup, case: Case) -> Tensor:
+    whole = torch.zeros(len(case.lengths), max(case.lengths) + case.padding, 3 * case.hidden, dtype=case.dtype)
+    formula = setup.formula(case.ttt_length)
+    shares = setup.shares(len(case.lengths), len(outcomes))
+    for rank, outcome in enumerate(outcomes):
+        share = shares[rank // setup.sp_size]
+        for samples, gradient in zip(share, outcome.hs_gradients, strict=True):
+            windows = torch.from_numpy(gradient)
+            lengths = [case.lengths[b] for b in samples]
+            for row, (b, (start, stop, _)) in enumerate(formula.windows(lengths, rank % setup.sp_size)):
+                whole[samples[b], start:stop] = windows[row, : stop - start]
+                windows[row, : stop - start] = 0
+            assert not windows.any(), "a gradient outside of the owned rows"
+    return whole
+
+
+def expected(setup: Setup, case: Case, mask: Tensor | None = None) -> tuple[Result, float]:
+    """What the oracle says of the whole step, in float64, and the norm before clipping."""
+    step = build_step(case, mask)
+    step.draft.double()
+    target, batch = step.target, step.batch
+    step.target = replace(target, embedding_VH=target.embedding_VH.double())
+    step.target_head_VH = step.target_head_VH.double()
+    hs = batch.hs_BSA.detach().double().requires_grad_()
+    step.batch = replace(batch, hs_BSA=hs, lhs_BSH=batch.lhs_BSH.double())
+    result = run_oracle(step)
+    scale = 1.0 / max(result.sums["counted"][0].item(), 1.0)
+    hs_gradient = result.gradients.pop("hs")
+    norm = scale * sum(g.square().sum().item() for g in result.gradients.values()) ** 0.5
+    scale *= min(1.0, setup.clip / (norm + 1e-6))
+    gradients = {name: gradient * scale for name, gradient in result.gradients.items()}
+    return Result(result.total, result.sums, {**gradients, "hs": hs_gradient}), norm
