@@ -1,41 +1,70 @@
-"""Mistakes, written into the product's own source, that the checks of this folder must notice."""
+"""Mistakes that the checks of this folder must notice, each of which real projects have made or could."""
 
 from __future__ import annotations
 
 import inspect
-import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
-from torchspec.models import attention, ttt_rows
-from torchspec.parallel import ring, shards, ulysses, usp
+from tests.mutation import Mutation
+from torchspec.models.attention import TTTAttention
+from torchspec.parallel import mesh, ring, ulysses, usp
+from torchspec.parallel.shards import ShardFormula
+from torchspec.training import step
 
-MUTATIONS: dict[str, tuple[Any, str, str, str]] = {
-    "zeros": (attention.TTTAttention, "forward", "return o_RQE.to(q_RQE.dtype)", "return q_RQE * 0"),
-    "no halo": (shards.ShardFormula, "_segment", "stop + self.ttt_length", "stop"),
+KERNEL, GATHERED, SLOTS = ring.RingKernel, ring._Gathered, usp._Slots
+MISTAKES: dict[str, Mutation] = {
+    "zeros": Mutation(TTTAttention, "forward", "return o_RQE.to(q_RQE.dtype)", "return q_RQE * 0"),
+    "halo dropped": Mutation(ShardFormula, "_segment", "stop + self.ttt_length", "stop"),
+    "halo one short": Mutation(ShardFormula, "_segment", "stop + self.ttt_length", "stop + self.ttt_length - 1"),
+    "two ranks swapped": Mutation(usp.UspBackend, "on", "return cls(formula, rank,", "return cls(formula, rank ^ 1,"),
+    "ring order reversed": Mutation(usp.UspSequences, "plan", "ring_rank - i", "ring_rank + i"),
+    "heads in another order": Mutation(ulysses, "_join", ".transpose(0, 1)", ".flip(0).transpose(0, 1)"),
+    "other ranks' keys unseen": Mutation(usp, "tiles", "if k.start < before", "if k.start < before - 10**6"),
+    "parts not merged": Mutation(ring, "merge_", "o_LQE.lerp_(", "o_LQE.copy_(part_o_LQE); o_LQE.clone().lerp_("),
+    "positions of a shard": Mutation(usp, "_local_rows", "starts.append(start)", "starts.append(0)"),
+    "other ranks' gradients lost (gathered)": Mutation(
+        GATHERED, "backward", "dist.reduce_scatter_single(dkv_GKX, dall, group=ctx.group)",
+        "dkv_GKX.copy_(dall[: ctx.slots])"),
+    "other ranks' gradients lost (circulating)": Mutation(
+        KERNEL, "gradients", "dblock += travelling.wait()", "travelling.wait()"),
+    "gradients stay one rank off": Mutation(
+        KERNEL, "gradients", "else travelling.wait()", "else (travelling.wait(), dblock)[1]"),
+    "mean over ranks (FSDP2)": Mutation(mesh, "shard_module", "factor(1.0)", "factor(float(dist.get_world_size()))"),
+    "gradients not summed (replicated)": Mutation(step, "sum_over_ranks", "dist.all_reduce(parameter.grad)", "pass"),
+    "local counts": Mutation(step, "reduce_gradients", "dist.all_reduce(sums.flat)", "pass"),
+    "norm of one shard (FSDP2)": Mutation(step, "scale_and_clip", "group is not None", "group is None and square < 0"),
 }  # fmt: skip
+"""Every one lets all ranks issue the same collectives, so the step ends and only its numbers are wrong."""
+
+SKIPS: dict[str, Mutation] = {
+    "all-to-all forward": Mutation(
+        usp.UspSequences, "_split", "x if group is None", "x if group is None or not len(self.rows.active_flat_R)"),
+    "all-to-all backward": Mutation(
+        ulysses, "_all_to_all", "dist.all_to_all_single(received, x, group=group)",
+        "x.any() and dist.all_to_all_single(received, x, group=group)"),
+    "rows of this rank's own mask": Mutation(
+        SLOTS, "sent", "*(self._count(rank, positions) for rank in range(self.formula.size))",
+        "self._count(ring_rank * size, positions)"),
+    "gradients of a parameter": Mutation(
+        step, "sum_over_ranks", "dist.all_reduce(parameter.grad)",
+        "parameter.grad.any() and dist.all_reduce(parameter.grad)"),
+}  # fmt: skip
+"""Collectives that depend on what a rank's own mask holds."""
+
+MUTATIONS = MISTAKES | SKIPS
 
 
 @contextmanager
 def mutated(name: str | None) -> Iterator[None]:
-    """Run with one of :data:`MUTATIONS`."""
+    """Run with one of :data:`MUTATIONS`, or with none."""
     if name is None:
         yield
         return
-    owner, function, old, new = MUTATIONS[name]
-    original = inspect.getattr_static(owner, function)
-    setattr(owner, function, rewritten(owner, function, old, new))
+    mutation = MUTATIONS[name]
+    original = inspect.getattr_static(mutation.owner, mutation.function)
+    setattr(mutation.owner, mutation.function, mutation.written())
     try:
         yield
     finally:
-        setattr(owner, function, original)
-
-
-def rewritten(owner: Any, function: str, old: str, new: str) -> Callable:
-    """A function or method of ``owner`` with one expression of its source replaced."""
-    source = textwrap.dedent(inspect.getsource(getattr(owner, function)))
-    assert source.count(old) == 1, f"{old!r} is not there once"
-    namespace = dict(vars(inspect.getmodule(owner)))
-    exec("from __future__ import annotations\n" + source.replace(old, new), namespace)
-    return namespace[function]
+        setattr(mutation.owner, mutation.function, original)

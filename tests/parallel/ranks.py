@@ -24,7 +24,7 @@ PATIENCE = 120.0
 
 
 class Ranks:
-    """Handle on the processes. ``call(f, *args)`` runs ``f(rank, *args)`` in all of them; ``f`` is a module's function."""
+    """Handle on the processes. ``call(f, *args)`` runs ``f(rank, *args)`` in all; ``f`` is a module's function."""
 
     def __init__(self, pipes: list[Connection]):
         self._pipes = pipes
@@ -39,14 +39,8 @@ class Ranks:
         Raises:
             RuntimeError: a rank raised or did not come back; the group is of no use afterwards.
         """
-        self.start(function, *args)
-        return self.results()
-
-    def start(self, function: Callable[..., Any], *args: Any) -> None:
         for pipe in self._pipes:
             pipe.send((function, args))
-
-    def results(self) -> list[Any]:
         outcomes = []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(PATIENCE):

@@ -32,21 +32,25 @@ class Recorder(TorchDispatchMode):
         self.calls: list[Call] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace in ("c10d", "_c10d_functional"):
-            self.calls.append(_call(func, args, kwargs or {}))
+        if func.namespace in ("c10d", "_c10d_functional") and (call := _call(func, args, kwargs or {})):
+            self.calls.append(call)
         return func(*args, **(kwargs or {}))
 
 
-def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Call:
+def _call(func: Any, args: Any, kwargs: dict[str, Any]) -> Call | None:
+    """None for an operator that waits rather than talks."""
     leaves = tree_leaves((args, kwargs))
     tensors = tuple((tuple(x.shape), str(x.dtype)) for x in leaves if isinstance(x, Tensor))
-    groups = [
-        dist.ProcessGroup.unbox(x)
-        for x in leaves
-        if isinstance(x, torch.ScriptObject) and "ProcessGroup" in x._type().name()
-    ]
-    ranks = tuple(dist.get_process_group_ranks(groups[0]))
-    return Call(func.overloadpacket.__name__, ranks, tensors)
+    if func.namespace == "c10d":
+        boxes = [x for x in leaves if isinstance(x, torch.ScriptObject) and "ProcessGroup" in x._type().name()]
+        group = dist.ProcessGroup.unbox(boxes[0])
+    elif "group_name" in (names := [argument.name for argument in func._schema.arguments]):
+        group = dist.distributed_c10d._resolve_process_group(
+            {**dict(zip(names, args, strict=False)), **kwargs}["group_name"]
+        )
+    else:
+        return None
+    return Call(func.overloadpacket.__name__, tuple(dist.get_process_group_ranks(group)), tensors)
 
 
 def first_difference(calls: dict[int, list[Call]]) -> str | None:

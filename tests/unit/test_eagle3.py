@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
-import textwrap
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +10,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
+from tests.mutation import Mutation
 from tests.oracles.eagle3_cases import Case, build, relative_error, run_oracle, run_product, worst_error
 from torchspec.models import attention, eagle3, losses, ttt_rows
 
@@ -73,20 +71,12 @@ MUTATIONS: dict[str, tuple[Any, str, str, str]] = {
 @pytest.mark.parametrize("name", MUTATIONS)
 def test_mutations_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each mistake, written into the product's own source, breaks the comparison with the oracle."""
-    owner, function, old, new = MUTATIONS[name]
+    mutation = Mutation(*MUTATIONS[name])
     step = build(Case(padding=0))  # so that a sample's last row lies next to another's first
     expected = run_oracle(step)
     assert worst_error(run_product(step), expected) <= 1e-12
-    monkeypatch.setattr(owner, function, _mutated(owner, function, old, new))
+    monkeypatch.setattr(mutation.owner, mutation.function, mutation.written())
     assert worst_error(run_product(step), expected) > 1e-4
-
-
-def _mutated(owner: Any, function: str, old: str, new: str) -> Callable:
-    source = textwrap.dedent(inspect.getsource(getattr(owner, function)))
-    assert source.count(old) == 1, f"{old!r} is not there once"
-    namespace = dict(vars(inspect.getmodule(owner)))
-    exec(source.replace(old, new), namespace)
-    return namespace[function]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

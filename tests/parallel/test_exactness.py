@@ -1,0 +1,133 @@
+"""The whole EAGLE3 step on 2, 4 and 8 ranks equals one rank's dense oracle: loss, sums, norm, every gradient.
+
+Real gloo groups, met once per size. Every split of the ranks, layout, way of the keys and sharding of the weights gets
+cases of its own, drawn by hypothesis.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import cycle, product
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.oracles.eagle3_cases import Case, run_oracle
+from tests.parallel.mutations import MISTAKES
+from tests.parallel.ranks import Ranks, running_ranks
+from tests.parallel.steps import Setup, build_step, step_error
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
+
+cases = st.builds(
+    Case,
+    seed=st.integers(0, 2**31),
+    ttt_length=st.integers(1, 5),
+    lengths=st.tuples(st.integers(8, 24), *[st.integers(1, 24)] * 3).flatmap(
+        lambda lengths: st.integers(1, 4).map(lambda count: lengths[:count])
+    ),
+    padding=st.integers(0, 2),
+    kv_heads=st.integers(1, 4),
+    group=st.integers(1, 3),
+    head_dim=st.sampled_from([4, 8]),
+    draft_vocab=st.integers(10, 40),
+    mask_rate=st.sampled_from([0.1, 0.6, 0.6, 1.0]),
+    chunk=st.integers(1, 90),
+)
+
+
+def drawn(count: int) -> list[Case]:
+    """Cases by hypothesis, the simple ones that it starts with left out."""
+    found: list[Case] = []
+
+    @settings(max_examples=2 * count, derandomize=True, deadline=None, database=None, phases=[Phase.generate])
+    @given(cases)
+    def collect(case: Case) -> None:
+        found.append(case)
+
+    collect()
+    assert len(found) >= count
+    return found[-count:]
+
+
+def setups(world: int, sp_size: int, **options: int | float) -> list[Setup]:
+    """Every way to share samples among ``sp_size`` of ``world`` ranks."""
+    found = []
+    for ulysses in (u for u in (1, 2, 4, 8) if sp_size % u == 0):
+        ways = (True, False) if sp_size > ulysses else (True,)  # a ring of one has nothing to circulate
+        for layout, way, sharding in product(("contiguous", "zigzag"), ways, ("replicated", "fsdp2")):
+            found.append(Setup(ulysses, sp_size // ulysses, layout, way, sharding, **options))
+    return found
+
+
+def fitted(case: Case, setup: Setup) -> Case:
+    """The case with query heads that the Ulysses ranks can split; key/value heads are as drawn, often fewer."""
+    return replace(case, group=case.group * setup.ulysses // math.gcd(case.kv_heads, setup.ulysses))
+
+
+SPLITS = [
+    *((2, setup, repeat) for setup in setups(2, 2, micro_batches=2) for repeat in range(3)),
+    *((4, setup, repeat) for setup in setups(4, 4) for repeat in range(2)),
+    *((8, setup, repeat) for setup in setups(8, 8, clip=1e9) for repeat in range(1)),
+    *((4, setup, 0) for setup in setups(4, 2, micro_batches=2)),
+    *((8, setup, 0) for setup in setups(8, 4)[::5]),
+]
+DRAWN = cycle(drawn(len(SPLITS)))
+RUNS = [(world, setup, fitted(next(DRAWN), setup)) for world, setup, _ in SPLITS]
+
+
+@pytest.fixture(scope="module", params=[2, 4, 8])
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    with running_ranks(request.param) as group:
+        yield group
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32"])
+def test_a_step_equals_the_dense_oracle(ranks: Ranks, dtype: torch.dtype) -> None:
+    errors = {
+        (setup, case): step_error(ranks, setup, replace(case, dtype=dtype))
+        for world, setup, case in RUNS
+        if world == ranks.size
+    }
+    wrong = {run: error for run, error in errors.items() if not error <= TOLERANCE[dtype]}
+    assert not wrong
+    assert len({(setup.ulysses, setup.ring) for setup, _ in errors}) >= 2
+
+
+def test_the_cases_are_not_trivial() -> None:
+    """Most steps have counted and uncounted positions, and a gradient in every parameter: zeros cannot pass."""
+    full = 0
+    for _, _, case in RUNS:
+        result = run_oracle(build_step(case, None))
+        supervised, counted = (result.sums[name].sum() for name in ("supervised", "counted"))
+        full += bool(supervised > counted > 0 and all(g.abs().max() > 1e-4 for g in result.gradients.values()))
+    assert full > 0.6 * len(RUNS)
+
+
+def test_activation_checkpointing_changes_nothing(ranks: Ranks) -> None:
+    for setup in (Setup(ranks.size, 1), Setup(1, ranks.size, "zigzag"), Setup(1, ranks.size, gather_once=False)):
+        setup = replace(setup, activation_checkpointing=True)
+        assert step_error(ranks, setup, fitted(Case(), setup)) <= TOLERANCE[torch.float64]
+
+
+USUAL = Setup(2, 2)
+WHERE_IT_SHOWS = {
+    "ring order reversed": Setup(1, 4, gather_once=False),
+    "other ranks' gradients lost (circulating)": Setup(2, 2, gather_once=False),
+    "gradients stay one rank off": Setup(2, 2, gather_once=False),
+    "mean over ranks (FSDP2)": Setup(2, 2, sharding="fsdp2"),
+    "norm of one shard (FSDP2)": Setup(2, 2, sharding="fsdp2"),
+}
+
+
+@pytest.mark.parametrize("ranks", [4], indirect=True)
+def test_mistakes_are_noticed(ranks: Ranks) -> None:
+    """Each mistake, written into the product's own source, breaks the comparison."""
+    assert all(step_error(ranks, setup, Case()) <= 1e-12 for setup in {USUAL, *WHERE_IT_SHOWS.values()})
+    mutants = {name: replace(WHERE_IT_SHOWS.get(name, USUAL), mutation=name) for name in MISTAKES}
+    errors = {name: step_error(ranks, setup, Case()) for name, setup in mutants.items()}
+    assert not {name: error for name, error in errors.items() if error <= 1e-4}
