@@ -8,11 +8,12 @@ from contextlib import contextmanager
 
 from tests.mutation import Mutation
 from torchspec.models.attention import TTTAttention
+from torchspec.models.eagle3 import Eagle3Draft
 from torchspec.parallel import mesh, ring, ulysses, usp
 from torchspec.parallel.shards import ShardFormula
 from torchspec.training import step
 
-KERNEL, GATHERED, SLOTS = ring.RingKernel, ring._Gathered, usp._Slots
+KERNEL, GATHERED = ring.RingKernel, ring._Gathered
 MISTAKES: dict[str, Mutation] = {
     "zeros": Mutation(TTTAttention, "forward", "return o_RQE.to(q_RQE.dtype)", "return q_RQE * 0"),
     "halo dropped": Mutation(ShardFormula, "_segment", "stop + self.ttt_length", "stop"),
@@ -38,19 +39,19 @@ MISTAKES: dict[str, Mutation] = {
 """Every one lets all ranks issue the same collectives, so the step ends and only its numbers are wrong."""
 
 SKIPS: dict[str, Mutation] = {
-    "all-to-all forward": Mutation(
-        usp.UspSequences, "_split", "x if group is None", "x if group is None or not len(self.rows.active_flat_R)"),
-    "all-to-all backward": Mutation(
-        ulysses, "_all_to_all", "dist.all_to_all_single(received, x, group=group)",
-        "x.any() and dist.all_to_all_single(received, x, group=group)"),
-    "rows of this rank's own mask": Mutation(
-        SLOTS, "sent", "*(self._count(rank, positions) for rank in range(self.formula.size))",
-        "self._count(ring_rank * size, positions)"),
-    "gradients of a parameter": Mutation(
+    "no loss, no graph": Mutation(
+        Eagle3Draft, "_unroll", "torch.stack(scored)",
+        "torch.stack(scored if len(rows.teacher_flat_N) else [x.detach() for x in scored])"),
+    "nothing to send, no all-to-all": Mutation(
+        ulysses, "_all_to_all", "dist.all_to_all_single(", "x.any() and dist.all_to_all_single("),
+    "no queries, no ring": Mutation(
+        KERNEL, "attend", "zip(self._blocks(kv_GKX), self.schedule, strict=True)",
+        "(zip(self._blocks(kv_GKX), self.schedule) if self.query_slots else ())"),
+    "no gradient, no all-reduce": Mutation(
         step, "sum_over_ranks", "dist.all_reduce(parameter.grad)",
         "parameter.grad.any() and dist.all_reduce(parameter.grad)"),
 }  # fmt: skip
-"""Collectives that depend on what a rank's own mask holds."""
+"""Collectives that depend on what a rank's own mask holds. The first is that of TorchSpec's pull request 93."""
 
 MUTATIONS = MISTAKES | SKIPS
 

@@ -43,6 +43,10 @@ class Setup:
     activation_checkpointing: bool = False
     mutation: str | None = None
 
+    def __str__(self) -> str:
+        way = "gathered" if self.gather_once else "circulating"
+        return f"U{self.ulysses}R{self.ring}-{self.layout}-{way}-{self.sharding}"
+
     @property
     def sp_size(self) -> int:
         return self.ulysses * self.ring
@@ -136,7 +140,9 @@ def run_rank(rank: int, setup: Setup, case: Case, mask: Tensor | None = None) ->
 
 
 def _whole(gradient: Tensor | None) -> np.ndarray:
-    assert gradient is not None
+    """Nothing where there is no gradient, which equals no gradient."""
+    if gradient is None:
+        return np.empty(0)
     return (gradient.full_tensor() if isinstance(gradient, DTensor) else gradient).numpy()
 
 
