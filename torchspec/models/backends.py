@@ -26,6 +26,10 @@ class Sequences(Protocol):
     def rows(self) -> TTTRows:
         """The rows that this rank computes, on the device."""
 
+    @property
+    def shape_BS(self) -> tuple[int, ...]:
+        """What ``hs``, ``lhs`` and ``ids`` must measure."""
+
     def block0(self, k_CKE: Tensor, v_CKE: Tensor) -> Block0:
         """Keys and values of the context rows in step 0."""
 

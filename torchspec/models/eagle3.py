@@ -195,6 +195,7 @@ class Eagle3Draft(nn.Module):
         device = batch.hs_BSA.device
         sequences = self.attention_backend.plan(batch.loss_mask_BS, batch.lengths_B, ttt_length, device)
         rows = sequences.rows
+        assert batch.ids_BS.shape == sequences.shape_BS, "the batch does not hold the windows that the backend expects"
         hidden_TNH = self.norm(self._unroll(batch, target, sequences, ttt_length))
         teacher = target.teacher(batch.lhs_BSH.flatten(0, 1)[rows.teacher_flat_N], batch.norm_state)
         sums = fused_soft_cross_entropy(

@@ -93,6 +93,7 @@ class UspSequences:
 
     backend: UspBackend
     rows: TTTRows
+    shape_BS: tuple[int, int]
     kernel: RingKernel
     active: _Sent
     context: _Sent
@@ -114,6 +115,7 @@ class UspSequences:
         return cls(
             backend=backend,
             rows=_local_rows(backend, samples).to(device),
+            shape_BS=formula.window_shape(samples.lengths),
             kernel=RingKernel(schedule, query_slots, backend.ring if backend.circulates else None),
             active=slots.sent(ring_rank, samples.active, queries, query_slots).to(device),
             context=slots.sent(ring_rank, samples.context, keys, slots.key_slots).to(device),
