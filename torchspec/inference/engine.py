@@ -7,7 +7,7 @@ Both are requests in the same continuous batch. A capture is done when the plugi
 that the store has it (``capture.py``), so whoever gets a result may publish it. The engine never has more sample bytes
 under way than the plugin's buffer holds.
 
-A :class:`TargetEngine` sets environment variables of its process that SGLang's child processes inherit.
+A :class:`TargetEngine` on a CPU sets ``OMP_NUM_THREADS`` of its process, which SGLang's child processes inherit.
 """
 
 from __future__ import annotations
@@ -333,6 +333,8 @@ def _start_sglang(config: EngineConfig, capture: CaptureConfig) -> Any:
         if isinstance(error, RuntimeError):
             raise EngineError(f"SGLang did not start: {error}") from error
         raise
+    finally:
+        del os.environ[ENVIRONMENT_VARIABLE]  # or the next engine of this process would capture, too
 
 
 def _kill(processes: list[psutil.Process]) -> None:
