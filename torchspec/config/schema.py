@@ -82,8 +82,9 @@ class InferenceConfig(Section):
     mem_fraction_static: float | None = Field(default=None, gt=0, lt=1)
     """Share of the memory that weights and KV cache may take. Default: SGLang's own choice on a GPU, half on a CPU,
     where ``max_total_tokens`` decides how much of it is used."""
-    buffer_bytes: int = Field(default=256 << 20, ge=1 << 20)
-    """Registered host buffer of one engine, through which samples leave for the store."""
+    buffer_bytes: int | None = Field(default=None, ge=1 << 20)
+    """Registered host buffer of one engine, which gathers the states of the samples it works on. Default: room for
+    ``max_concurrency`` of the largest and two on their way to the store, at most 4 GiB."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """More arguments of ``sglang.Engine``, for what this section does not name."""
 

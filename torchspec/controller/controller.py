@@ -164,7 +164,8 @@ class Controller:
         self._work.fire()
 
     async def fail(self, worker: str, sample: SampleId, key: str, reason: str, kind: FailureKind) -> None:
-        """A lease came to nothing."""
+        """A lease came to nothing. What may be stored under its key is of no use any more."""
+        await self._remove([key])
         ledger = self._ledger(sample)
         if kind == "no_room":
             displaced = ledger.defer(sample, key, reason)
@@ -218,8 +219,9 @@ class Controller:
         if mask is None:
             answer = self.answers.get(ids)
             if answer is not None:
-                mask = pack_mask([False] * len(ids) + [True] * len(answer))
-                ids = np.concatenate([ids, np.asarray(answer, dtype=np.int32)])
+                read = np.asarray(answer[:-1], dtype=np.int32)  # as in the epoch that wrote it: the last is never read
+                mask = pack_mask([False] * len(ids) + [True] * len(read))
+                ids = np.concatenate([ids, read])
         lease = Lease(
             sample=record.sample,
             key="",

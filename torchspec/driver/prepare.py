@@ -11,7 +11,7 @@ from pathlib import Path
 from torchspec.config.schema import Config
 from torchspec.data.prompt_set import PromptSet, TokenizeOptions
 from torchspec.driver.cluster import namespace
-from torchspec.driver.plan import Plan, make_plan
+from torchspec.driver.plan import Plan, make_plan, resolve_buffer
 from torchspec.driver.target import TargetInfo, read_target
 from torchspec.hardware import Device, fast_dtype, pick_device
 from torchspec.inference.sglang_patch import check_patched
@@ -61,7 +61,7 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Pre
     device = pick_device(config.training.device, "training.device")
     config = resolve_dtypes(config, device)
     target = read_target(config.target)
-    config = _absolute(config, target)
+    config = _absolute(resolve_buffer(config, target), target)
     run_dir = config.run_dir
     resume_from = _check_folder(run_dir, resume)
     message("reading and tokenising the prompts")
@@ -89,7 +89,8 @@ def make_plan_for(config: Config) -> Plan:
     device = pick_device(config.training.device, "training.device")
     config = resolve_dtypes(config, device)
     heldout = config.evaluation.samples if config.evaluation.heldout is not None else 0
-    return make_plan(config, read_target(config.target), heldout, config.draft.vocab_prompts, device == "cuda")
+    target = read_target(config.target)
+    return make_plan(resolve_buffer(config, target), target, heldout, config.draft.vocab_prompts, device == "cuda")
 
 
 def _vocab_prompts(config: Config, train: PromptSet) -> int:

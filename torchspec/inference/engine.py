@@ -1,11 +1,12 @@
 """One SGLang engine that answers prompts and captures hidden states, on a CPU or on GPUs.
 
-    answer(prompt) ------------------> sampled tokens
-    capture(key, prompt + answer) ---> states of every token, in the store under ``{key}_{hs,lhs,ids}``
+    answer(key, prompt) ---> sampled tokens, and the states of what was read on the way
+    capture(key, text) ----> the states alone
 
-Both are requests in the same continuous batch. A capture is done when the plugin in SGLang's scheduler process reports
-that the store has it (``capture.py``), so whoever gets a result may publish it. The engine never has more sample bytes
-under way than the plugin's buffer holds.
+The states of every token that the model has read lie in the store under ``{key}_{hs,lhs,ids}`` then: the last token
+of an answer is written and never read. All are requests in the same continuous batch. One is done when the plugin in
+SGLang's scheduler process reports that the store has it (``capture.py``), so whoever gets a result may publish it. The
+engine never has more sample bytes under way than the plugin's buffer holds.
 
 A :class:`TargetEngine` on a CPU sets ``OMP_NUM_THREADS`` of its process, which SGLang's child processes inherit.
 """
@@ -27,7 +28,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-from uuid import uuid4
 
 import psutil
 
@@ -70,6 +70,15 @@ class NoRoom(CaptureError):
 
 class SampleTooLarge(ValueError):
     """A sample that never fits into the plugin's buffer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What the target wrote: token ids, why it stopped (``stop``, ``length``), and where the states are."""
+
+    token_ids: list[int]
+    finish_reason: str
+    captured: Captured
 
 
 @dataclass(frozen=True)
@@ -162,11 +171,15 @@ class TargetEngine:
         self._listener: asyncio.Task[None] | None = None
 
     async def answer(
-        self, input_ids: Sequence[int], max_new_tokens: int, temperature: float, top_p: float, seed: int
-    ) -> tuple[list[int], str]:
-        """Let the target continue ``input_ids``; returns the new token ids and why it stopped (``stop``, ``length``).
+        self, key: str, input_ids: Sequence[int], max_new_tokens: int, temperature: float, top_p: float, seed: int
+    ) -> Answered:
+        """Let the target continue ``input_ids``, and store the states of all tokens but the last under ``key``.
+
+        ``key`` must be unique.
 
         Raises:
+            SampleTooLarge: the longest possible sample does not fit into the plugin's buffer.
+            CaptureError: the states are bad, or the store did not take them.
             EngineError: SGLang gave the request up.
             EngineDied: the engine is gone.
         """
@@ -176,27 +189,20 @@ class TargetEngine:
             "top_p": top_p,
             "sampling_seed": seed,
         }
-        reply = await self._generate(f"answer:{uuid4().hex}", input_ids, sampling)
-        return list(reply["output_ids"]), reply["meta_info"]["finish_reason"]["type"]
-
-    async def capture(self, key: str, input_ids: Sequence[int]) -> Captured:
-        """Prefill ``input_ids`` and store every token's hidden states under ``key``, which must be unique.
-
-        Raises:
-            SampleTooLarge: the sample does not fit into the plugin's buffer.
-            CaptureError: the states are bad, or the store did not take them.
-            EngineError: SGLang gave the request up.
-            EngineDied: the engine is gone.
-        """
-        tensors = self._geometry.tensors(len(input_ids))
+        tensors = self._geometry.tensors(len(input_ids) + max_new_tokens)
         size = sum(align(tensor_bytes(spec)) for spec in tensors.values())
         async with self._room.taken(size):
             stored = self._captures[key] = asyncio.get_running_loop().create_future()
             try:
-                await self._generate(capture_rid(key), input_ids, {"max_new_tokens": 1, "temperature": 0.0})
-                return await self._or_death(stored)
+                reply = await self._generate(capture_rid(key), input_ids, sampling)
+                captured = await self._or_death(stored)
             finally:
                 del self._captures[key]
+        return Answered(list(reply["output_ids"]), reply["meta_info"]["finish_reason"]["type"], captured)
+
+    async def capture(self, key: str, input_ids: Sequence[int]) -> Captured:
+        """Store the states of ``input_ids`` under ``key``. See :meth:`answer`."""
+        return (await self.answer(key, input_ids, 1, 0.0, 1.0, 0)).captured
 
     def stop(self) -> None:
         """End the engine's processes and remove what they leave behind.
