@@ -56,6 +56,14 @@ def test_version_and_help() -> None:
         assert f" {name} " in text
 
 
+def test_an_empty_number_of_threads_is_none() -> None:
+    code = "import sys, torchspec.cli.main as m; sys.argv[1:] = ['--help']\ntry: m.main()\nfinally: import torch"
+    environment = {**os.environ, "OMP_NUM_THREADS": ""}
+    complaints = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment).stderr
+    plain = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True, text=True, env=environment)
+    assert "OMP_NUM_THREADS" in plain.stderr and complaints == ""
+
+
 def test_a_config_error_in_a_real_process_is_a_line_and_exit_code_2(recipe: Path) -> None:
     process = command("train", recipe, "traning.epochs=3", "run.seed=-1")
     out, err = process.communicate()
