@@ -24,7 +24,8 @@ def test_every_key_stands_there_with_its_meaning() -> None:
         assert isinstance(section.annotation, type) and issubclass(section.annotation, BaseModel)
         for name, field in section.annotation.model_fields.items():
             assert f"\n  {name}:" in text
-            assert (field.description or "").replace("``", "`").replace("\n", " ") in unwrapped
+            assert field.description, f"{name} has no docstring"
+            assert field.description.replace("``", "`").replace("\n", " ") in unwrapped
 
 
 def test_types_as_people_say_them() -> None:

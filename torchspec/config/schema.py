@@ -62,6 +62,7 @@ class AnswerConfig(Section):
     temperature: float = Field(default=0.0, ge=0)
     """0 is greedy. Drafts that serve sampled traffic gain from a temperature near 1."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample among the likeliest tokens that together have this probability. 1 is all of them."""
     reuse: Path | None = None
     """An ``answers.jsonl`` of an earlier run with the same prompts: what it holds is prefilled, not written again."""
 
@@ -121,8 +122,11 @@ class OptimizerConfig(Section):
     lr: float = Field(default=5e-5, gt=0)
     """Peak learning rate. 5e-5 suits days, 2e-3 suits minutes."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the gradient's running mean and of its running square."""
     eps: float = Field(default=1e-8, gt=0)
+    """Added to the denominator of AdamW's update."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay: each step shrinks the weights by ``lr`` times this."""
     clip: float = Field(default=0.5, gt=0)
     """Largest global gradient norm."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -137,6 +141,7 @@ class OptimizerConfig(Section):
 
 class TrainingConfig(Section):
     epochs: int = Field(default=1, ge=1)
+    """How often each prompt is trained on. From the second time on, its answer is only prefilled."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after so many steps, whatever ``epochs`` says."""
     batch_size: int = Field(default=8, ge=1)
@@ -173,16 +178,18 @@ class EvaluationConfig(Section):
     samples: int = Field(default=32, ge=1)
     """Use the first so many of them."""
     every_steps: int = Field(default=100, ge=1)
+    """Score them after so many steps, and after the last one."""
 
 
 class CheckpointConfig(Section):
     every_steps: int = Field(default=200, ge=1)
-    """Also saved at the end and at a stop."""
+    """Save after so many steps; also at the end and at a stop."""
     keep: int = Field(default=3, ge=1)
     """Newest checkpoints kept. ``best`` (by held-out simulated accept length) is kept beside them."""
     export: bool = True
     """Write the Hugging Face folder of the draft after every save."""
     export_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """What the exported weights are rounded to."""
 
 
 class ClusterConfig(Section):
@@ -196,6 +203,7 @@ class ClusterConfig(Section):
 
 class MonitorConfig(Section):
     tensorboard: bool = True
+    """Write TensorBoard logs into the run's folder."""
     live: Literal["auto", "on", "off"] = "auto"
     """The terminal view while training; ``auto`` shows it on a terminal and prints plain lines elsewhere."""
     every_steps: int = Field(default=10, ge=1)
