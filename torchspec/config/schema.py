@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 
 class Section(BaseModel):
@@ -72,7 +72,7 @@ class InferenceConfig(Section):
     """SGLang engines. They pull work, so uneven speed and late joiners need no setting."""
     tp_size: int = Field(default=1, ge=1)
     """Tensor parallelism inside one engine (GPUs)."""
-    threads: int | Literal["auto"] = "auto"
+    threads: PositiveInt | Literal["auto"] = "auto"
     """CPU threads of one engine. ``auto`` shares the node's cores among both pools."""
     max_concurrency: int = Field(default=32, ge=1)
     """Samples one engine works on at a time."""
@@ -158,7 +158,7 @@ class TrainingConfig(Section):
     """Autocast dtype; the weights' masters are float32. ``auto`` as for ``target.dtype``."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes CUDA where there is one."""
-    threads: int | Literal["auto"] = "auto"
+    threads: PositiveInt | Literal["auto"] = "auto"
     """CPU threads of one rank. ``auto`` shares the node's cores among both pools."""
     compile: bool = False
     """Compile the draft with torch.compile; falls back to eager, with a warning, where no compiler is found."""
