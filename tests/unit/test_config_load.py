@@ -36,6 +36,14 @@ def test_defaults_file_and_overrides_win_in_that_order(recipe: Path) -> None:
     assert config.optimizer.lr == 2e-3
 
 
+def test_an_empty_section_is_all_defaults(recipe: Path) -> None:
+    recipe.write_text("target: {path: models/x}\ndata:\ntraining:\n")
+    assert load_config(recipe) == parse_config({"target": {"path": "models/x"}})
+    assert load_config(recipe, ["training.epochs=2"]).training.epochs == 2
+    assert error_of(recipe, "target=null") == "target: Field required"
+    assert error_of(recipe, "dta=null") == "unknown key dta: did you mean data?"
+
+
 @pytest.mark.parametrize(
     ("override", "value"),
     [

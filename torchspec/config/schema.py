@@ -228,6 +228,12 @@ class Config(Section):
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
 
+    @model_validator(mode="before")
+    @classmethod
+    def fill_empty_sections(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """``data:`` with nothing below it is null to YAML, and all defaults to us."""
+        return {name: value for name, value in tree.items() if value is not None or name not in cls.model_fields}
+
     @model_validator(mode="after")
     def check_batch(self) -> Config:
         if self.training.batch_size < self.training.dp_size:
