@@ -178,14 +178,15 @@ class EvaluationConfig(Section):
     samples: int = Field(default=32, ge=1)
     """Use the first so many of them."""
     every_steps: int = Field(default=100, ge=1)
-    """Score them after so many steps, and after the last one."""
+    """Score them after so many steps, and before each checkpoint but one that a stop asks for."""
 
 
 class CheckpointConfig(Section):
     every_steps: int = Field(default=200, ge=1)
     """Save after so many steps; also at the end and at a stop."""
     keep: int = Field(default=3, ge=1)
-    """Newest checkpoints kept. ``best`` (by held-out simulated accept length) is kept beside them."""
+    """Newest checkpoints kept. ``best`` (by held-out simulated accept length) is kept beside them; one saved at a
+    stop has no score, so it is never ``best``."""
     export: bool = True
     """Write the Hugging Face folder of the draft after every save."""
     export_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"

@@ -374,20 +374,17 @@ class Controller:
                 del self._rounds[step]
                 self._batches[step] = self._rank_batches(step)
                 round_.decide(self._batches[step])
-        self.heldout.assign()
+        if not self._stopping:  # some ranks may already have been told that there will be no held-out batches
+            self.heldout.assign()
         self._batch.fire()
 
     def _rank_batches(self, step: int) -> list[RankBatch]:
-        evaluation, checkpoint = self.config.evaluation, self.config.checkpoint
+        evaluation = self.config.evaluation
         last = self.ledger.is_last(step)
+        checkpoint = last or step % self.config.checkpoint.every_steps == 0
+        evaluate = evaluation.heldout is not None and (checkpoint or step % evaluation.every_steps == 0)
         return [
-            RankBatch(
-                step=step,
-                micro_batches=micro_batches,
-                checkpoint=last or step % checkpoint.every_steps == 0,
-                evaluate=evaluation.heldout is not None and (last or step % evaluation.every_steps == 0),
-                last=last,
-            )
+            RankBatch(step=step, micro_batches=micro_batches, checkpoint=checkpoint, evaluate=evaluate, last=last)
             for micro_batches in self._split(self.ledger, step)
         ]
 
