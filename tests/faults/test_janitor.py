@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from torchspec.driver.actors import actor_environment
 from torchspec.driver.janitor import MARK, marked_processes
 
 CHILD = """
@@ -55,6 +56,21 @@ def driver(tmp_path):
     assert not semaphore.exists()
     process.kill()
     process.wait()
+
+
+def test_an_actor_that_is_killed_leaves_its_temporary_files_to_the_janitor(driver):
+    process, mark, temp_dir = driver
+    code = "import tempfile; tempfile.mkdtemp(); print(tempfile.mkstemp()[1], flush=True); input()"
+    environment = os.environ | actor_environment(mark, 1, temp_dir, temp_dir / "cache")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) as actor:
+        file = Path(actor.stdout.readline().strip())
+        actor.kill()
+    assert file.exists() and file.parent == temp_dir
+    process.stdin.write("close\n")
+    process.stdin.flush()
+    process.stdout.readline()
+    assert_clean(mark, temp_dir)
 
 
 def assert_clean(mark: str, temp_dir: Path) -> None:

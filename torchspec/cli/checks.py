@@ -31,6 +31,8 @@ from torchspec.inference.sglang_patch import PatchError, check_patched
 from torchspec.inference.target_checkpoint import CACHE, MODEL
 
 GIB = 1 << 30
+LONGEST_TEMPORARY_FOLDER = 20
+"""Paths of sockets may have 107 bytes, and Ray's are 87 longer than this folder."""
 
 
 @dataclass(frozen=True)
@@ -188,9 +190,9 @@ def check_ports(host: str = "127.0.0.1") -> Finding:
 
 
 def check_temporary_folder() -> Finding:
-    """Ray's sockets live below the temporary folder, and their paths may have 107 bytes only."""
+    """Ray's sockets live below the temporary folder."""
     folder = tempfile.gettempdir()
-    if len(folder) > 30:
+    if len(folder) > LONGEST_TEMPORARY_FOLDER:
         return Finding("warn", f"{folder} is too long a path for Ray's sockets", "export TMPDIR=/tmp")
     return Finding("ok", folder)
 
