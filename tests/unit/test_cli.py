@@ -165,9 +165,10 @@ def test_a_failed_run_is_exit_code_1_and_a_finished_one_prints_its_summary(
 ) -> None:
     """How the command ends, for both ends of a run; the runs themselves are other tests' business."""
     from torchspec.driver import run as driver
+    from torchspec.driver.session import RunFailed
 
     def fails(config: object, *, resume: bool, view: object) -> driver.RunSummary:
-        raise driver.RunFailed("trainer rank 0 failed: out of memory")
+        raise RunFailed("trainer rank 0 failed: out of memory")
 
     monkeypatch.setattr(driver, "train", fails)
     assert run(monkeypatch, "train", recipe) == 1
@@ -185,12 +186,13 @@ def test_a_failed_run_is_exit_code_1_and_a_finished_one_prints_its_summary(
 
 def test_the_address_option_sets_the_cluster(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchspec.driver import run as driver
+    from torchspec.driver.session import RunFailed
 
     addresses = []
 
     def notes(config: object, *, resume: bool, view: object) -> None:
         addresses.append(config.cluster.address)  # type: ignore[attr-defined]
-        raise driver.RunFailed("seen")
+        raise RunFailed("seen")
 
     monkeypatch.setattr(driver, "train", notes)
     run(monkeypatch, "train", recipe, "--address", "10.0.0.7:6379")

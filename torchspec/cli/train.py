@@ -61,11 +61,12 @@ def run_training(config: Config, resume: bool) -> RunSummary:
     from torchspec.cli.live import open_view
     from torchspec.cli.tables import summary_table
     from torchspec.driver import run
+    from torchspec.driver.session import RunFailed
 
     try:
         with closing(open_view(config.monitor)) as view:
             summary = run.train(config, resume=resume, view=view)
-    except run.RunFailed as error:
+    except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     Console(highlight=False).print(summary_table(summary, config.target.path))
