@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from torchspec.config.schema import Config
+from torchspec.config.schema import Config, TrainingConfig
 from torchspec.driver.target import TargetInfo
 from torchspec.driver.threads import ThreadPlan, plan_threads
 from torchspec.store.layout import USABLE_SHARE
@@ -84,6 +84,12 @@ def make_plan(config: Config, target: TargetInfo, heldout_samples: int, vocab_pr
         memory_bytes=memory,
         memory_available=psutil.virtual_memory().total,
     )
+
+
+def total_steps(training: TrainingConfig, prompts: int) -> int:
+    """Optimizer steps of a run over so many prompts, none of them rejected."""
+    steps = -(-prompts * training.epochs // training.batch_size)
+    return min(steps, training.max_steps) if training.max_steps is not None else steps
 
 
 def draft_parameters(config: Config, target: TargetInfo) -> int:
