@@ -62,7 +62,11 @@ def make(endpoint, run_dir: Path, prompts: int = 10, heldout: int = 0, **overrid
         "controller": {"reorder_window": 8, "max_attempts": 3, **overrides.pop("controller", {})},
         "draft": {"vocab_size": 16, "vocab_prompts": 4},
         "checkpoint": {"every_steps": 2},
-        "evaluation": {"heldout": "unused" if heldout else None, "every_steps": 2},
+        "evaluation": {
+            "heldout": "unused" if heldout else None,
+            "every_steps": 2,
+            **overrides.pop("evaluation", {}),
+        },
     }
     return Controller(
         ControllerSpec(
@@ -257,6 +261,37 @@ def test_heldout_samples_come_first_and_never_enter_a_batch(endpoint, client, tm
         await pool
         assert all(r.sample.epoch >= 0 for refs in seen.values() for r in refs)
         assert controller.credits.used == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_stop_gives_held_out_batches_to_all_ranks_or_to_none(endpoint, client, tmp_path):
+    async def scenario() -> None:
+        controller = make(endpoint, tmp_path, heldout=2, training={"dp_size": 2})
+        leases = await controller.lease("w0", 2, WorkerReport("w0"))
+        waiting = asyncio.create_task(controller.heldout_batches(0))
+        await controller.publish("w0", *await asyncio.to_thread(put_sample, client, leases[0]))
+        await controller.request_stop("test")
+        assert await waiting == ()
+        await controller.publish("w0", *await asyncio.to_thread(put_sample, client, leases[1]))
+        assert await controller.heldout_batches(1) == ()
+
+    asyncio.run(scenario())
+
+
+def test_every_scheduled_checkpoint_is_evaluated(endpoint, client, tmp_path):
+    async def scenario() -> None:
+        controller = make(endpoint, tmp_path, heldout=1, evaluation={"every_steps": 3})
+        pool = asyncio.create_task(worker(controller, client, "w0", random.Random(7)))
+        flags = {}
+        while (batch := await controller.next_batch(0)) is not None:
+            flags[batch.step] = batch.checkpoint, batch.evaluate
+            assert await controller.fetched(0, batch.step, []) is None
+            await controller.step_done(0, batch.step, None)
+        scheduled, evaluated = (True, True), (False, True)
+        assert flags == {1: (False, False), 2: scheduled, 3: evaluated, 4: scheduled, 5: scheduled}
+        await controller.finish()
+        await pool
 
     asyncio.run(scenario())
 

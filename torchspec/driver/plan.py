@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from torchspec.config.schema import Config
+from torchspec.config.schema import Config, TrainingConfig
 from torchspec.driver.target import TargetInfo
 from torchspec.driver.threads import ThreadPlan, plan_threads
 from torchspec.store.layout import USABLE_SHARE
@@ -96,6 +96,12 @@ def resolve_buffer(config: Config, target: TargetInfo) -> Config:
     sample = target.geometry.stored_bytes(config.data.max_seq_length)
     size = max(2 * sample, min((inference.max_concurrency + 2) * sample, MAX_DEFAULT_BUFFER))
     return config.model_copy(update={"inference": inference.model_copy(update={"buffer_bytes": size})})
+
+
+def total_steps(training: TrainingConfig, prompts: int) -> int:
+    """Optimizer steps of a run over so many prompts, none of them rejected."""
+    steps = -(-prompts * training.epochs // training.batch_size)
+    return min(steps, training.max_steps) if training.max_steps is not None else steps
 
 
 def draft_parameters(config: Config, target: TargetInfo) -> int:

@@ -14,7 +14,6 @@ A :class:`TargetEngine` on a CPU sets ``OMP_NUM_THREADS`` of its process, which 
 from __future__ import annotations
 
 import asyncio
-import atexit
 import json
 import os
 import shutil
@@ -40,7 +39,8 @@ from torchspec.inference.capture_protocol import (
     capture_rid,
     decode_captured,
 )
-from torchspec.inference.leftovers import SGLANG_PATTERNS, remove_shared_memory_leftovers
+from torchspec.inference.ending import end_children, end_engine
+from torchspec.inference.leftovers import remove_shared_memory_leftovers
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
 from torchspec.store.layout import tensor_bytes
@@ -288,12 +288,9 @@ class TargetEngine:
 
     def _shut_down(self) -> None:
         if self._engine is not None:
-            # Engine.shutdown() would kill every child of this process, other people's too.
-            atexit.unregister(self._engine.shutdown)
-            self._engine.tokenizer_manager._subprocess_watchdog.stop()
-            _kill([psutil.Process(pid) for pid in self._engine.get_all_child_pids() if psutil.pid_exists(pid)])
+            end_engine(self._engine)
         shutil.rmtree(self._folder)
-        remove_shared_memory_leftovers(self._started, SGLANG_PATTERNS)
+        remove_shared_memory_leftovers(self._started)
 
 
 class _Budget:
@@ -335,20 +332,12 @@ def _start_sglang(config: EngineConfig, capture: CaptureConfig) -> Any:
     try:
         return sglang.Engine(**config.engine_args())
     except BaseException as error:
-        _kill([child for child in psutil.Process().children() if child not in others])
+        end_children(but=others)
         if isinstance(error, RuntimeError):
             raise EngineError(f"SGLang did not start: {error}") from error
         raise
     finally:
         del os.environ[ENVIRONMENT_VARIABLE]  # or the next engine of this process would capture, too
-
-
-def _kill(processes: list[psutil.Process]) -> None:
-    """End processes and their children, and wait until they are gone."""
-    family = [child for process in processes for child in process.children(recursive=True)] + processes
-    for process in family:
-        process.kill()
-    psutil.wait_procs(family, timeout=30)
 
 
 def _await_hello(listener: socket.socket) -> tuple[socket.socket, Hello]:
