@@ -90,8 +90,8 @@ def put_sample(client: HiddenStateStore, lease: Lease) -> tuple[SampleRef, Answe
     if lease.max_new_tokens:
         written = tuple(int(i) for i in (ids[-1] + np.arange(1, 5)) % VOCAB)
         answer = Answer(lease.sample.prompt, written, "text", "stop")
-        mask = pack_mask([0] * len(ids) + [1] * len(written))
-        ids = np.concatenate([ids, written])
+        mask = pack_mask([0] * len(ids) + [1] * (len(written) - 1))
+        ids = np.concatenate([ids, written[:-1]])
     else:
         mask = lease.loss_mask
     tensors = GEOMETRY.tensors(len(ids))
@@ -340,7 +340,8 @@ def test_answers_are_written_once_and_later_epochs_only_prefill(endpoint, client
         assert [lease.max_new_tokens > 0 for lease in leases] == [True] * 4 + [False] * 4
         for lease in leases[4:]:
             ids = np.frombuffer(lease.input_ids, dtype="<i4")
-            assert len(ids) == 7 and unpack_mask(lease.loss_mask, 7) == [False] * 3 + [True] * 4
+            assert len(ids) == 6  # of the four tokens of the answer, the last is never read
+            assert unpack_mask(lease.loss_mask, 6) == [False] * 3 + [True] * 3
         await controller.finish()
 
     asyncio.run(scenario())
