@@ -37,8 +37,9 @@ class SampleId(NamedTuple):
 class Lease:
     """One sample handed to one inference worker.
 
-    ``input_ids`` is the prompt when ``max_new_tokens > 0`` (the worker lets the target answer first, then captures
-    prompt + answer) and the whole conversation otherwise. Token ids are packed little-endian int32.
+    ``input_ids`` is the prompt when ``max_new_tokens > 0`` (the target answers, and what it reads while doing so is
+    captured: all but the answer's last token) and the whole text to capture otherwise. Token ids are packed
+    little-endian int32.
     """
 
     sample: SampleId
@@ -96,7 +97,7 @@ class WorkerReport:
     worker: str
     samples: int = 0
     tokens: int = 0
-    """Tokens captured (prompt and answer)."""
+    """Tokens captured (prompt, and the answer without its last token)."""
     answer_tokens: int = 0
     put_bytes: int = 0
     put_seconds: float = 0.0

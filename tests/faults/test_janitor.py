@@ -11,21 +11,27 @@ from pathlib import Path
 
 import pytest
 
+from torchspec.driver.actors import actor_environment
 from torchspec.driver.janitor import MARK, marked_processes
 
+CHILD = """
+import multiprocessing, subprocess, time
+lock = multiprocessing.get_context("spawn").Lock()
+subprocess.Popen(["sleep", "600"])
+print(lock._semlock.name.removeprefix("/"), flush=True)
+time.sleep(600)
+"""
 DRIVER = """
 import os, subprocess, sys, time
 from pathlib import Path
 from torchspec.driver.janitor import MARK, Janitor
-mark, temp_dir = sys.argv[1:]
+mark, temp_dir, child = sys.argv[1:]
 janitor = Janitor(mark, Path(temp_dir))
 os.environ[MARK] = mark
 # a child in a session of its own, which nothing else would stop, and a grandchild
-subprocess.Popen([sys.executable, "-c", "import subprocess,time; subprocess.Popen(['sleep','600']); time.sleep(600)"],
-                 start_new_session=True)
+process = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, text=True, start_new_session=True)
 Path("/dev/shm/sglang_loads_" + mark + ".shm").write_bytes(b"x")
-time.sleep(1)
-print("ready", flush=True)
+print("/dev/shm/sem." + process.stdout.readline(), end="", flush=True)
 if sys.stdin.readline() == "close\\n":
     janitor.close()
     print("closed", flush=True)
@@ -38,13 +44,33 @@ def driver(tmp_path):
     temp_dir = tmp_path / "scratch"
     temp_dir.mkdir()
     process = subprocess.Popen(
-        [sys.executable, "-c", DRIVER, mark, str(temp_dir)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", DRIVER, mark, str(temp_dir), CHILD],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     )
-    assert process.stdout.readline() == "ready\n"
-    assert len(marked_processes(mark)) >= 2
+    semaphore = Path(process.stdout.readline().strip())
+    assert semaphore.exists()
+    assert len(marked_processes(mark)) == 3, "child, grandchild and the child's resource tracker"
     yield process, mark, temp_dir
+    assert not semaphore.exists()
     process.kill()
     process.wait()
+
+
+def test_an_actor_that_is_killed_leaves_its_temporary_files_to_the_janitor(driver):
+    process, mark, temp_dir = driver
+    code = "import tempfile; tempfile.mkdtemp(); print(tempfile.mkstemp()[1], flush=True); input()"
+    environment = os.environ | actor_environment(mark, 1, temp_dir, temp_dir / "cache")
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen([sys.executable, "-c", code], env=environment, **pipes) as actor:
+        file = Path(actor.stdout.readline().strip())
+        actor.kill()
+    assert file.exists() and file.parent == temp_dir
+    process.stdin.write("close\n")
+    process.stdin.flush()
+    process.stdout.readline()
+    assert_clean(mark, temp_dir)
 
 
 def assert_clean(mark: str, temp_dir: Path) -> None:
@@ -71,10 +97,14 @@ def test_after_kill_9(driver):
 
 
 def test_other_processes_are_left_alone(driver):
+    """Their semaphores too, which look like ours."""
     process, mark, _ = driver
+    semaphore = Path(f"/dev/shm/sem.mp-{mark}")
+    semaphore.touch()
     with subprocess.Popen(["sleep", "600"], env={**os.environ, MARK: mark + "x"}) as bystander:
         process.stdin.write("close\n")
         process.stdin.flush()
         process.stdout.readline()
-        assert bystander.poll() is None
+        assert bystander.poll() is None and semaphore.exists()
+        semaphore.unlink()
         bystander.kill()

@@ -12,15 +12,16 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import psutil
 
 from torchspec.inference.aux_layers import default_aux_layers
-from torchspec.inference.engine import EngineConfig, EngineDied, EngineError, TargetEngine
+from torchspec.inference.engine import Answered, EngineConfig, EngineDied, EngineError, TargetEngine
 from torchspec.store.endpoint import StoreEndpoint
 
 CHUNK = 128
@@ -36,6 +37,7 @@ class LiveEngine:
             EngineConfig(str(model_path), AUX_LAYERS, **(defaults | config)), endpoint, buffer_bytes
         )
         self.runner = asyncio.Runner()
+        self._keys = map("answer{}".format, count())
 
     def run(self, coroutine: Any) -> Any:
         return self.runner.run(coroutine)
@@ -43,11 +45,15 @@ class LiveEngine:
     def greedy(self, prompts: Sequence[list[int]], tokens: int) -> list[list[int]]:
         """Greedy answers to all prompts at once."""
 
-        async def all_at_once() -> list[list[int]]:
-            answers = [self.engine.answer(prompt, tokens, 0.0, 1.0, 0) for prompt in prompts]
-            return [ids for ids, _ in await asyncio.gather(*answers)]
+        async def all_at_once() -> list[Answered]:
+            return await asyncio.gather(*(self.answer(prompt, tokens) for prompt in prompts))
 
-        return self.run(all_at_once())
+        return [answered.token_ids for answered in self.run(all_at_once())]
+
+    def answer(
+        self, prompt: list[int], tokens: int, temperature: float = 0.0, seed: int = 0, key: str | None = None
+    ) -> Coroutine[Any, Any, Answered]:
+        return self.engine.answer(key or next(self._keys), prompt, tokens, temperature, 1.0, seed)
 
     def close(self) -> None:
         self.engine.stop()
@@ -115,7 +121,7 @@ def main() -> None:
 async def _kill_and_capture(live: LiveEngine, scheduler: int) -> str:
     """Two captures, of which the buffer holds one at a time, and an answer: all must end with the scheduler."""
     pending = [asyncio.create_task(live.engine.capture(f"never{i}", [1] * 1500)) for i in range(2)]
-    pending += [asyncio.create_task(live.engine.answer([1, 2, 3], 2000, 0.0, 1.0, 0))]
+    pending += [asyncio.create_task(live.answer([1, 2, 3], 1500))]
     await asyncio.sleep(0.5)
     os.kill(scheduler, signal.SIGKILL)
     started = time.monotonic()
@@ -123,7 +129,7 @@ async def _kill_and_capture(live: LiveEngine, scheduler: int) -> str:
     assert time.monotonic() - started < 30
     assert all(isinstance(result, EngineDied) for result in results), results
     try:
-        await live.engine.answer([1, 2, 3], 4, 0.0, 1.0, 0)
+        await live.answer([1, 2, 3], 4)
     except EngineDied as error:
         return str(error)
     return "an engine without a scheduler answered"

@@ -18,7 +18,7 @@ import torch
 from engine_harness import AUX_LAYERS, CHUNK, LiveEngine, live_engine
 from store_harness import RunningStore, running_store
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from torchspec.inference.engine import CaptureError, EngineError
 from torchspec.store.hidden_state_store import HiddenStateStore
@@ -98,7 +98,7 @@ def fetch(client: HiddenStateStore, key: str, captured) -> tuple[Tensor, Tensor,
 
 async def capture_all(engine: LiveEngine, prompts: dict[str, list[int]], answers: int = 0):  # type: ignore[no-untyped-def]
     """Capture all prompts at once, while ``answers`` other requests are being answered."""
-    busy = [asyncio.create_task(engine.engine.answer(prompt(20, i), 24, 0.0, 1.0, i)) for i in range(answers)]
+    busy = [asyncio.create_task(engine.answer(prompt(20, i), 24)) for i in range(answers)]
     captured = await asyncio.gather(*(engine.engine.capture(key, ids) for key, ids in prompts.items()))
     await asyncio.gather(*busy)
     return dict(zip(prompts, captured, strict=True))
@@ -137,6 +137,43 @@ def test_bf16_states_are_as_close_to_fp32_as_transformers_own(cached_engine, cli
             assert ours.max() < 3 * spread.max() < 0.5
 
 
+def check_answers(answered, prompts, client, reference) -> None:  # type: ignore[no-untyped-def]
+    """Of every token but the last, read or written, the store has what transformers computes."""
+    for key, sample in answered.items():
+        read = prompts[key] + sample.token_ids[:-1]
+        hs, lhs, ids = fetch(client, key, sample.captured)
+        expected = reference(read)
+        assert ids == read
+        assert relative_error(lhs, expected[-1]) < FP32_TOLERANCE
+        for feature, layer in enumerate(AUX_LAYERS):
+            assert relative_error(hs[:, feature], expected[layer + 1]) < FP32_TOLERANCE
+
+
+async def answer_all(engine: LiveEngine, prompts: dict[str, list[int]], tokens: list[int]):  # type: ignore[no-untyped-def]
+    jobs = (engine.answer(ids, most, key=key) for (key, ids), most in zip(prompts.items(), tokens, strict=True))
+    return dict(zip(prompts, await asyncio.gather(*jobs), strict=True))
+
+
+def test_states_of_an_answer_are_captured_while_it_is_written(engine, client, reference, target_path) -> None:  # type: ignore[no-untyped-def]
+    tokenizer = AutoTokenizer.from_pretrained(target_path)
+    question = [{"role": "user", "content": "Name one colour. Answer with one word."}]
+    prompts = {f"answered{length}": prompt(length, length) for length in LENGTHS}
+    prompts["ends"] = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=False)
+    answered = engine.run(answer_all(engine, prompts, [1, 2, 3, 20, 5, 9, 16, 1, 30, 4, 60]))
+    assert answered["ends"].finish_reason == "stop"
+    assert [len(answered[f"answered{length}"].token_ids) for length in LENGTHS[:3]] == [1, 2, 3]
+    check_answers(answered, prompts, client, reference)
+
+
+def test_an_answer_that_was_retracted_is_captured_whole(store, target_path, client, reference) -> None:  # type: ignore[no-untyped-def]
+    """A KV pool for half of what the answers come to: SGLang takes requests back and prefills them again."""
+    hasty = {"schedule_conservativeness": 0.05, "page_size": 1}
+    with live_engine(store.endpoint, target_path, max_total_tokens=256, extra_args=hasty) as engine:
+        prompts = {f"retracted{i}": prompt(20 + i, i) for i in range(5)}
+        answered = engine.run(answer_all(engine, prompts, [80] * 5))
+        check_answers(answered, prompts, client, reference)
+
+
 def test_a_prompt_whose_prefix_came_from_a_cache_is_refused(cached_engine, client) -> None:  # type: ignore[no-untyped-def]
     shared = prompt(200, 42)
     first = cached_engine.run(capture_all(cached_engine, {"whole": shared + prompt(30, 1)}))
@@ -161,8 +198,8 @@ def test_answers_of_a_batch_equal_transformers_greedy_text(engine, target_path) 
 
 def test_sampled_answers_depend_on_the_seed_and_not_on_the_batch(engine) -> None:  # type: ignore[no-untyped-def]
     async def sample(seeds: list[int]) -> list[list[int]]:
-        answers = [engine.engine.answer(prompt(30, 7), 16, 1.0, 1.0, seed) for seed in seeds]
-        return [ids for ids, _ in await asyncio.gather(*answers)]
+        answers = (engine.answer(prompt(30, 7), 16, temperature=1.0, seed=seed) for seed in seeds)
+        return [answered.token_ids for answered in await asyncio.gather(*answers)]
 
     together = engine.run(sample([1, 2, 3, 4]))
     assert [engine.run(sample([seed]))[0] for seed in (3, 1)] == [together[2], together[0]]
@@ -199,7 +236,7 @@ def test_a_prompt_that_cannot_be_served_fails_and_the_engine_goes_on(engine, cli
     with pytest.raises(ValueError, match=r"inference\.buffer_bytes"):
         engine.run(engine.engine.capture("too-large", prompt(4000, 0)))
     with pytest.raises(EngineError, match=r"longer|length|exceed"):
-        engine.run(engine.engine.answer(prompt(9000, 0), 4, 0.0, 1.0, 0))
+        engine.run(engine.answer(prompt(1700, 0), 4))
     captured = engine.run(capture_all(engine, {"alive": prompt(9, 9)}))
     assert fetch(client, "alive", captured["alive"])[2] == prompt(9, 9)
 

@@ -62,7 +62,11 @@ def make(endpoint, run_dir: Path, prompts: int = 10, heldout: int = 0, **overrid
         "controller": {"reorder_window": 8, "max_attempts": 3, **overrides.pop("controller", {})},
         "draft": {"vocab_size": 16, "vocab_prompts": 4},
         "checkpoint": {"every_steps": 2},
-        "evaluation": {"heldout": "unused" if heldout else None, "every_steps": 2},
+        "evaluation": {
+            "heldout": "unused" if heldout else None,
+            "every_steps": 2,
+            **overrides.pop("evaluation", {}),
+        },
     }
     return Controller(
         ControllerSpec(
@@ -86,8 +90,8 @@ def put_sample(client: HiddenStateStore, lease: Lease) -> tuple[SampleRef, Answe
     if lease.max_new_tokens:
         written = tuple(int(i) for i in (ids[-1] + np.arange(1, 5)) % VOCAB)
         answer = Answer(lease.sample.prompt, written, "text", "stop")
-        mask = pack_mask([0] * len(ids) + [1] * len(written))
-        ids = np.concatenate([ids, written])
+        mask = pack_mask([0] * len(ids) + [1] * (len(written) - 1))
+        ids = np.concatenate([ids, written[:-1]])
     else:
         mask = lease.loss_mask
     tensors = GEOMETRY.tensors(len(ids))
@@ -261,6 +265,37 @@ def test_heldout_samples_come_first_and_never_enter_a_batch(endpoint, client, tm
     asyncio.run(scenario())
 
 
+def test_a_stop_gives_held_out_batches_to_all_ranks_or_to_none(endpoint, client, tmp_path):
+    async def scenario() -> None:
+        controller = make(endpoint, tmp_path, heldout=2, training={"dp_size": 2})
+        leases = await controller.lease("w0", 2, WorkerReport("w0"))
+        waiting = asyncio.create_task(controller.heldout_batches(0))
+        await controller.publish("w0", *await asyncio.to_thread(put_sample, client, leases[0]))
+        await controller.request_stop("test")
+        assert await waiting == ()
+        await controller.publish("w0", *await asyncio.to_thread(put_sample, client, leases[1]))
+        assert await controller.heldout_batches(1) == ()
+
+    asyncio.run(scenario())
+
+
+def test_every_scheduled_checkpoint_is_evaluated(endpoint, client, tmp_path):
+    async def scenario() -> None:
+        controller = make(endpoint, tmp_path, heldout=1, evaluation={"every_steps": 3})
+        pool = asyncio.create_task(worker(controller, client, "w0", random.Random(7)))
+        flags = {}
+        while (batch := await controller.next_batch(0)) is not None:
+            flags[batch.step] = batch.checkpoint, batch.evaluate
+            assert await controller.fetched(0, batch.step, []) is None
+            await controller.step_done(0, batch.step, None)
+        scheduled, evaluated = (True, True), (False, True)
+        assert flags == {1: (False, False), 2: scheduled, 3: evaluated, 4: scheduled, 5: scheduled}
+        await controller.finish()
+        await pool
+
+    asyncio.run(scenario())
+
+
 def test_a_stop_ends_all_ranks_at_the_same_step_and_a_resume_goes_on_from_there(endpoint, client, tmp_path):
     async def first_half() -> tuple[str, dict]:
         controller = make(endpoint, tmp_path)
@@ -305,7 +340,8 @@ def test_answers_are_written_once_and_later_epochs_only_prefill(endpoint, client
         assert [lease.max_new_tokens > 0 for lease in leases] == [True] * 4 + [False] * 4
         for lease in leases[4:]:
             ids = np.frombuffer(lease.input_ids, dtype="<i4")
-            assert len(ids) == 7 and unpack_mask(lease.loss_mask, 7) == [False] * 3 + [True] * 4
+            assert len(ids) == 6  # of the four tokens of the answer, the last is never read
+            assert unpack_mask(lease.loss_mask, 6) == [False] * 3 + [True] * 3
         await controller.finish()
 
     asyncio.run(scenario())

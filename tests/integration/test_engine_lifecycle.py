@@ -67,9 +67,9 @@ def test_a_dead_scheduler_fails_every_call_and_stop_leaves_nothing(start) -> Non
     assert made and not still_there(made)
 
 
-def test_kill_9_of_the_parent_leaves_no_process_and_what_it_left_can_be_removed(start) -> None:  # type: ignore[no-untyped-def]
+def test_kill_9_of_the_parent_leaves_no_process_and_what_it_left_can_be_removed(start, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     began = time.time()
-    process = start("wait")
+    process = start("wait", TMPDIR=str(tmp_path))
     ready = process.read()
     assert len(ready["answer"][0]) == 4
     made = sglang_files(ready["pids"])
@@ -78,3 +78,4 @@ def test_kill_9_of_the_parent_leaves_no_process_and_what_it_left_can_be_removed(
     wait_until_gone(ready["pids"])
     assert made <= set(remove_shared_memory_leftovers(began))
     assert not still_there(made)
+    assert list(tmp_path.glob("torchspec-*/capture")), "its sockets lie in the temporary folder, which can be a run's"

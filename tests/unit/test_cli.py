@@ -17,6 +17,8 @@ from torchspec.cli.main import main
 from torchspec.cli.quickstart import unused_name
 from torchspec.cli.tables import plan_table, summary_table
 from torchspec.config.load import load_config, parse_config, save_config
+from torchspec.config.schema import TrainingConfig
+from torchspec.data.survey import Survey
 from torchspec.driver.plan import Plan
 from torchspec.driver.threads import ThreadPlan
 
@@ -54,6 +56,14 @@ def test_version_and_help() -> None:
     text, _ = command("--help").communicate()
     for name in ("quickstart", "train", "resume", "plan", "status", "stop", "export", "eval", "config", "doctor"):
         assert f" {name} " in text
+
+
+def test_an_empty_number_of_threads_is_none() -> None:
+    code = "import sys, torchspec.cli.main as m; sys.argv[1:] = ['--help']\ntry: m.main()\nfinally: import torch"
+    environment = {**os.environ, "OMP_NUM_THREADS": ""}
+    complaints = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment).stderr
+    plain = subprocess.run([sys.executable, "-c", "import torch"], capture_output=True, text=True, env=environment)
+    assert "OMP_NUM_THREADS" in plain.stderr and complaints == ""
 
 
 def test_a_config_error_in_a_real_process_is_a_line_and_exit_code_2(recipe: Path) -> None:
@@ -157,9 +167,10 @@ def test_a_failed_run_is_exit_code_1_and_a_finished_one_prints_its_summary(
 ) -> None:
     """How the command ends, for both ends of a run; the runs themselves are other tests' business."""
     from torchspec.driver import run as driver
+    from torchspec.driver.session import RunFailed
 
     def fails(config: object, *, resume: bool, view: object) -> driver.RunSummary:
-        raise driver.RunFailed("trainer rank 0 failed: out of memory")
+        raise RunFailed("trainer rank 0 failed: out of memory")
 
     monkeypatch.setattr(driver, "train", fails)
     assert run(monkeypatch, "train", recipe) == 1
@@ -177,12 +188,13 @@ def test_a_failed_run_is_exit_code_1_and_a_finished_one_prints_its_summary(
 
 def test_the_address_option_sets_the_cluster(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchspec.driver import run as driver
+    from torchspec.driver.session import RunFailed
 
     addresses = []
 
     def notes(config: object, *, resume: bool, view: object) -> None:
         addresses.append(config.cluster.address)  # type: ignore[attr-defined]
-        raise driver.RunFailed("seen")
+        raise RunFailed("seen")
 
     monkeypatch.setattr(driver, "train", notes)
     run(monkeypatch, "train", recipe, "--address", "10.0.0.7:6379")
@@ -194,6 +206,23 @@ def rendered(renderable: object, width: int = 100) -> str:
     console = Console(width=width, record=True, file=io.StringIO())
     console.print(renderable)
     return console.export_text()
+
+
+def test_the_plan_counts_the_data_and_refuses_a_bad_file(
+    recipe: Path, target_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = recipe.with_name("data.jsonl")
+    data.write_text('{"prompt": "Hi"}\n' * 9)
+    changes = [f"target.path={target_path}", f"data.train={data}", f"data.cache_dir={recipe.parent}"]
+    assert run(monkeypatch, "plan", recipe, *changes, "training.batch_size=4", "training.epochs=2") == 0
+    out = capsys.readouterr().out
+    assert "9 conversations of " in out and "5 of 4 samples" in out
+    assert set(recipe.parent.iterdir()) == {recipe, data}, "nothing is written"
+    data.write_text('{"prompt": "Hi"}\n{"prompt": 3}\n')
+    assert run(monkeypatch, "plan", recipe, *changes) == 2
+    assert f"error: {data}:2: prompt is not text\n" in capsys.readouterr().err
+    assert run(monkeypatch, "plan", recipe, *changes, "data.train=absent.jsonl") == 2
+    assert capsys.readouterr().err == "error: data.train absent.jsonl: no such file, and no file matches it as a glob\n"
 
 
 def test_the_plan_warns_when_memory_is_short() -> None:
@@ -211,7 +240,12 @@ def test_the_plan_warns_when_memory_is_short() -> None:
             memory_available=16 << 30,
         )
 
-    fits, short = rendered(plan_table(plan(10 << 30))), rendered(plan_table(plan(20 << 30)))
+    data = Survey(90, 12_345, 6_789, (("p7", "too long"), ("p8", "too short")), exact=True)
+    training = TrainingConfig(epochs=2, batch_size=8)
+    fits, short = (rendered(plan_table(plan(size << 30), data, training)) for size in (10, 20))
+    assert "90 conversations of 12,345 tokens, and up to 6,789 that the target answers" in fits
+    assert "2 rejected (p7: too long, ...)" in " ".join(fits.replace("│", " ").split())
+    assert "23 of 8 samples" in fits
     assert "2,048 tokens, 9.0 MiB" in fits and "99 samples" in fits and "9.8M" in fits
     assert "about 10.0 GiB of 16.0 GiB" in fits
     assert "more than the machine has" in short and "more than the machine has" not in fits

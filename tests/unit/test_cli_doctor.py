@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,20 @@ def test_a_long_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
     assert_bad(checks.check_temporary_folder(), "warn", "too long")
+
+
+def test_sockets_below_the_longest_temporary_folder() -> None:
+    """Ray's and the capture plugin's, in folders as the driver and the engine name them."""
+    session = "session_2026-01-31_23-59-59_999999_4194304"
+    with tempfile.TemporaryDirectory(prefix="x" * 7, dir="/tmp") as root:
+        assert len(root) == checks.LONGEST_TEMPORARY_FOLDER
+        run = Path(tempfile.mkdtemp(prefix="torchspec-", dir=root))
+        (run / "actors").mkdir()
+        engine = Path(tempfile.mkdtemp(prefix="torchspec-", dir=run / "actors"))
+        for path in (run / "ray" / session / "sockets" / "plasma_store", engine / "capture"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with socket.socket(socket.AF_UNIX) as listener:
+                listener.bind(str(path))
 
 
 def test_a_process_whose_run_is_over() -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
@@ -173,8 +175,10 @@ def output() -> io.StringIO:
 
 
 @pytest.fixture
-def plain(clock: Clock, output: io.StringIO) -> PlainView:
-    return PlainView(10, Console(file=output), clock)
+def plain(clock: Clock, output: io.StringIO) -> Iterator[PlainView]:
+    view = PlainView(10, Console(file=output), clock)
+    yield view
+    view.close()
 
 
 def at_step(step: int) -> RunStatus:
@@ -210,18 +214,33 @@ def test_plain_has_a_heartbeat_only_when_nothing_else_was_said(
     plain.status(COUNTING)
     for clock.now in (5.0, 10.0, HEARTBEAT_SECONDS - 0.1):
         plain.status(COUNTING)
+        plain.heartbeat()
     assert len(output.getvalue().splitlines()) == 1
     clock.now = HEARTBEAT_SECONDS
-    plain.status(COUNTING)
+    plain.heartbeat()
     clock.now += 1
-    plain.status(COUNTING)
+    plain.heartbeat()
     _, heartbeat = output.getvalue().splitlines()
     assert "counting vocabulary" in heartbeat
     assert "4,821 samples captured (2.5M tokens) · 913,578 answer tokens written" in heartbeat
     plain.message("an event")
     clock.now += HEARTBEAT_SECONDS - 0.1
-    plain.status(COUNTING)
+    plain.heartbeat()
     assert output.getvalue().splitlines()[-1].endswith("an event")
+
+
+def test_plain_has_a_heartbeat_before_there_is_a_status(output: io.StringIO, clock: Clock) -> None:
+    plain = PlainView(10, Console(file=output), clock)
+    plain.message("starting Ray")
+    clock.now = HEARTBEAT_SECONDS
+    deadline = time.monotonic() + 30
+    while len(output.getvalue().splitlines()) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert output.getvalue() == "[    0s] starting Ray\n[   15s] still starting Ray\n"
+    plain.close()
+    clock.now *= 10
+    time.sleep(1.5)
+    assert output.getvalue().count("\n") == 2
 
 
 def test_the_live_view_draws_the_latest_status_and_events() -> None:

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from torchspec.cli.reference import describe_type, reference_lines
+from torchspec.cli.reference import reference_lines
+from torchspec.config.describe import describe_type
 from torchspec.config.load import load_config, parse_config
 from torchspec.config.schema import Config
 
@@ -24,7 +25,8 @@ def test_every_key_stands_there_with_its_meaning() -> None:
         assert isinstance(section.annotation, type) and issubclass(section.annotation, BaseModel)
         for name, field in section.annotation.model_fields.items():
             assert f"\n  {name}:" in text
-            assert (field.description or "").replace("``", "`").replace("\n", " ") in unwrapped
+            assert field.description, f"{name} has no docstring"
+            assert field.description.replace("``", "`").replace("\n", " ") in unwrapped
 
 
 def test_types_as_people_say_them() -> None:
@@ -33,8 +35,9 @@ def test_types_as_people_say_them() -> None:
         assert isinstance(model, type) and issubclass(model, BaseModel)
         return describe_type(model.model_fields[name])
 
+    assert described("run", "name").startswith("text, matching ^[A-Z")
     assert described("target", "path") == "text, required"
-    assert described("training", "threads") == "integer | auto"
+    assert described("training", "threads") == "integer > 0 | auto"
     assert described("training", "ttt_length") == "integer, >= 1, <= 16"
     assert described("optimizer", "schedule") == "cosine | linear | constant | wsd"
     assert described("optimizer", "betas") == "[number, number]"

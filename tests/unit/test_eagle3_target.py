@@ -128,6 +128,10 @@ def test_config_is_derived_from_the_target(target_path: Path) -> None:
         ({"draft_vocab_size": 50_000}, "draft.vocab_size=50000"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type among default"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "must hold a rope_theta"),
+        (
+            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            "partial_rotary_factor=0.5",
+        ),
         ({"num_key_value_heads": 2}, "not a multiple of num_kv_heads=2"),
     ],
 )

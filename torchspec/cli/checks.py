@@ -5,7 +5,6 @@ A *fail* stops every run; a *warn* stops some, or makes them slow. Checks change
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import importlib
 import importlib.util
@@ -18,7 +17,6 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from importlib.metadata import PackageNotFoundError, distribution, entry_points, requires, version
 from pathlib import Path
 from typing import Literal
@@ -28,11 +26,13 @@ from packaging.requirements import Requirement
 
 from torchspec.cli.units import human_bytes
 from torchspec.driver.janitor import MARK
-from torchspec.inference.leftovers import SEMAPHORE_PATTERNS, SGLANG_PATTERNS, SHARED_MEMORY
+from torchspec.inference.leftovers import SHARED_MEMORY, find_shared_memory_leftovers
 from torchspec.inference.sglang_patch import PatchError, check_patched
 from torchspec.inference.target_checkpoint import CACHE, MODEL
 
 GIB = 1 << 30
+LONGEST_TEMPORARY_FOLDER = 20
+"""Paths of sockets may have 107 bytes, and Ray's are 87 longer than this folder."""
 
 
 @dataclass(frozen=True)
@@ -190,9 +190,9 @@ def check_ports(host: str = "127.0.0.1") -> Finding:
 
 
 def check_temporary_folder() -> Finding:
-    """Ray's sockets live below the temporary folder, and their paths may have 107 bytes only."""
+    """Ray's sockets live below the temporary folder."""
     folder = tempfile.gettempdir()
-    if len(folder) > 30:
+    if len(folder) > LONGEST_TEMPORARY_FOLDER:
         return Finding("warn", f"{folder} is too long a path for Ray's sockets", "export TMPDIR=/tmp")
     return Finding("ok", folder)
 
@@ -218,11 +218,7 @@ def check_stale_processes() -> Finding:
 
 def check_leftovers(folder: Path = SHARED_MEMORY) -> Finding:
     """Files of ended engines in ``/dev/shm``: memory that nobody gives back."""
-    if not folder.is_dir():
-        return Finding("ok", "none")
-    files = [f for f in folder.iterdir() if any(fnmatch(f.name, p) for p in SGLANG_PATTERNS + SEMAPHORE_PATTERNS)]
-    mapped = _all_mappings() if files else ""
-    left = sorted(f.name for f in files if str(f) not in mapped and f.stat().st_uid == os.getuid())
+    left = sorted(entry.name for entry in find_shared_memory_leftovers(0.0, folder))
     if left:
         return Finding(
             "warn", f"{len(left)} files in {folder} that no process uses", f"cd {folder} && rm {' '.join(left)}"
@@ -262,11 +258,3 @@ def _module_exists(name: str) -> bool:
         return importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:
         return False
-
-
-def _all_mappings() -> str:
-    texts = []
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
-            texts.append(maps.read_text())
-    return "\n".join(texts)

@@ -5,6 +5,7 @@ Both views are told the same: ``status`` about twice a second, ``message`` for e
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -63,7 +64,10 @@ class LiveView:
 
 
 class PlainView:
-    """One line for every ``every_steps`` steps, each held-out evaluation, phase and event, and a heartbeat."""
+    """One line for every ``every_steps`` steps, each held-out evaluation, phase and event, and a heartbeat.
+
+    A thread of its own sees to the heartbeat: starting everything takes long, and nobody calls meanwhile.
+    """
 
     def __init__(self, every_steps: int, console: Console, clock: Callable[[], float] = time.monotonic):
         self._every_steps = every_steps
@@ -73,8 +77,13 @@ class PlainView:
         self._phase = ""
         self._step = 0
         self._heldout: StepReport | None = None
+        self._status: RunStatus | None = None
+        self._doing = "starting"
+        self._closed = threading.Event()
+        threading.Thread(target=self._beat, daemon=True).start()
 
     def status(self, status: RunStatus) -> None:
+        self._status = status
         phase = phase_text(status)
         if phase != self._phase:
             self._phase = phase
@@ -85,18 +94,27 @@ class PlainView:
         if status.last_heldout is not None and status.last_heldout != self._heldout:
             self._heldout = status.last_heldout
             self._say(f"held-out at step {self._heldout.step:,}: {_quality(self._heldout)}")
-        if self._clock() - self._spoke >= HEARTBEAT_SECONDS:
-            self._say(heartbeat_line(status))
 
     def message(self, text: str) -> None:
+        self._doing = text
         self._say(text)
 
+    def heartbeat(self) -> None:
+        """Say what is going on, if nothing was said for a while."""
+        if self._clock() - self._spoke >= HEARTBEAT_SECONDS:
+            self._say(f"still {self._doing}" if self._status is None else heartbeat_line(self._status))
+
     def close(self) -> None:
-        """Nothing to put away."""
+        self._closed.set()
+
+    def _beat(self) -> None:
+        while not self._closed.wait(1.0):
+            self.heartbeat()
 
     def _say(self, line: str) -> None:
         self._spoke = self._clock()
-        print(f"[{human_seconds(self._spoke - self._started):>6}] {line}", file=self._console.file, flush=True)
+        self._console.file.write(f"[{human_seconds(self._spoke - self._started):>6}] {line}\n")
+        self._console.file.flush()
 
 
 def step_line(status: RunStatus, report: StepReport) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, get_args, get_origin
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from pydantic.fields import FieldInfo
 
 WIDTH = 100
-TYPE_NAMES = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path", Any: "anything"}
-LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<="}
 
 
 def config(
@@ -45,46 +43,17 @@ def config(
 
 def reference_lines(model: type[BaseModel], indent: str = "") -> Iterator[str]:
     """The reference of ``model`` and of the sections below it."""
-    from pydantic import BaseModel
+    from torchspec.config.describe import describe_type, is_section
 
     for name, field in model.model_fields.items():
-        section = field.annotation
-        if isinstance(section, type) and issubclass(section, BaseModel):
+        if is_section(field.annotation):
             yield f"{indent}{name}:"
-            yield from reference_lines(section, indent + "  ")
+            yield from reference_lines(field.annotation, indent + "  ")
             yield ""
         else:
             text = (field.description or "").replace("``", "`")
             yield from textwrap.wrap(text, WIDTH, initial_indent=f"{indent}# ", subsequent_indent=f"{indent}# ")
             yield f"{indent}{name}: {_default(field)}".rstrip() + f"  # {describe_type(field)}"
-
-
-def describe_type(field: FieldInfo) -> str:
-    """The type of a key and its limits, as people say it."""
-    parts = [_type_name(field.annotation)]
-    for constraint in field.metadata:
-        parts += [
-            f"{sign} {getattr(constraint, limit)}" for limit, sign in LIMITS.items() if hasattr(constraint, limit)
-        ]
-    if field.is_required():
-        parts.append("required")
-    return ", ".join(parts)
-
-
-def _type_name(annotation: Any) -> str:
-    if annotation is type(None):
-        return "null"
-    if get_origin(annotation) is Literal:
-        return " | ".join(str(value) for value in get_args(annotation))
-    arguments = get_args(annotation)
-    if get_origin(annotation) in (list, tuple):
-        inner = ", ".join(_type_name(a) for a in arguments)
-        return f"list of {inner}" if get_origin(annotation) is list else f"[{inner}]"
-    if get_origin(annotation) is dict:
-        return "mapping"
-    if arguments and get_origin(annotation) in (Union, type(int | str)):
-        return " | ".join(_type_name(a) for a in arguments)
-    return TYPE_NAMES[annotation]
 
 
 def _default(field: FieldInfo) -> str:

@@ -14,6 +14,8 @@ from rich.text import Text
 from torchspec.cli.units import human_bytes, human_count, human_seconds
 
 if TYPE_CHECKING:
+    from torchspec.config.schema import TrainingConfig
+    from torchspec.data.survey import Survey
     from torchspec.driver.plan import Plan
     from torchspec.driver.run import RunSummary
 
@@ -29,8 +31,10 @@ def pairs_table(title: str, pairs: dict[str, str]) -> Table:
     return table
 
 
-def plan_table(plan: Plan) -> RenderableType:
-    """What a run needs: its actors, then its figures."""
+def plan_table(plan: Plan, data: Survey, training: TrainingConfig) -> RenderableType:
+    """What a run needs and does: its actors, then its figures."""
+    from torchspec.driver.plan import total_steps
+
     actors = _framed("Actors")
     actors.add_column("role")
     actors.add_column("count", justify="right")
@@ -41,6 +45,8 @@ def plan_table(plan: Plan) -> RenderableType:
     figures = pairs_table(
         "Figures",
         {
+            "data": _data_text(data),
+            "steps": f"{total_steps(training, data.rows):,} of {training.batch_size} samples",
             "threads": f"{plan.threads.inference} an engine, {plan.threads.training} a rank, of {plan.cores} cores",
             "largest sample": f"{plan.tokens_per_sample:,} tokens, {human_bytes(plan.sample_bytes)} in the store",
             "store": f"{human_bytes(plan.credit_bytes)} of credits: {plan.store_samples:,} samples of the largest size",
@@ -58,6 +64,18 @@ def plan_table(plan: Plan) -> RenderableType:
             )
         )
     return Group(*parts)
+
+
+def _data_text(data: Survey) -> str:
+    about = "" if data.exact else "about "
+    text = f"{about}{data.rows:,} conversations of {data.tokens:,} tokens"
+    if data.answer_tokens:
+        text += f", and up to {data.answer_tokens:,} that the target answers"
+    if data.rejected:
+        name, reason = data.rejected[0]
+        text += f"; {len(data.rejected):,} rejected{'' if data.exact else ' of a sample'} ({name}: {reason}"
+        text += ", ...)" if len(data.rejected) > 1 else ")"
+    return text
 
 
 def summary_table(summary: RunSummary, target: str) -> RenderableType:

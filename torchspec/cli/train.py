@@ -44,14 +44,15 @@ def resume(run: Run, overrides: Overrides = None) -> None:
 
 
 def plan(config: ConfigFile, overrides: Overrides = None) -> None:
-    """Say what CONFIG needs (actors, threads, bytes of a sample, store, memory) without starting anything."""
+    """Say what CONFIG needs and does (data, steps, actors, store, memory) without starting anything."""
     from rich.console import Console
 
     from torchspec.cli.tables import plan_table
     from torchspec.config.load import load_config
     from torchspec.driver.prepare import make_plan_for
 
-    Console().print(plan_table(make_plan_for(load_config(config, overrides or []))))
+    checked = load_config(config, overrides or [])
+    Console().print(plan_table(*make_plan_for(checked), checked.training))
 
 
 def run_training(config: Config, resume: bool) -> RunSummary:
@@ -61,11 +62,12 @@ def run_training(config: Config, resume: bool) -> RunSummary:
     from torchspec.cli.live import open_view
     from torchspec.cli.tables import summary_table
     from torchspec.driver import run
+    from torchspec.driver.session import RunFailed
 
     try:
         with closing(open_view(config.monitor)) as view:
             summary = run.train(config, resume=resume, view=view)
-    except run.RunFailed as error:
+    except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
     Console(highlight=False).print(summary_table(summary, config.target.path))

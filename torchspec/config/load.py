@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
+from torchspec.config.describe import describe_type, is_section
 from torchspec.config.schema import Config
 
 
@@ -40,8 +43,8 @@ def parse_config(tree: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(tree)
     except ValidationError as error:
-        lines = [_explain(e["loc"], e["type"], e["msg"]) for e in error.errors()]
-        raise ValueError("\n".join(lines)) from None
+        lines = [_explain(e["loc"], e["type"], e["msg"], tree) for e in error.errors()]
+        raise ValueError("\n".join(dict.fromkeys(lines))) from None  # a union complains once for each member
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -78,11 +81,34 @@ def _value(text: str, override: str) -> Any:
     return value
 
 
-def _explain(loc: tuple[int | str, ...], kind: str, message: str) -> str:
+def _explain(loc: tuple[int | str, ...], kind: str, message: str, tree: dict[str, Any]) -> str:
+    """One line for one complaint of pydantic, in the words of the config."""
+    if kind == "extra_forbidden":
+        return _unknown_key(loc)
+    if not loc:
+        return message.removeprefix("Value error, ")
+    knob, field = _knob_at(loc)
+    name = ".".join(knob)
+    if kind == "missing" and len(loc) == len(knob):
+        return f"{name}: {message}"
+    value = reduce(lambda node, key: node[key], knob, tree)
+    return f"{name}: {value!r} does not fit; valid: {describe_type(field)}"
+
+
+def _knob_at(loc: tuple[int | str, ...]) -> tuple[list[str], FieldInfo]:
+    """The key that ``loc`` lies in: what follows it there are places inside its value, and pydantic's own names."""
+    fields, knob = Config.model_fields, []
+    for part in map(str, loc):
+        knob.append(part)
+        field = fields[part]
+        if not is_section(field.annotation):
+            break
+        fields = field.annotation.model_fields
+    return knob, field
+
+
+def _unknown_key(loc: tuple[int | str, ...]) -> str:
     name = ".".join(str(part) for part in loc)
-    if kind != "extra_forbidden":
-        message = message.removeprefix("Value error, ")
-        return f"{name}: {message}" if name else message
     known = _known_keys()
     parent = ".".join(str(part) for part in loc[:-1])
     siblings = [k for k in known if k.rpartition(".")[0] == parent]
@@ -101,6 +127,6 @@ def _known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        if is_section(field.annotation):
             keys += _known_keys(field.annotation, f"{prefix}{name}.")
     return keys

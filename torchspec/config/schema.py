@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
 
 class Section(BaseModel):
@@ -62,6 +62,7 @@ class AnswerConfig(Section):
     temperature: float = Field(default=0.0, ge=0)
     """0 is greedy. Drafts that serve sampled traffic gain from a temperature near 1."""
     top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sample among the likeliest tokens that together have this probability. 1 is all of them."""
     reuse: Path | None = None
     """An ``answers.jsonl`` of an earlier run with the same prompts: what it holds is prefilled, not written again."""
 
@@ -71,7 +72,7 @@ class InferenceConfig(Section):
     """SGLang engines. They pull work, so uneven speed and late joiners need no setting."""
     tp_size: int = Field(default=1, ge=1)
     """Tensor parallelism inside one engine (GPUs)."""
-    threads: int | Literal["auto"] = "auto"
+    threads: PositiveInt | Literal["auto"] = "auto"
     """CPU threads of one engine. ``auto`` shares the node's cores among both pools."""
     max_concurrency: int = Field(default=32, ge=1)
     """Samples one engine works on at a time."""
@@ -82,8 +83,9 @@ class InferenceConfig(Section):
     mem_fraction_static: float | None = Field(default=None, gt=0, lt=1)
     """Share of the memory that weights and KV cache may take. Default: SGLang's own choice on a GPU, half on a CPU,
     where ``max_total_tokens`` decides how much of it is used."""
-    buffer_bytes: int = Field(default=256 << 20, ge=1 << 20)
-    """Registered host buffer of one engine, through which samples leave for the store."""
+    buffer_bytes: int | None = Field(default=None, ge=1 << 20)
+    """Registered host buffer of one engine, which gathers the states of the samples it works on. Default: room for
+    ``max_concurrency`` of the largest and two on their way to the store, at most 4 GiB."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """More arguments of ``sglang.Engine``, for what this section does not name."""
 
@@ -121,8 +123,11 @@ class OptimizerConfig(Section):
     lr: float = Field(default=5e-5, gt=0)
     """Peak learning rate. 5e-5 suits days, 2e-3 suits minutes."""
     betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's decay rates of the gradient's running mean and of its running square."""
     eps: float = Field(default=1e-8, gt=0)
+    """Added to the denominator of AdamW's update."""
     weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW's decoupled weight decay: each step shrinks the weights by ``lr`` times this."""
     clip: float = Field(default=0.5, gt=0)
     """Largest global gradient norm."""
     schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
@@ -137,6 +142,7 @@ class OptimizerConfig(Section):
 
 class TrainingConfig(Section):
     epochs: int = Field(default=1, ge=1)
+    """How often each prompt is trained on. From the second time on, its answer is only prefilled."""
     max_steps: int | None = Field(default=None, ge=1)
     """Stop after so many steps, whatever ``epochs`` says."""
     batch_size: int = Field(default=8, ge=1)
@@ -167,7 +173,7 @@ class TrainingConfig(Section):
     """Autocast dtype; the weights' masters are float32. ``auto`` as for ``target.dtype``."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """``auto`` takes CUDA where there is one."""
-    threads: int | Literal["auto"] = "auto"
+    threads: PositiveInt | Literal["auto"] = "auto"
     """CPU threads of one rank. ``auto`` shares the node's cores among both pools."""
     compile: bool = False
     """Compile the draft with torch.compile; falls back to eager, with a warning, where no compiler is found."""
@@ -192,16 +198,19 @@ class EvaluationConfig(Section):
     samples: int = Field(default=32, ge=1)
     """Use the first so many of them."""
     every_steps: int = Field(default=100, ge=1)
+    """Score them after so many steps, and before each checkpoint but one that a stop asks for."""
 
 
 class CheckpointConfig(Section):
     every_steps: int = Field(default=200, ge=1)
-    """Also saved at the end and at a stop."""
+    """Save after so many steps; also at the end and at a stop."""
     keep: int = Field(default=3, ge=1)
-    """Newest checkpoints kept. ``best`` (by held-out simulated accept length) is kept beside them."""
+    """Newest checkpoints kept. ``best`` (by held-out simulated accept length) is kept beside them; one saved at a
+    stop has no score, so it is never ``best``."""
     export: bool = True
     """Write the Hugging Face folder of the draft after every save."""
     export_dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """What the exported weights are rounded to."""
 
 
 class ClusterConfig(Section):
@@ -215,6 +224,7 @@ class ClusterConfig(Section):
 
 class MonitorConfig(Section):
     tensorboard: bool = True
+    """Write TensorBoard logs into the run's folder."""
     live: Literal["auto", "on", "off"] = "auto"
     """The terminal view while training; ``auto`` shows it on a terminal and prints plain lines elsewhere."""
     every_steps: int = Field(default=10, ge=1)
@@ -238,6 +248,12 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_empty_sections(cls, tree: dict[str, Any]) -> dict[str, Any]:
+        """``data:`` with nothing below it is null to YAML, and all defaults to us."""
+        return {name: value for name, value in tree.items() if value is not None or name not in cls.model_fields}
 
     @model_validator(mode="after")
     def check_batch(self) -> Config:

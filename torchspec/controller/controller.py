@@ -9,13 +9,10 @@ changes happen on one event loop, between awaits, so no lock is needed.
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-import numpy as np
 
 from torchspec.config.schema import Config
 from torchspec.contracts import (
@@ -29,26 +26,22 @@ from torchspec.contracts import (
     SampleRef,
     StepReport,
     WorkerReport,
-    pack_mask,
 )
 from torchspec.controller.batching import MicroBatches, split_batch
 from torchspec.controller.credits import Credits
-from torchspec.controller.journal import AnswerBook, JsonLines
+from torchspec.controller.journal import JsonLines
 from torchspec.controller.ledger import Ledger, LedgerShape, Record
+from torchspec.controller.objects import StoredObjects
 from torchspec.controller.observer import Observer
+from torchspec.controller.samples import Samples
 from torchspec.controller.sync import FetchRound, Signal
 from torchspec.controller.vocabulary import VocabularyCount
 from torchspec.data.draft_vocab import DraftVocab
-from torchspec.data.order import sample_seed
 from torchspec.data.prompt_set import PromptSet
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
-from torchspec.store.hidden_state_store import HiddenStateStore
 
 log = logging.getLogger(__name__)
-
-CLIENT_BUFFER_BYTES = 1 << 20
-"""The controller only removes objects, so its store client needs hardly any buffer."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +71,6 @@ class Controller:
         config = spec.config
         self.spec, self.config = spec, config
         self.world_size = config.training.dp_size
-        self.prompts = {False: spec.train, True: spec.heldout}
         self.ledger = Ledger(
             LedgerShape(
                 spec.train.content_hash,
@@ -103,13 +95,15 @@ class Controller:
         self.journal = JsonLines(spec.run_dir / "ledger.jsonl")
         self.rejections = JsonLines(spec.run_dir / "rejected.jsonl")
         self._observer = Observer(spec.run_dir)
-        self.answers = AnswerBook(spec.run_dir / "answers.jsonl", config.answer.reuse)
+        self.samples = Samples(
+            spec.train, spec.heldout, spec.run_dir / "answers.jsonl", config.answer.reuse, config.run.seed
+        )
         if spec.ledger_snapshot is not None:
             self.ledger.restore(spec.ledger_snapshot)
         if spec.resumed:
             self.journal.write({"event": "resumed", "step": self.ledger.committed_step})
         self.credits = Credits(spec.credit_bytes)
-        self.store = HiddenStateStore(spec.endpoint, CLIENT_BUFFER_BYTES)
+        self.objects = StoredObjects(spec.endpoint, spec.geometry.suffixes)
 
         self._batches: dict[int, list[RankBatch]] = {}
         self._next_step = [self.ledger.committed_step + 1] * self.world_size
@@ -120,7 +114,6 @@ class Controller:
         self._finished = False
         self._work = Signal()
         self._batch = Signal()
-        self._freeing: set[asyncio.Task[None]] = set()
         first = range(min(config.draft.vocab_prompts, len(spec.train)))
         self._vocabulary = VocabularyCount(
             spec.run_dir / "draft_vocab.json",
@@ -150,13 +143,11 @@ class Controller:
         record = self._ledger(ref.sample).store(ref)
         if record is None:
             log.info("discarding %s: its lease had been given to somebody else", ref.key)
-            await self._remove([ref.key])
+            await self.objects.remove([ref.key])
             return
         self._observer.stored(ref.num_tokens)
-        prompts = self._prompts(ref.sample)
         if answer is not None:
-            row = ref.sample.prompt
-            self.answers.add(prompts.ids[row], prompts.input_ids(row), answer)
+            self.samples.add_answer(ref.sample, answer)
         fits = self.credits.reserve(ref.sample, self.spec.geometry.stored_bytes(ref.num_tokens))
         assert fits, f"{ref.key} is larger than its lease allowed"
         self._count_vocab()
@@ -164,15 +155,16 @@ class Controller:
         self._work.fire()
 
     async def fail(self, worker: str, sample: SampleId, key: str, reason: str, kind: FailureKind) -> None:
-        """A lease came to nothing."""
+        """A lease came to nothing. What may be stored under its key is of no use any more."""
+        await self.objects.remove([key])
         ledger = self._ledger(sample)
         if kind == "no_room":
             displaced = ledger.defer(sample, key, reason)
             if displaced is not None:
-                await self._remove([displaced])
+                await self.objects.remove([displaced])
             self._settle(ledger, [sample])
         elif ledger.fail(sample, key, reason, final=kind == "final") is not None:
-            self._observer.note(f"{worker} failed {self._name(sample)}: {reason}")
+            self._observer.note(f"{worker} failed {self.samples.name(sample)}: {reason}")
             self._settle(ledger, [sample])
 
     async def worker_lost(self, worker: str) -> int:
@@ -192,44 +184,15 @@ class Controller:
         for ledger in (self.heldout, self.ledger):
             while len(leases) < max_count:
                 record = ledger.next_to_lease()
-                if record is None or self._being_answered(record):
+                if record is None or self.samples.being_answered(record.sample, self.ledger.is_leased):
                     break
-                tokens, lease = self._describe(record)
+                tokens, lease = self.samples.describe(record.sample)
                 size = self.spec.geometry.stored_bytes(tokens)
                 if not self.credits.reserve(record.sample, size):
                     return leases
                 ledger.lease(record, worker, self.config.run.name)
                 leases.append(replace(lease, key=record.key, credit_bytes=size))
         return leases
-
-    def _being_answered(self, record: Record) -> bool:
-        """Whether another epoch's sample of this prompt is getting the answer that this one will use."""
-        prompts, row = self._prompts(record.sample), record.sample.prompt
-        if prompts.loss_mask(row) is not None or self.answers.get(prompts.input_ids(row)) is not None:
-            return False
-        earlier = (record.sample._replace(epoch=epoch) for epoch in range(record.sample.epoch))
-        return any(self.ledger.is_leased(sample) for sample in earlier)
-
-    def _describe(self, record: Record) -> tuple[int, Lease]:
-        """Most tokens the sample can have, and its lease without a key yet."""
-        row = record.sample.prompt
-        prompts = self._prompts(record.sample)
-        ids, mask, room = prompts.input_ids(row), prompts.loss_mask(row), prompts.max_new_tokens(row)
-        if mask is None:
-            answer = self.answers.get(ids)
-            if answer is not None:
-                mask = pack_mask([False] * len(ids) + [True] * len(answer))
-                ids = np.concatenate([ids, np.asarray(answer, dtype=np.int32)])
-        lease = Lease(
-            sample=record.sample,
-            key="",
-            input_ids=np.ascontiguousarray(ids, dtype="<i4").tobytes(),
-            loss_mask=mask or b"",
-            max_new_tokens=room if mask is None else 0,
-            seed=sample_seed(self.config.run.seed, *record.sample),
-            credit_bytes=0,
-        )
-        return len(ids) + lease.max_new_tokens, lease
 
     # ---- training ranks ----
 
@@ -338,9 +301,7 @@ class Controller:
         """Training has ended: workers may go, files are closed."""
         self._finished = True
         self._work.fire()
-        if self._freeing:
-            await asyncio.wait(self._freeing)
-        await asyncio.to_thread(self.store.close)
+        await self.objects.close()
         for file in (self.journal, self.rejections, self._observer):
             file.close()
 
@@ -374,20 +335,17 @@ class Controller:
                 del self._rounds[step]
                 self._batches[step] = self._rank_batches(step)
                 round_.decide(self._batches[step])
-        self.heldout.assign()
+        if not self._stopping:  # some ranks may already have been told that there will be no held-out batches
+            self.heldout.assign()
         self._batch.fire()
 
     def _rank_batches(self, step: int) -> list[RankBatch]:
-        evaluation, checkpoint = self.config.evaluation, self.config.checkpoint
+        evaluation = self.config.evaluation
         last = self.ledger.is_last(step)
+        checkpoint = last or step % self.config.checkpoint.every_steps == 0
+        evaluate = evaluation.heldout is not None and (checkpoint or step % evaluation.every_steps == 0)
         return [
-            RankBatch(
-                step=step,
-                micro_batches=micro_batches,
-                checkpoint=last or step % checkpoint.every_steps == 0,
-                evaluate=evaluation.heldout is not None and (last or step % evaluation.every_steps == 0),
-                last=last,
-            )
+            RankBatch(step=step, micro_batches=micro_batches, checkpoint=checkpoint, evaluate=evaluate, last=last)
             for micro_batches in self._split(self.ledger, step)
         ]
 
@@ -399,7 +357,7 @@ class Controller:
 
     def _lose(self, ledger: Ledger, step: int, samples: set[SampleId]) -> None:
         for record in [r for r in ledger.step_records(step) if r.sample in samples]:
-            self._observer.note(f"the store lost {self._name(record.sample)}; it is captured again")
+            self._observer.note(f"the store lost {self.samples.name(record.sample)}; it is captured again")
             ledger.lose(record.sample, record.key)
         self._settle(ledger, samples)
 
@@ -409,7 +367,7 @@ class Controller:
         for sample in samples:
             if sample in rejected:
                 self.credits.release(sample)
-                line = {"id": self._name(sample), "sample": list(sample), "reason": rejected[sample].reason}
+                line = {"id": self.samples.name(sample), "sample": list(sample), "reason": rejected[sample].reason}
                 self.rejections.write(line)
                 self.journal.write({"event": "rejected", **line})
                 self._observer.note(f"rejected {line['id']}: {line['reason']}")
@@ -419,43 +377,24 @@ class Controller:
 
     def _free(self, records: list[Record]) -> None:
         """Remove the samples' objects, then give back their credits: never the other way round."""
-        keys, samples = [r.key for r in records], [r.sample for r in records]
 
-        async def free() -> None:
-            await self._remove(keys)
-            for sample in samples:
-                self.credits.release(sample)
+        def gone() -> None:
+            for record in records:
+                self.credits.release(record.sample)
             for ledger in (self.heldout, self.ledger):
                 ledger.room()
             self._work.fire()
 
-        task = asyncio.create_task(free())
-        self._freeing.add(task)
-        task.add_done_callback(self._freeing.discard)
-
-    async def _remove(self, keys: list[str]) -> None:
-        for key in keys:
-            await asyncio.to_thread(self.store.remove, key, self.spec.geometry.suffixes)
+        self.objects.remove_soon([r.key for r in records], gone)
 
     # ---- the draft's vocabulary ----
 
     def _count_vocab(self) -> None:
         rejected = {r.sample for r in self.ledger.rejected.values()}
-        if self._vocabulary.update(self._answer, rejected):
+        if self._vocabulary.update(self.samples.answer, rejected):
             self._batch.fire()
-
-    def _answer(self, sample: SampleId) -> tuple[int, ...] | None:
-        return self.answers.get(self._prompts(sample).input_ids(sample.prompt))
 
     # ---- small things ----
 
     def _ledger(self, sample: SampleId) -> Ledger:
         return self.heldout if sample.epoch == HELDOUT_EPOCH else self.ledger
-
-    def _prompts(self, sample: SampleId) -> PromptSet:
-        prompts = self.prompts[sample.epoch == HELDOUT_EPOCH]
-        assert prompts is not None
-        return prompts
-
-    def _name(self, sample: SampleId) -> str:
-        return f"{self._prompts(sample).ids[sample.prompt]} (epoch {sample.epoch})"

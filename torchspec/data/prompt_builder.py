@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from itertools import islice
@@ -42,9 +42,21 @@ def load_or_build(
     chat = ChatTokenizer(tokenizer, options.chat_template, options.trust_remote_code)
     if options.on_error == "stop":
         require_clean(files, options.limit)
+    prompts = tokenise(read_conversations(files, options.limit), chat, options, content_hash, progress)
+    prompts.save(path)
+    return prompts
+
+
+def tokenise(
+    lines: Iterator[Conversation | BadLine],
+    chat: ChatTokenizer,
+    options: TokenizeOptions,
+    content_hash: str = "",
+    progress: Callable[[int], None] = lambda done: None,
+) -> PromptSet:
+    """Make a prompt set of ``lines``, which is not saved."""
     rows = _Rows(options)
     done = 0
-    lines = read_conversations(files, options.limit)
     while batch := list(islice(lines, BATCH)):
         rows.reject_lines(line for line in batch if isinstance(line, BadLine))
         conversations = [line for line in batch if isinstance(line, Conversation)]
@@ -52,9 +64,7 @@ def load_or_build(
             rows.add(conversation.id, tokens)
         done += len(batch)
         progress(done)
-    prompts = rows.freeze(content_hash)
-    prompts.save(path)
-    return prompts
+    return rows.freeze(content_hash)
 
 
 @dataclass

@@ -55,11 +55,26 @@ def take_over_output(path: Path) -> None:
     )
 
 
-class ActorFactory:
-    """Starts actors of one run."""
+def actor_environment(mark: str, threads: int, temp_dir: Path, cache_dir: Path) -> dict[str, str]:
+    """Environment variables of an actor and of its children.
 
-    def __init__(self, prepared: Prepared, endpoint: StoreEndpoint):
+    SGLang leaves its sockets in the temporary folder, and whatever is killed leaves all it has there: so ``temp_dir``
+    is the run's own, which the janitor removes. What torch compiles is worth keeping beyond the run.
+    """
+    return {
+        MARK: mark,
+        "OMP_NUM_THREADS": str(threads),
+        "TMPDIR": str(temp_dir),
+        "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(cache_dir / "torchinductor")),
+    }
+
+
+class ActorFactory:
+    """Starts actors of one run, with their temporary files in ``temp_dir``."""
+
+    def __init__(self, prepared: Prepared, endpoint: StoreEndpoint, temp_dir: Path):
         self._prepared, self._config, self._endpoint = prepared, prepared.config, endpoint
+        self._temp_dir = temp_dir
         self._workers = 0
 
     def log_path(self, name: str) -> Path:
@@ -145,7 +160,8 @@ class ActorFactory:
         return actors
 
     def _start(self, cls: type, name: str, threads: int, gpus: int, *args: Any, **options: Any) -> Any:
-        environment = {"OMP_NUM_THREADS": str(threads), MARK: self._prepared.mark}
+        cache_dir = self._config.data.cache_dir
+        environment = actor_environment(self._prepared.mark, threads, self._temp_dir, cache_dir)
         actor = ray.remote(logged(cls)).options(
             name=name,
             num_cpus=0 if cls in (Controller, StoreNode) else threads,

@@ -3,7 +3,7 @@
 The driver starts the janitor first and keeps a pipe to it open. When the pipe closes - the driver has ended, or was
 killed with ``kill -9`` - the janitor kills every process of this user that still carries the run's mark in its
 environment (Ray, SGLang and Mooncake children inherit it), removes what SGLang left in ``/dev/shm``, and deletes the
-run's temporary folder.
+run's temporary folder, where all of them have their temporary files.
 
 Standard library only, so that it starts at once and costs little.
 """
@@ -63,11 +63,17 @@ def sweep(mark: str, temp_dir: Path, since: float) -> None:
         if not pids:
             break
         for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(OSError):  # it has ended
+                if not _is_resource_tracker(pid):
+                    os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
     remove_shared_memory_leftovers(since)
     shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def _is_resource_tracker(pid: int) -> bool:
+    """Whether it is Python's, which removes the semaphores of the processes it serves and ends when they are gone."""
+    return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def main() -> None:

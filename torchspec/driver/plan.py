@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import psutil
 
-from torchspec.config.schema import Config
+from torchspec.config.schema import Config, TrainingConfig
 from torchspec.driver.target import TargetInfo
 from torchspec.driver.threads import ThreadPlan, plan_threads
 from torchspec.store.layout import USABLE_SHARE
@@ -15,6 +15,7 @@ from torchspec.store.layout import USABLE_SHARE
 ENGINE_OVERHEAD_BYTES = 2 << 30
 """Measured on a CPU: three processes of one engine, beside weights and KV cache."""
 TRAINER_OVERHEAD_BYTES = 1 << 30
+MAX_DEFAULT_BUFFER = 4 << 30
 BASE_BYTES = 2 << 30
 """Ray's own processes, the controller, the driver."""
 
@@ -40,7 +41,7 @@ class Plan:
 
 
 def make_plan(config: Config, target: TargetInfo, heldout_samples: int, vocab_prompts: int, on_gpu: bool) -> Plan:
-    """Work out what ``config`` needs.
+    """Work out what ``config``, with its defaults resolved, needs.
 
     Args:
         vocab_prompts: samples that are stored before training starts, because their answers are counted first.
@@ -57,6 +58,7 @@ def make_plan(config: Config, target: TargetInfo, heldout_samples: int, vocab_pr
     _check_store(config, sample_bytes, credit_bytes, heldout_samples, vocab_prompts)
     for pool in ("inference", "training"):
         _check_buffer(pool, getattr(config, pool).buffer_bytes, sample_bytes)
+    assert config.inference.buffer_bytes is not None
     draft = draft_parameters(config, target)
     weights = target.num_parameters * (4 if config.target.dtype == "float32" else 2)
     kv_cache = config.inference.max_total_tokens * target.num_layers * target.hidden_size * 2
@@ -84,6 +86,22 @@ def make_plan(config: Config, target: TargetInfo, heldout_samples: int, vocab_pr
         memory_bytes=memory,
         memory_available=psutil.virtual_memory().total,
     )
+
+
+def resolve_buffer(config: Config, target: TargetInfo) -> Config:
+    """Put a size in place of the default of ``inference.buffer_bytes``."""
+    inference = config.inference
+    if inference.buffer_bytes is not None:
+        return config
+    sample = target.geometry.stored_bytes(config.data.max_seq_length)
+    size = max(2 * sample, min((inference.max_concurrency + 2) * sample, MAX_DEFAULT_BUFFER))
+    return config.model_copy(update={"inference": inference.model_copy(update={"buffer_bytes": size})})
+
+
+def total_steps(training: TrainingConfig, prompts: int) -> int:
+    """Optimizer steps of a run over so many prompts, none of them rejected."""
+    steps = -(-prompts * training.epochs // training.batch_size)
+    return min(steps, training.max_steps) if training.max_steps is not None else steps
 
 
 def draft_parameters(config: Config, target: TargetInfo) -> int:

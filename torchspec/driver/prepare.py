@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torchspec.config.schema import Config
 from torchspec.data.prompt_set import PromptSet, TokenizeOptions
+from torchspec.data.survey import Survey, survey
 from torchspec.driver.cluster import namespace
-from torchspec.driver.plan import Plan, make_plan
+from torchspec.driver.plan import Plan, make_plan, resolve_buffer, total_steps
 from torchspec.driver.target import TargetInfo, read_target
 from torchspec.hardware import Device, fast_dtype, pick_device
 from torchspec.inference.sglang_patch import check_patched
@@ -42,9 +43,7 @@ class Prepared:
     @property
     def total_steps(self) -> int:
         """Steps of the whole run, for the schedule."""
-        training = self.config.training
-        steps = -(-len(self.train) * training.epochs // training.batch_size)
-        return min(steps, training.max_steps) if training.max_steps is not None else steps
+        return total_steps(self.config.training, len(self.train))
 
     @property
     def ledger_snapshot(self) -> str | None:
@@ -61,7 +60,7 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Pre
     device = pick_device(config.training.device, "training.device")
     config = resolve_dtypes(config, device)
     target = read_target(config.target)
-    config = _absolute(config, target)
+    config = _absolute(resolve_buffer(config, target), target)
     run_dir = config.run_dir
     resume_from = _check_folder(run_dir, resume)
     message("reading and tokenising the prompts")
@@ -69,31 +68,43 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Pre
     heldout = None
     if config.evaluation.heldout is not None:
         heldout = _prompts(config, "evaluation.heldout", config.evaluation.heldout, config.evaluation.samples)
-    if len(train) == 0:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in train.rejected[:3])
-        raise ValueError(f"data.train {config.data.train}: no usable conversation is left ({reasons})")
+    _require_rows(config, len(train), train.rejected)
     on_gpu = device == "cuda"
-    plan = make_plan(config, target, len(heldout) if heldout else 0, _vocab_prompts(config, train), on_gpu)
+    vocab_prompts = 0 if train.fully_answered else min(config.draft.vocab_prompts, len(train))
+    plan = make_plan(config, target, len(heldout) if heldout else 0, vocab_prompts, on_gpu)
     run_dir.mkdir(parents=True, exist_ok=True)
     _list_rejected(run_dir, resume, train, heldout)
     mark = f"{run_dir}#{secrets.token_hex(8)}"
     return Prepared(config, target, train, heldout, plan, on_gpu, run_dir, resume, resume_from, mark)
 
 
-def make_plan_for(config: Config) -> Plan:
-    """The figures of a run, without starting it or writing anything.
+def make_plan_for(config: Config) -> tuple[Plan, Survey]:
+    """The figures of a run and of its training data, without starting it or tokenising all of the data.
 
     Raises:
         ValueError: it could not run.
     """
     device = pick_device(config.training.device, "training.device")
     config = resolve_dtypes(config, device)
-    heldout = config.evaluation.samples if config.evaluation.heldout is not None else 0
-    return make_plan(config, read_target(config.target), heldout, config.draft.vocab_prompts, device == "cuda")
+    target = read_target(config.target)
+    train = _survey(config, "data.train", config.data.train, config.data.limit)
+    _require_rows(config, train.rows, train.rejected)
+    heldout = 0
+    if config.evaluation.heldout is not None:
+        heldout = _survey(config, "evaluation.heldout", config.evaluation.heldout, config.evaluation.samples).rows
+    vocab_prompts = min(config.draft.vocab_prompts, train.rows) if train.answer_tokens else 0
+    return make_plan(resolve_buffer(config, target), target, heldout, vocab_prompts, device == "cuda"), train
 
 
-def _vocab_prompts(config: Config, train: PromptSet) -> int:
-    return 0 if train.fully_answered else min(config.draft.vocab_prompts, len(train))
+def _survey(config: Config, knob: str, source: str, limit: int | None) -> Survey:
+    path = Path(config.target.path).expanduser()
+    return survey(source, path, _tokenize_options(config, limit), config.data.cache_dir, knob)
+
+
+def _require_rows(config: Config, rows: int, rejected: Sequence[tuple[str, str]]) -> None:
+    if rows == 0:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected[:3])
+        raise ValueError(f"data.train {config.data.train}: no usable conversation is left ({reasons})")
 
 
 def resolve_dtypes(config: Config, device: Device) -> Config:
@@ -130,18 +141,22 @@ def _check_folder(run_dir: Path, resume: bool) -> Path | None:
 
 
 def _prompts(config: Config, knob: str, source: str, limit: int | None) -> PromptSet:
-    data, answer = config.data, config.answer
-    options = TokenizeOptions(
+    options = _tokenize_options(config, limit)
+    return PromptSet.load_or_build(source, config.target.path, options, config.data.cache_dir, knob=knob)
+
+
+def _tokenize_options(config: Config, limit: int | None) -> TokenizeOptions:
+    data = config.data
+    return TokenizeOptions(
         chat_template=data.chat_template,
         max_seq_length=data.max_seq_length,
         min_loss_tokens=data.min_loss_tokens,
         last_turn_only=data.last_turn_only,
-        max_new_tokens=answer.max_tokens,
+        max_new_tokens=config.answer.max_tokens,
         on_error=data.on_error,
         limit=limit,
         trust_remote_code=config.target.trust_remote_code,
     )
-    return PromptSet.load_or_build(source, config.target.path, options, data.cache_dir, knob=knob)
 
 
 def _list_rejected(run_dir: Path, resume: bool, train: PromptSet, heldout: PromptSet | None) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from torchspec.config.schema import TargetConfig
 from torchspec.inference.aux_layers import resolve_aux_layers
+from torchspec.models.eagle3_config import Eagle3Config
 from torchspec.store.geometry import SampleGeometry
 
 
@@ -34,7 +35,8 @@ def read_target(config: TargetConfig) -> TargetInfo:
     """Read the shapes of ``target.path``.
 
     Raises:
-        ValueError: the folder is no checkpoint, or ``target.aux_layers`` does not fit it.
+        ValueError: the folder is no checkpoint, ``target.aux_layers`` does not fit it, or no draft could be trained
+            for such a model.
     """
     path = Path(config.path).expanduser()
     if not (path / "config.json").is_file():
@@ -43,16 +45,16 @@ def read_target(config: TargetConfig) -> TargetInfo:
     if not weights:
         raise ValueError(f"target.path {path} has no .safetensors weights")
     model = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code).get_text_config()
-    head_dim = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     aux_layers = resolve_aux_layers(model.num_hidden_layers, config.aux_layers)
+    draft = Eagle3Config.from_target(model, num_aux=len(aux_layers))
     return TargetInfo(
         path=str(path),
         num_layers=model.num_hidden_layers,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        query_size=model.num_attention_heads * head_dim,
-        kv_size=model.num_key_value_heads * head_dim,
-        vocab_size=model.vocab_size,
+        hidden_size=draft.hidden_size,
+        intermediate_size=draft.intermediate_size,
+        query_size=draft.num_heads * draft.head_dim,
+        kv_size=draft.num_kv_heads * draft.head_dim,
+        vocab_size=draft.vocab_size,
         num_parameters=sum(f.stat().st_size for f in weights) // 2,
         aux_layers=tuple(aux_layers),
         end_token_ids=_end_tokens(path, config.trust_remote_code),

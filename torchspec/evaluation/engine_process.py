@@ -19,6 +19,7 @@ import torch
 
 from torchspec.evaluation.loaded_weights import require_loaded
 from torchspec.evaluation.serving import Job, Reply
+from torchspec.inference.ending import end_engine
 
 _WARM_UP_TOKENS = 8
 
@@ -30,8 +31,15 @@ def answer(job: Job) -> tuple[list[Reply], float]:
         ValueError: the engine does not hold all of the draft.
     """
     engine = sglang.Engine(**job.sglang_args())
-    if job.draft is not None:
-        require_loaded(engine, Path(job.draft), getattr(torch, job.dtype))
+    try:
+        if job.draft is not None:
+            require_loaded(engine, Path(job.draft), getattr(torch, job.dtype))
+        return _generate(engine, job)
+    finally:
+        end_engine(engine)
+
+
+def _generate(engine: sglang.Engine, job: Job) -> tuple[list[Reply], float]:
     sampling = {"temperature": 0.0, "max_new_tokens": job.max_tokens}
     engine.generate(
         input_ids=job.prompts[: job.concurrency], sampling_params=sampling | {"max_new_tokens": _WARM_UP_TOKENS}
@@ -39,9 +47,7 @@ def answer(job: Job) -> tuple[list[Reply], float]:
     start = time.perf_counter()
     outputs = engine.generate(input_ids=job.prompts, sampling_params=sampling)
     seconds = time.perf_counter() - start
-    replies = [Reply(o["output_ids"], o["meta_info"].get("spec_correct_drafts_histogram", [])) for o in outputs]
-    engine.shutdown()
-    return replies, seconds
+    return [Reply(o["output_ids"], o["meta_info"].get("spec_correct_drafts_histogram", [])) for o in outputs], seconds
 
 
 def main() -> None:

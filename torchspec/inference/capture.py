@@ -1,20 +1,23 @@
-"""SGLang plugin that carries prefill hidden states from the scheduler process to the store.
+"""SGLang plugin that carries the hidden states of a request from the scheduler process to the store.
 
-    TpModelWorker.forward_batch_generation ---- hook ----> CaptureRows            (one extend batch)
+    TpModelWorker.forward_batch_generation ---- hook ----> CaptureRows       (one batch, of prefill or of decode)
                                                  |  copy_to_host: rows -> slot of a registered host buffer
-                                                 |  consume: prompt complete? -> CaptureWriter (thread): check, put
+                                                 |  consume: request finished? -> CaptureWriter (thread): check, put
                                                  v
                                reply of the request is streamed only now
 
 SGLang already computes the states (``enable_return_aux_hidden_states``) and already has a path for outputs that ride
 along with a batch (``managers/auxiliary_output.py``): it calls ``copy_to_host`` on the stream that copies results, in
-both of its event loops, and ``consume`` before it replies. One hook attaches our rows to that path. A prompt that is
-prefilled in chunks fills its slot chunk by chunk; each row is copied once.
+both of its event loops, and ``consume`` before it replies. One hook attaches our rows to that path. The prompt fills
+its slot chunk by chunk, the answer row by row while it is written; no token is computed twice.
 
-A request is only ever handed on whole: a chunk must start where the previous one ended, so a prefix that came out of a
+The states are those of every token that the model has *read*: the prompt and the answer but for its last token. What
+that one would have taught, its own prediction, is in the state before it.
+
+A request is only ever handed on whole: rows must start where the previous ones ended, so a prefix that came out of a
 cache, a retraction in the middle, or an abort can never yield a sample with rows missing.
 
-Shapes: T tokens of a batch, S tokens of a prompt, F aux layers, H hidden size.
+Shapes: T tokens of a batch, S tokens read by a request, F aux layers, H hidden size.
 """
 
 from __future__ import annotations
@@ -74,21 +77,24 @@ def _start(_result: None, worker: TpModelWorker, *_args: Any, **_kwargs: Any) ->
 def _attach(
     result: GenerationBatchResult, _worker: TpModelWorker, batch: ScheduleBatch | None = None, *_: Any, **__: Any
 ) -> None:
-    """After a forward pass: if it prefilled rows of captured prompts, let them ride along with its result."""
-    if _capture is None or batch is None or not batch.forward_mode.is_extend():
+    """After a forward pass: if it computed rows of captured requests, let them ride along with its result."""
+    if _capture is None or batch is None:
         return
     pieces = _find_pieces(batch)
     if pieces:
         from sglang.srt.managers.auxiliary_output import append_auxiliary_output
 
         output = result.logits_output
-        rows = CaptureRows(_capture, pieces, output.hidden_states, output.last_hidden_states)
+        aux, last = output.hidden_states, output.last_hidden_states
+        if aux.is_cuda:  # a CUDA graph's next replay overwrites its outputs, maybe before they are copied
+            aux, last = aux.clone(), last.clone()
+        rows = CaptureRows(_capture, pieces, aux, last)
         output.auxiliary_device_output = append_auxiliary_output(output.auxiliary_device_output, rows)
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows ``offset .. offset + length`` of a batch are tokens ``start .. start + length`` of a captured prompt."""
+    """Rows ``offset .. offset + length`` of a batch are tokens ``start .. start + length`` of a captured request."""
 
     req: Req
     key: str
@@ -102,18 +108,24 @@ class Piece:
 
 
 def _find_pieces(batch: ScheduleBatch) -> list[Piece]:
+    if batch.forward_mode.is_extend():
+        starts, lengths = batch.prefix_lens, batch.extend_lens
+    elif batch.forward_mode.is_decode():
+        starts, lengths = (batch.seq_lens_cpu - 1).tolist(), [1] * len(batch.reqs)
+    else:
+        return []
     pieces, offset = [], 0
-    for req, start, length in zip(batch.reqs, batch.prefix_lens, batch.extend_lens, strict=True):
+    for req, start, length in zip(batch.reqs, starts, lengths, strict=True):
         key = captured_key(req.rid)
-        if key is not None and start < len(req.origin_input_ids):
+        if key is not None:
             pieces.append(Piece(req, key, offset, start, length))
         offset += length
     return pieces
 
 
 @dataclass(slots=True)
-class PendingPrompt:
-    """A prompt whose first ``filled`` rows lie in its slot. Without a slot it has failed and waits to be forgotten."""
+class PendingRequest:
+    """A request whose first ``filled`` rows lie in its slot. Without a slot it has failed and waits to be forgotten."""
 
     req: Req
     buffer: SampleBuffer | None
@@ -121,18 +133,20 @@ class PendingPrompt:
 
 
 class Capture:
-    """The prompts that are being prefilled, and the writer that takes the finished ones."""
+    """The requests that are being computed, and the writer that takes the finished ones."""
 
     def __init__(self, writer: CaptureWriter, geometry: SampleGeometry):
         self.writer = writer
         self._geometry = geometry
-        self._pending: dict[str, PendingPrompt] = {}
+        self._pending: dict[str, PendingRequest] = {}
 
     def fill(self, piece: Piece, aux: Tensor, last: Tensor) -> None:
-        """Copy ``aux`` [length, F*H] and ``last`` [length, H] into the prompt's slot."""
+        """Copy ``aux`` [length, F*H] and ``last`` [length, H] into the request's slot."""
         self._forget_finished()
         if piece.key not in self._pending:
-            self._pending[piece.key] = PendingPrompt(piece.req, self._allocate(piece))
+            if piece.req.finished():  # SGLang was one step ahead of a request that has ended
+                return
+            self._pending[piece.key] = PendingRequest(piece.req, self._allocate(piece))
         pending = self._pending[piece.key]
         if pending.buffer is None:
             return
@@ -144,20 +158,22 @@ class Capture:
         pending.filled = piece.end
 
     def complete(self, piece: Piece) -> None:
-        """The batch of ``piece`` has been processed; hand its prompt on if these were the last rows."""
+        """The batch of ``piece`` has been processed; hand its request on if it is finished."""
         from sglang.srt.managers.schedule_batch import FINISH_ABORT
 
-        pending = self._pending.get(piece.key)
-        if pending is None or pending.buffer is None or piece.end < len(piece.req.origin_input_ids):
+        pending, req = self._pending.get(piece.key), piece.req
+        if pending is None or pending.buffer is None or not req.finished():
             return
-        if pending.filled == piece.end and not isinstance(piece.req.finished_reason, FINISH_ABORT):
+        read = [*req.origin_input_ids, *req.output_ids[: req.finished_len][:-1]]
+        if pending.filled >= len(read) and not isinstance(req.finished_reason, FINISH_ABORT):
             del self._pending[piece.key]
-            self.writer.write(piece.key, pending.buffer, piece.req.origin_input_ids)
+            self.writer.write(piece.key, pending.buffer, read)
 
     def _allocate(self, piece: Piece) -> SampleBuffer | None:
-        tensors = self._geometry.tensors(len(piece.req.origin_input_ids))
+        """A slot for as many tokens as the request can come to."""
+        longest = len(piece.req.origin_input_ids) + piece.req.sampling_params.max_new_tokens
         try:
-            return self.writer.store.allocate(tensors, timeout=_PATIENCE_SECONDS)
+            return self.writer.store.allocate(self._geometry.tensors(longest), timeout=_PATIENCE_SECONDS)
         except (TimeoutError, ValueError) as error:
             self.writer.fail(piece.key, str(error))
             return None
@@ -170,7 +186,7 @@ class Capture:
         self.writer.fail(key, reason)
 
     def _forget_finished(self) -> None:
-        """Drop prompts that ended unfinished: aborted by the client, or failed above."""
+        """Drop requests that ended unfinished: aborted by the client, or failed above."""
         for key in [key for key, pending in self._pending.items() if pending.req.finished()]:
             buffer = self._pending.pop(key).buffer
             if buffer is not None:
@@ -189,7 +205,7 @@ class CaptureRows:
     """[T, H], after the final norm."""
 
     def copy_to_host(self, _copy_tensor: Callable[[Tensor], Tensor]) -> CaptureRows:
-        """Copy each prompt's rows straight to its slot; SGLang waits for this stream before :meth:`consume`."""
+        """Copy each request's rows straight to its slot; SGLang waits for this stream before :meth:`consume`."""
         for tensor in (self.aux, self.last):
             if tensor.is_cuda:
                 tensor.record_stream(torch.cuda.current_stream())

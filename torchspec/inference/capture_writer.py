@@ -1,4 +1,4 @@
-"""The background half of the capture plugin: check a finished prompt's states, put them, tell the parent process.
+"""The background half of the capture plugin: check a finished request's states, put them, tell the parent process.
 
 Nothing here runs on the scheduler's thread but the hand-over, so neither the store nor the parent can slow the engine's
 compute down.
@@ -12,7 +12,6 @@ import json
 import socket
 import threading
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -34,9 +33,9 @@ class CaptureWriter:
         self._speaking = threading.Lock()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="capture-writer")
 
-    def write(self, key: str, buffer: SampleBuffer, input_ids: Sequence[int]) -> None:
-        """Store a finished prompt in the background. The buffer is the writer's from here on."""
-        self._thread.submit(self._write, key, buffer, list(input_ids))
+    def write(self, key: str, buffer: SampleBuffer, token_ids: list[int]) -> None:
+        """Store the first ``len(token_ids)`` rows of a buffer in the background. It is the writer's from here on."""
+        self._thread.submit(self._write, key, buffer.head(len(token_ids)), token_ids)
 
     def fail(self, key: str, reason: str, no_room: bool = False) -> None:
         """Report that there will be no sample under ``key``; ``no_room`` if only the store's memory is to blame."""
@@ -47,14 +46,14 @@ class CaptureWriter:
         with self._speaking:
             self._socket.sendall(json.dumps(message).encode() + b"\n")
 
-    def _write(self, key: str, buffer: SampleBuffer, input_ids: list[int]) -> None:
+    def _write(self, key: str, buffer: SampleBuffer, token_ids: list[int]) -> None:
         views = buffer.views
         reason = find_fault(views["hs"], views["lhs"])
         if reason is not None:
             self.store.release(buffer)
             self.fail(key, reason)
             return
-        views["ids"].copy_(torch.tensor(input_ids, dtype=torch.int32))
+        views["ids"].copy_(torch.tensor(token_ids, dtype=torch.int32))
         specs = {
             suffix: TensorSpec(tuple(view.shape), str(view.dtype).removeprefix("torch."))
             for suffix, view in views.items()

@@ -1,19 +1,19 @@
 """One SGLang engine that answers prompts and captures hidden states, on a CPU or on GPUs.
 
-    answer(prompt) ------------------> sampled tokens
-    capture(key, prompt + answer) ---> states of every token, in the store under ``{key}_{hs,lhs,ids}``
+    answer(key, prompt) ---> sampled tokens, and the states of what was read on the way
+    capture(key, text) ----> the states alone
 
-Both are requests in the same continuous batch. A capture is done when the plugin in SGLang's scheduler process reports
-that the store has it (``capture.py``), so whoever gets a result may publish it. The engine never has more sample bytes
-under way than the plugin's buffer holds.
+The states of every token that the model has read lie in the store under ``{key}_{hs,lhs,ids}`` then: the last token
+of an answer is written and never read. All are requests in the same continuous batch. One is done when the plugin in
+SGLang's scheduler process reports that the store has it (``capture.py``), so whoever gets a result may publish it. The
+engine never has more sample bytes under way than the plugin's buffer holds.
 
-A :class:`TargetEngine` sets environment variables of its process that SGLang's child processes inherit.
+A :class:`TargetEngine` on a CPU sets ``OMP_NUM_THREADS`` of its process, which SGLang's child processes inherit.
 """
 
 from __future__ import annotations
 
 import asyncio
-import atexit
 import json
 import os
 import shutil
@@ -27,7 +27,6 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
-from uuid import uuid4
 
 import psutil
 
@@ -40,7 +39,8 @@ from torchspec.inference.capture_protocol import (
     capture_rid,
     decode_captured,
 )
-from torchspec.inference.leftovers import SGLANG_PATTERNS, remove_shared_memory_leftovers
+from torchspec.inference.ending import end_children, end_engine
+from torchspec.inference.leftovers import remove_shared_memory_leftovers
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
 from torchspec.store.layout import tensor_bytes
@@ -70,6 +70,15 @@ class NoRoom(CaptureError):
 
 class SampleTooLarge(ValueError):
     """A sample that never fits into the plugin's buffer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """What the target wrote: token ids, why it stopped (``stop``, ``length``), and where the states are."""
+
+    token_ids: list[int]
+    finish_reason: str
+    captured: Captured
 
 
 @dataclass(frozen=True)
@@ -162,11 +171,15 @@ class TargetEngine:
         self._listener: asyncio.Task[None] | None = None
 
     async def answer(
-        self, input_ids: Sequence[int], max_new_tokens: int, temperature: float, top_p: float, seed: int
-    ) -> tuple[list[int], str]:
-        """Let the target continue ``input_ids``; returns the new token ids and why it stopped (``stop``, ``length``).
+        self, key: str, input_ids: Sequence[int], max_new_tokens: int, temperature: float, top_p: float, seed: int
+    ) -> Answered:
+        """Let the target continue ``input_ids``, and store the states of all tokens but the last under ``key``.
+
+        ``key`` must be unique.
 
         Raises:
+            SampleTooLarge: the longest possible sample does not fit into the plugin's buffer.
+            CaptureError: the states are bad, or the store did not take them.
             EngineError: SGLang gave the request up.
             EngineDied: the engine is gone.
         """
@@ -176,27 +189,20 @@ class TargetEngine:
             "top_p": top_p,
             "sampling_seed": seed,
         }
-        reply = await self._generate(f"answer:{uuid4().hex}", input_ids, sampling)
-        return list(reply["output_ids"]), reply["meta_info"]["finish_reason"]["type"]
-
-    async def capture(self, key: str, input_ids: Sequence[int]) -> Captured:
-        """Prefill ``input_ids`` and store every token's hidden states under ``key``, which must be unique.
-
-        Raises:
-            SampleTooLarge: the sample does not fit into the plugin's buffer.
-            CaptureError: the states are bad, or the store did not take them.
-            EngineError: SGLang gave the request up.
-            EngineDied: the engine is gone.
-        """
-        tensors = self._geometry.tensors(len(input_ids))
+        tensors = self._geometry.tensors(len(input_ids) + max_new_tokens)
         size = sum(align(tensor_bytes(spec)) for spec in tensors.values())
         async with self._room.taken(size):
             stored = self._captures[key] = asyncio.get_running_loop().create_future()
             try:
-                await self._generate(capture_rid(key), input_ids, {"max_new_tokens": 1, "temperature": 0.0})
-                return await self._or_death(stored)
+                reply = await self._generate(capture_rid(key), input_ids, sampling)
+                captured = await self._or_death(stored)
             finally:
                 del self._captures[key]
+        return Answered(list(reply["output_ids"]), reply["meta_info"]["finish_reason"]["type"], captured)
+
+    async def capture(self, key: str, input_ids: Sequence[int]) -> Captured:
+        """Store the states of ``input_ids`` under ``key``. See :meth:`answer`."""
+        return (await self.answer(key, input_ids, 1, 0.0, 1.0, 0)).captured
 
     def stop(self) -> None:
         """End the engine's processes and remove what they leave behind.
@@ -282,12 +288,9 @@ class TargetEngine:
 
     def _shut_down(self) -> None:
         if self._engine is not None:
-            # Engine.shutdown() would kill every child of this process, other people's too.
-            atexit.unregister(self._engine.shutdown)
-            self._engine.tokenizer_manager._subprocess_watchdog.stop()
-            _kill([psutil.Process(pid) for pid in self._engine.get_all_child_pids() if psutil.pid_exists(pid)])
+            end_engine(self._engine)
         shutil.rmtree(self._folder)
-        remove_shared_memory_leftovers(self._started, SGLANG_PATTERNS)
+        remove_shared_memory_leftovers(self._started)
 
 
 class _Budget:
@@ -329,18 +332,12 @@ def _start_sglang(config: EngineConfig, capture: CaptureConfig) -> Any:
     try:
         return sglang.Engine(**config.engine_args())
     except BaseException as error:
-        _kill([child for child in psutil.Process().children() if child not in others])
+        end_children(but=others)
         if isinstance(error, RuntimeError):
             raise EngineError(f"SGLang did not start: {error}") from error
         raise
-
-
-def _kill(processes: list[psutil.Process]) -> None:
-    """End processes and their children, and wait until they are gone."""
-    family = [child for process in processes for child in process.children(recursive=True)] + processes
-    for process in family:
-        process.kill()
-    psutil.wait_procs(family, timeout=30)
+    finally:
+        del os.environ[ENVIRONMENT_VARIABLE]  # or the next engine of this process would capture, too
 
 
 def _await_hello(listener: socket.socket) -> tuple[socket.socket, Hello]:

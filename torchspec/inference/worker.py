@@ -1,6 +1,6 @@
 """One inference worker: pulls leases, has the target answer and prefill them, publishes what the store holds.
 
-    controller --lease--> [prompt] --answer--> [prompt + answer] --capture--> store --publish--> controller
+    controller --lease--> [prompt] --answer, capturing--> store --publish--> controller
 
 The worker keeps ``max_concurrency`` samples in its engine's continuous batch. It asks for more as soon as one is done
 and never waits for a whole batch. It keeps no state that anybody would miss: when it dies, its leases are given to
@@ -21,6 +21,7 @@ from transformers import AutoTokenizer
 
 from torchspec.config.schema import AnswerConfig, InferenceConfig
 from torchspec.contracts import Answer, FailureKind, Lease, SampleRef, WorkerReport, pack_mask
+from torchspec.inference.capture_protocol import Captured
 from torchspec.inference.engine import EngineConfig, EngineDied, EngineError, NoRoom, SampleTooLarge, TargetEngine
 from torchspec.store.endpoint import StoreEndpoint
 
@@ -60,6 +61,7 @@ class InferenceWorker:
         self._report = WorkerReport(name)
         self._answering = self._capturing = 0
         self._turn = asyncio.Condition()
+        assert inference.buffer_bytes is not None, "resolved before the run starts"
         self._engine = TargetEngine(engine, endpoint, inference.buffer_bytes)
 
     async def run(self) -> None:
@@ -113,18 +115,17 @@ class InferenceWorker:
     async def _produce(self, lease: Lease) -> tuple[SampleRef, Answer | None]:
         input_ids, loss_mask, answer = np.frombuffer(lease.input_ids, "<i4").tolist(), lease.loss_mask, None
         if lease.max_new_tokens > 0:
-            self._answering += 1
-            try:
-                answer = await self._ask(lease, input_ids)
-            finally:
-                self._answering -= 1
-            loss_mask = pack_mask([False] * len(input_ids) + [True] * len(answer.token_ids))
-            input_ids += answer.token_ids
-        async with self._capture_turn():
-            captured = await self._engine.capture(lease.key, input_ids)
+            answer, captured = await self._ask(lease, input_ids)
+            read = len(answer.token_ids) - 1
+            loss_mask = pack_mask([False] * len(input_ids) + [True] * read)
+        else:
+            read = 0
+            async with self._capture_turn():
+                captured = await self._engine.capture(lease.key, input_ids)
+        num_tokens = len(input_ids) + read
         self._count(
             samples=1,
-            tokens=len(input_ids),
+            tokens=num_tokens,
             answer_tokens=len(answer.token_ids) if answer else 0,
             put_bytes=captured.num_bytes,
             put_seconds=captured.put_seconds,
@@ -132,13 +133,35 @@ class InferenceWorker:
         ref = SampleRef(
             sample=lease.sample,
             key=lease.key,
-            num_tokens=len(input_ids),
+            num_tokens=num_tokens,
             loss_mask=loss_mask,
             tensors=captured.tensors,
             num_bytes=captured.num_bytes,
             norm_state="post_norm",  # SGLang's last_hidden_states
         )
         return ref, answer
+
+    async def _ask(self, lease: Lease, input_ids: list[int]) -> tuple[Answer, Captured]:
+        """The target's answer, with the token that ends the turn if it came to one, and its states."""
+        self._answering += 1
+        try:
+            answered = await self._engine.answer(
+                lease.key,
+                input_ids,
+                lease.max_new_tokens,
+                self._answer.temperature,
+                self._answer.top_p,
+                lease.seed,
+            )
+        finally:
+            self._answering -= 1
+            async with self._turn:
+                self._turn.notify_all()
+        token_ids = answered.token_ids
+        text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
+        if not text.strip():
+            raise Unanswerable(f"the target's answer is empty ({len(token_ids)} tokens, {answered.finish_reason})")
+        return Answer(lease.sample.prompt, tuple(token_ids), text, answered.finish_reason), answered.captured
 
     @asynccontextmanager
     async def _capture_turn(self) -> AsyncIterator[None]:
@@ -152,16 +175,6 @@ class InferenceWorker:
             async with self._turn:
                 self._capturing -= 1
                 self._turn.notify_all()
-
-    async def _ask(self, lease: Lease, input_ids: list[int]) -> Answer:
-        """The target's answer; its token that ends the turn, if it came to one, is part of it and is learnt from."""
-        token_ids, finish_reason = await self._engine.answer(
-            input_ids, lease.max_new_tokens, self._answer.temperature, self._answer.top_p, lease.seed
-        )
-        text = self._tokenizer.decode(token_ids, skip_special_tokens=True)
-        if not text.strip():
-            raise Unanswerable(f"the target's answer is empty ({len(token_ids)} tokens, {finish_reason})")
-        return Answer(lease.sample.prompt, tuple(token_ids), text, finish_reason)
 
     def _count(self, **more: float) -> None:
         current = self._report

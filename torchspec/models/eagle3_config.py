@@ -11,6 +11,9 @@ SUPPORTED_LAYERS = 1
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not depend on the sequence's length."""
 
+NEEDED = ("hidden_size", "num_attention_heads", "intermediate_size", "rms_norm_eps", "max_position_embeddings")
+"""What a target's config must hold for a draft to be derived from it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Eagle3Config:
@@ -44,6 +47,12 @@ class Eagle3Config:
                 f"rope_parameters={dict(self.rope_parameters)} must hold a rope_theta and a rope_type among "
                 f"{', '.join(ROPE_TYPES)}"
             )
+        if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                f"the target rotates a share of each head only (partial_rotary_factor="
+                f"{self.rope_parameters['partial_rotary_factor']}); an EAGLE3 draft, as it is served, rotates all of "
+                "it: choose another target"
+            )
 
     @classmethod
     def from_target(
@@ -58,6 +67,8 @@ class Eagle3Config:
             ValueError: the target has a size or a RoPE that a draft cannot have.
         """
         text = target.get_text_config()
+        if missing := [name for name in NEEDED if getattr(text, name, None) is None]:
+            raise ValueError(f"the target's config has no {', '.join(missing)}: it is not a Llama-like model")
         heads = text.num_attention_heads
         kv_heads, head_dim = (getattr(text, name, None) for name in ("num_key_value_heads", "head_dim"))
         return cls(

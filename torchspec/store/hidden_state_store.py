@@ -38,6 +38,10 @@ class SampleBuffer:
     """Suffix to a CPU tensor in the slot."""
     offset: int
 
+    def head(self, rows: int) -> SampleBuffer:
+        """The same slot, of which only the first ``rows`` of each tensor are meant."""
+        return SampleBuffer({suffix: view[:rows] for suffix, view in self.views.items()}, self.offset)
+
     def pointers(self) -> list[int]:
         return [view.data_ptr() for view in self.views.values()]
 

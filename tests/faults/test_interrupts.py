@@ -1,0 +1,60 @@
+"""SIGTERM is a Ctrl-C: quiet, and never the end of a process that has something to put in order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+
+import pytest
+
+DRIVER = """
+import signal, sys, time
+from pathlib import Path
+from torchspec.config.load import parse_config
+from torchspec.driver.cluster import start_cluster
+from torchspec.driver.interrupts import Interrupts
+from torchspec.driver.plan import Plan
+from torchspec.driver.threads import ThreadPlan
+
+config = parse_config({"target": {"path": "unused"}})
+plan = Plan((), ThreadPlan(1, 1), 2, 0, 0, 0, 0, 0, 0, 0)
+with Interrupts(lambda text: print(text, flush=True)) as interrupts:
+    with start_cluster(config, plan, Path(sys.argv[1])):
+        interrupts.install()
+        print("ready", flush=True)
+        try:
+            while True:
+                time.sleep(0.1)
+        except KeyboardInterrupt:
+            print("stopped by signal", interrupts.count, flush=True)
+assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+"""
+
+
+@pytest.fixture
+def folder():
+    """Short, for Ray's sockets."""
+    with tempfile.TemporaryDirectory() as name:
+        yield name
+
+
+def test_sigterm_with_ray_running(folder):
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", DRIVER, folder],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment,
+    )
+    lines = iter(process.stdout.readline, "")
+    while (line := next(lines)) != "ready\n":
+        assert "Error" not in line, line
+    process.send_signal(signal.SIGTERM)
+    assert next(lines) == "interrupted: stopping with a checkpoint; press Ctrl-C again to stop at once\n"
+    process.send_signal(signal.SIGTERM)
+    assert list(lines) == ["stopped by signal 2\n"]
+    assert process.wait(60) == 0

@@ -1,0 +1,52 @@
+"""The type of a key and its limits, as people say it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+TYPE_NAMES = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path", Any: "anything"}
+LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "pattern": "matching"}
+
+
+def describe_type(field: FieldInfo) -> str:
+    """What a key takes: ``integer, >= 1, <= 16``, ``cosine | linear``, ``text, required``."""
+    parts = [_type_name(field.annotation), *_limits(field.metadata)]
+    if field.is_required():
+        parts.append("required")
+    return ", ".join(parts)
+
+
+def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    """Whether a key of this type has keys of its own."""
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _limits(metadata: Iterable[Any]) -> list[str]:
+    limits = [(sign, getattr(limit, name, None)) for limit in metadata for name, sign in LIMITS.items()]
+    return [f"{sign} {value}" for sign, value in limits if value is not None]
+
+
+def _type_name(annotation: Any) -> str:
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if annotation is type(None):
+        return "null"
+    if is_section(annotation):
+        return "keys and their values"
+    if origin is Literal:
+        return " | ".join(str(value) for value in arguments)
+    if origin is Annotated:
+        return " ".join([_type_name(arguments[0]), *_limits(arguments[1:])])
+    if origin is list:
+        return f"list of {_type_name(arguments[0])}"
+    if origin is tuple:
+        return f"[{', '.join(_type_name(a) for a in arguments)}]"
+    if origin is dict:
+        return "mapping"
+    if arguments and origin in (Union, type(int | str)):
+        return " | ".join(_type_name(a) for a in arguments)
+    return TYPE_NAMES[annotation]

@@ -1,0 +1,43 @@
+"""What SIGINT (Ctrl-C) and SIGTERM mean to a run: the first stops it with a checkpoint, the second at once."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+from types import FrameType, TracebackType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupts:
+    """Counts both signals between enter and exit: the second raises KeyboardInterrupt.
+
+    Args:
+        message: told what the first one does.
+    """
+
+    def __init__(self, message: Callable[[str], None]):
+        self.count = 0
+        self._message = message
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+
+    def __enter__(self) -> Interrupts:
+        self.install()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def install(self) -> None:
+        """Take over the signals; again after ``ray.init``, which sets a handler that prints a stack and exits."""
+        for number in SIGNALS:
+            signal.signal(number, self._on_signal)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        self.count += 1
+        if self.count > 1:
+            raise KeyboardInterrupt
+        self._message("interrupted: stopping with a checkpoint; press Ctrl-C again to stop at once")
