@@ -1,7 +1,7 @@
 """The messages that cross a process boundary, and nothing else.
 
 Every actor, worker and command of a run speaks in these frozen dataclasses. The module imports the standard
-library only, so that a process needs neither torch nor ray to read a message.
+library and what needs no more than that, so that a process needs neither torch nor ray to read a message.
 
 A *sample* is one prompt in one epoch. It is in exactly one state at a time (see ``controller/ledger.py``) and
 its tensors live in the store under ``{key}_{hs,lhs,ids}``; what travels here is metadata.
@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
+
+from torchspec.parallel.shards import ShardFormula
 
 HELDOUT_EPOCH = -1
 """The epoch number of held-out samples: captured once, evaluated many times, never trained."""
@@ -76,8 +78,16 @@ class SampleRef:
     """Suffix (``hs``, ``lhs``, ``ids``) to global shape and dtype."""
     num_bytes: int
     norm_state: NormState
-    layout: Literal["full", "contiguous", "zigzag"] = "full"
-    usp_sharded: bool = False
+    sharding: ShardFormula | None = None
+    """How the objects are split among SP ranks: ``{key}_usp{rank}_{suffix}``. None: ``{key}_{suffix}``."""
+
+    @property
+    def usp_sharded(self) -> bool:
+        return self.sharding is not None
+
+    @property
+    def layout(self) -> Literal["full", "contiguous", "zigzag"]:
+        return "full" if self.sharding is None else self.sharding.layout
 
 
 @dataclass(frozen=True, slots=True)

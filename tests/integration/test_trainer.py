@@ -89,7 +89,7 @@ def test_the_stream_fetches_ahead_pads_and_passes_errors_on(bench: Bench) -> Non
     refs = put_samples(bench.client, [9, 5, 12], prefix="stream")
     huge = replace(refs[0], key="huge", tensors=GEOMETRY.tensors(1 << 20))
     controller = start_controller([Step(refs), Step([huge])], world=1)
-    fetcher = SampleFetcher(bench.client, GEOMETRY, pin_memory=False)
+    fetcher = SampleFetcher(bench.client, GEOMETRY, 0, pin_memory=False)
 
     with closing(StepStream(controller, 0, fetcher, prefetch_steps=2, heldout=False)) as stream:
         step = stream.next()
@@ -114,7 +114,7 @@ def test_the_stream_fetches_ahead_pads_and_passes_errors_on(bench: Bench) -> Non
 def test_what_one_rank_misses_is_replaced_for_all(bench: Bench) -> None:
     refs = put_samples(bench.client, [20, 9, 14], prefix="lost")
     again = put_samples(bench.client, [20, 9, 14], prefix="again")
-    fetcher = SampleFetcher(bench.client, GEOMETRY, pin_memory=False)
+    fetcher = SampleFetcher(bench.client, GEOMETRY, 0, pin_memory=False)
     expected = [fetcher.fetch(split_batch(refs, 2, 2)[rank], {})[0] for rank in (0, 1)]
     lost = next(ref for ref in refs if ref in split_batch(refs, 2, 2)[1][0])
     bench.client.remove(lost.key, ("hs",))  # a part of it: the others are still there

@@ -21,10 +21,12 @@ from torchspec.config.load import parse_config
 from torchspec.config.schema import Config
 from torchspec.contracts import RankBatch, SampleId, SampleRef, StepReport, pack_mask
 from torchspec.controller.batching import split_batch
+from torchspec.parallel.shards import ShardFormula
 from torchspec.processes import free_port
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
 from torchspec.store.hidden_state_store import HiddenStateStore
+from torchspec.store.usp import put_usp_shards
 from torchspec.training.trainer import Trainer, TrainerSpec
 from torchspec.training.weights import gather_weights
 
@@ -94,7 +96,13 @@ def make_config(target: Path, run_dir: Path, **sections: Mapping[str, Any]) -> C
 
 
 def put_samples(
-    store: HiddenStateStore, lengths: Sequence[int], *, prefix: str, first: int = 0, unsupervised: Sequence[int] = ()
+    store: HiddenStateStore,
+    lengths: Sequence[int],
+    *,
+    prefix: str,
+    first: int = 0,
+    unsupervised: Sequence[int] = (),
+    sharding: ShardFormula | None = None,
 ) -> list[SampleRef]:
     """Store samples of random states, equal for equal prompt numbers; the last two thirds of each are supervised."""
     refs = []
@@ -107,10 +115,9 @@ def put_samples(
         buffer.views["ids"].random_(VOCAB, generator=generator)
         mask = [prompt not in unsupervised and 3 * i >= length for i in range(length)]
         key = f"{prefix}-{prompt}"
-        num_bytes = store.put(key, buffer).result(timeout=60)
-        refs.append(
-            SampleRef(SampleId(0, prompt), key, length, pack_mask(mask), tensors, num_bytes, norm_state="post_norm")
-        )
+        put = store.put(key, buffer) if sharding is None else put_usp_shards(store, key, buffer, sharding)
+        num_bytes, packed = put.result(timeout=60), pack_mask(mask)
+        refs.append(SampleRef(SampleId(0, prompt), key, length, packed, tensors, num_bytes, "post_norm", sharding))
     return refs
 
 
@@ -128,8 +135,8 @@ class Step:
 class ScriptedController:
     """Hands out a fixed script of steps and records what it is told."""
 
-    def __init__(self, steps: Sequence[Step], world: int, first_step: int, heldout: Sequence[SampleRef]):
-        self.world, self.heldout = world, heldout
+    def __init__(self, steps: Sequence[Step], world: int, first_step: int, heldout: Sequence[SampleRef], sp: int = 1):
+        self.world, self.sp, self.heldout = world, sp, heldout
         self.steps = dict(enumerate(steps, start=first_step))
         self.next_step = [first_step] * world
         self.rounds: dict[int, list[set[SampleId]]] = {}
@@ -139,7 +146,7 @@ class ScriptedController:
 
     def _batch(self, rank: int, number: int, refs: Sequence[SampleRef]) -> RankBatch:
         step = self.steps[number]
-        micro_batches = split_batch(refs, self.world, micro_batch_size=2)[rank]
+        micro_batches = split_batch(refs, self.world // self.sp, micro_batch_size=2)[rank // self.sp]
         return RankBatch(number, micro_batches, step.checkpoint, step.evaluate)
 
     async def next_batch(self, rank: int) -> RankBatch | None:
@@ -170,7 +177,7 @@ class ScriptedController:
         self.log.append(("committed", step, Path(folder).name, best))
 
     async def heldout_batches(self, rank: int) -> tuple[tuple[SampleRef, ...], ...]:
-        return split_batch(self.heldout, self.world, micro_batch_size=2)[rank]
+        return split_batch(self.heldout, self.world // self.sp, micro_batch_size=2)[rank // self.sp]
 
     async def heldout_fetched(self, rank: int, missing: tuple[SampleId, ...]) -> bool:
         self.log.append(("heldout", rank, missing))
@@ -228,7 +235,9 @@ def run_script(
     draft_ids: np.ndarray = DRAFT_IDS,
 ) -> Outcome:
     """Train ``steps`` with ``world`` new rank processes. Errors of ranks are collected, not raised."""
-    controller = ray.remote(ScriptedController).options(num_cpus=0).remote(steps, world, first_step, heldout)
+    training = config.training
+    controller = ray.remote(ScriptedController).options(num_cpus=0)
+    controller = controller.remote(steps, world, first_step, heldout, training.sp_size)
     spec = TrainerSpec(
         config=config,
         rank=0,
@@ -238,7 +247,7 @@ def run_script(
         threads=1,
         draft_ids=draft_ids,
         aux_layers=AUX_LAYERS,
-        geometry=GEOMETRY,
+        geometry=replace(GEOMETRY, sharding=training.shard_formula),
         total_steps=total_steps or first_step + len(steps) - 1,
         endpoint=endpoint,
         run_dir=config.run_dir,

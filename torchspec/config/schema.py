@@ -11,6 +11,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
+from torchspec.parallel.shards import ShardFormula
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
@@ -190,6 +192,18 @@ class TrainingConfig(Section):
     def sp_size(self) -> int:
         """Ranks that share a sample."""
         return self.sp_ulysses_size * self.sp_ring_size
+
+    @property
+    def world_size(self) -> int:
+        """All ranks."""
+        return self.dp_size * self.sp_size
+
+    @property
+    def shard_formula(self) -> ShardFormula | None:
+        """How samples are split among the ranks that share them; None where every rank holds them whole."""
+        if self.attention_backend != "usp":
+            return None
+        return ShardFormula(self.sp_ulysses_size, self.sp_ring_size, self.sp_layout, self.ttt_length)
 
 
 class EvaluationConfig(Section):

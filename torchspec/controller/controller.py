@@ -70,7 +70,7 @@ class Controller:
     def __init__(self, spec: ControllerSpec):
         config = spec.config
         self.spec, self.config = spec, config
-        self.world_size = config.training.dp_size
+        self.world_size = config.training.world_size
         self.ledger = Ledger(
             LedgerShape(
                 spec.train.content_hash,
@@ -140,6 +140,10 @@ class Controller:
 
     async def publish(self, worker: str, ref: SampleRef, answer: Answer | None) -> None:
         """``worker`` has put a sample in the store, and maybe written its answer."""
+        if ref.sharding != self.spec.geometry.sharding:
+            reason = f"{worker} stores samples as {ref.sharding}, the trainer reads {self.spec.geometry.sharding}"
+            await self.fail(worker, ref.sample, ref.key, reason, "retry")
+            return
         record = self._ledger(ref.sample).store(ref)
         if record is None:
             log.info("discarding %s: its lease had been given to somebody else", ref.key)
@@ -204,7 +208,7 @@ class Controller:
                 return None
             await self._batch.wait()
         self._next_step[rank] += 1
-        return self._batches[step][rank]
+        return self._batches[step][self._group(rank)]
 
     async def fetched(self, rank: int, step: int, missing: Iterable[SampleId]) -> RankBatch | None:
         """``rank`` has fetched what it could of ``step``. None: all ranks have everything, go.
@@ -220,7 +224,7 @@ class Controller:
                 del self._rounds[step]
                 round_.decide(None)
         batches = await round_.outcome()
-        return None if batches is None else batches[rank]
+        return None if batches is None else batches[self._group(rank)]
 
     async def step_done(self, rank: int, step: int, report: StepReport | None) -> None:
         """``rank`` has made ``step``. The last rank's call frees the step's samples."""
@@ -260,7 +264,7 @@ class Controller:
             await self._batch.wait()
         if not self.heldout.steps:
             return ()
-        return self._split(self.heldout, 1)[rank]
+        return self._split(self.heldout, 1)[self._group(rank)]
 
     async def heldout_fetched(self, rank: int, missing: Iterable[SampleId]) -> bool:
         """``rank`` holds its held-out samples now. False: some rank missed one; ask ``heldout_batches`` again."""
@@ -351,7 +355,7 @@ class Controller:
 
     def _split(self, ledger: Ledger, step: int) -> list[MicroBatches]:
         refs = [r.ref for r in ledger.step_records(step) if r.ref is not None]
-        return split_batch(refs, self.world_size, self.config.training.micro_batch_size)
+        return split_batch(refs, self.config.training.dp_size, self.config.training.micro_batch_size)
 
     # ---- losing, freeing, rejecting ----
 
@@ -395,6 +399,10 @@ class Controller:
             self._batch.fire()
 
     # ---- small things ----
+
+    def _group(self, rank: int) -> int:
+        """The data-parallel group of ``rank``: the ranks that share its samples, neighbours in number."""
+        return rank // self.config.training.sp_size
 
     def _ledger(self, sample: SampleId) -> Ledger:
         return self.heldout if sample.epoch == HELDOUT_EPOCH else self.ledger

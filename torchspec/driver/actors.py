@@ -131,6 +131,7 @@ class ActorFactory:
             self._endpoint,
             self._config.inference,
             self._config.answer,
+            self._config.training.shard_formula,
         )
         return name, actor
 
@@ -139,11 +140,11 @@ class ActorFactory:
         prepared, training = self._prepared, self._config.training
         port = free_port()
         actors = []
-        for rank in range(training.dp_size):
+        for rank in range(training.world_size):
             spec = TrainerSpec(
                 config=self._config,
                 rank=rank,
-                world_size=training.dp_size,
+                world_size=training.world_size,
                 address="127.0.0.1",
                 port=port,
                 threads=prepared.plan.threads.training,

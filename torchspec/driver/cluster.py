@@ -38,7 +38,7 @@ def start_cluster(config: Config, plan: Plan, temp_dir: Path) -> Iterator[str]:
                 "token is joined with RAY_AUTH_MODE=disabled)"
             ) from None
     else:
-        wanted = config.inference.workers * plan.threads.inference + config.training.dp_size * plan.threads.training
+        wanted = config.inference.workers * plan.threads.inference + config.training.world_size * plan.threads.training
         ray.init(
             address="local",
             num_cpus=max(plan.cores, wanted),

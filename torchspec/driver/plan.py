@@ -6,11 +6,12 @@ import os
 from dataclasses import dataclass
 
 import psutil
+import torch
 
 from torchspec.config.schema import Config, TrainingConfig
 from torchspec.driver.target import TargetInfo
 from torchspec.driver.threads import ThreadPlan, plan_threads
-from torchspec.store.layout import USABLE_SHARE
+from torchspec.store.layout import USABLE_SHARE, stored_bytes
 
 ENGINE_OVERHEAD_BYTES = 2 << 30
 """Measured on a CPU: three processes of one engine, beside weights and KV cache."""
@@ -49,6 +50,9 @@ def make_plan(config: Config, target: TargetInfo, heldout_samples: int, vocab_pr
     Raises:
         ValueError: the store cannot hold what the run must have in it at the same time.
     """
+    assert config.inference.buffer_bytes is not None
+    if on_gpu:
+        _check_gpus(config, torch.cuda.device_count())
     cores = os.cpu_count() or 1
     if config.cluster.num_cpus is not None:
         cores = min(cores, config.cluster.num_cpus)
@@ -56,23 +60,27 @@ def make_plan(config: Config, target: TargetInfo, heldout_samples: int, vocab_pr
     sample_bytes = target.geometry.stored_bytes(config.data.max_seq_length)
     credit_bytes = int(config.store.segment_bytes * USABLE_SHARE)
     _check_store(config, sample_bytes, credit_bytes, heldout_samples, vocab_prompts)
-    for pool in ("inference", "training"):
-        _check_buffer(pool, getattr(config, pool).buffer_bytes, sample_bytes)
-    assert config.inference.buffer_bytes is not None
+    shard_bytes = max(
+        stored_bytes(target.geometry.shard(config.data.max_seq_length, rank)) for rank in range(config.training.sp_size)
+    )
+    _check_buffer("inference", config.inference.buffer_bytes, sample_bytes)
+    _check_buffer("training", config.training.buffer_bytes, shard_bytes)
     draft = draft_parameters(config, target)
     weights = target.num_parameters * (4 if config.target.dtype == "float32" else 2)
     kv_cache = config.inference.max_total_tokens * target.num_layers * target.hidden_size * 2
     engine = weights + kv_cache + ENGINE_OVERHEAD_BYTES + config.inference.buffer_bytes
     # float32 master, gradient and two AdamW moments, a bf16 copy; the target's two embedding matrices in bf16
-    rank = draft * 18 // config.training.dp_size + target.vocab_size * target.hidden_size * 4 + TRAINER_OVERHEAD_BYTES
+    training = config.training
+    copies = training.world_size if training.sharding == "fsdp2" else 1
+    rank = draft * 18 // copies + target.vocab_size * target.hidden_size * 4 + TRAINER_OVERHEAD_BYTES
     memory = BASE_BYTES + config.store.segment_bytes + config.inference.workers * engine
-    memory += config.training.dp_size * (rank + config.training.buffer_bytes)
+    memory += training.world_size * (rank + training.buffer_bytes)
     where = "GPU" if on_gpu else "CPU threads"
     actors = (
         ("controller", 1, "metadata only"),
         ("store node", 1, f"{config.store.segment_bytes / 2**20:.0f} MiB of memory"),
         ("inference worker", config.inference.workers, _uses(threads.inference, config.inference.tp_size, where)),
-        ("trainer rank", config.training.dp_size, _uses(threads.training, 1, where)),
+        ("trainer rank", training.world_size, _uses(threads.training, 1, where)),
     )
     return Plan(
         actors=actors,
@@ -114,6 +122,18 @@ def draft_parameters(config: Config, target: TargetInfo) -> int:
 
 def _uses(threads: int, gpus: int, where: str) -> str:
     return f"{gpus} {where}" if where == "GPU" else f"{threads} {where}"
+
+
+def _check_gpus(config: Config, gpus: int) -> None:
+    training, inference = config.training, config.inference
+    engines = inference.workers * inference.tp_size
+    if config.cluster.address is None and training.world_size + engines > gpus:
+        raise ValueError(
+            f"training.dp_size ({training.dp_size}) x training.sp_ulysses_size ({training.sp_ulysses_size}) x "
+            f"training.sp_ring_size ({training.sp_ring_size}) and inference.workers ({inference.workers}) x "
+            f"inference.tp_size ({inference.tp_size}) ask for {training.world_size} + {engines} GPUs; "
+            f"this machine has {gpus}"
+        )
 
 
 def _check_store(

@@ -59,7 +59,7 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Pre
     check_patched()
     device = pick_device(config.training.device, "training.device")
     config = resolve_dtypes(config, device)
-    target = read_target(config.target)
+    target = read_target(config.target, config.training.shard_formula)
     config = _absolute(resolve_buffer(config, target), target)
     run_dir = config.run_dir
     resume_from = _check_folder(run_dir, resume)
@@ -86,7 +86,7 @@ def make_plan_for(config: Config) -> tuple[Plan, Survey]:
     """
     device = pick_device(config.training.device, "training.device")
     config = resolve_dtypes(config, device)
-    target = read_target(config.target)
+    target = read_target(config.target, config.training.shard_formula)
     train = _survey(config, "data.train", config.data.train, config.data.limit)
     _require_rows(config, train.rows, train.rejected)
     heldout = 0

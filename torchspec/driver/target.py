@@ -11,6 +11,8 @@ from transformers import AutoConfig, AutoTokenizer
 from torchspec.config.schema import TargetConfig
 from torchspec.inference.aux_layers import resolve_aux_layers
 from torchspec.models.eagle3_config import Eagle3Config
+from torchspec.parallel.shards import ShardFormula
+from torchspec.parallel.ulysses import key_value_repeats
 from torchspec.store.geometry import SampleGeometry
 
 
@@ -31,12 +33,15 @@ class TargetInfo:
     geometry: SampleGeometry
 
 
-def read_target(config: TargetConfig) -> TargetInfo:
+def read_target(config: TargetConfig, sharding: ShardFormula | None = None) -> TargetInfo:
     """Read the shapes of ``target.path``.
 
+    Args:
+        sharding: how its samples are split among ranks that share them.
+
     Raises:
-        ValueError: the folder is no checkpoint, ``target.aux_layers`` does not fit it, or no draft could be trained
-            for such a model.
+        ValueError: the folder is no checkpoint, ``target.aux_layers`` does not fit it, no draft could be trained
+            for such a model, or its heads cannot be split so.
     """
     path = Path(config.path).expanduser()
     if not (path / "config.json").is_file():
@@ -47,6 +52,8 @@ def read_target(config: TargetConfig) -> TargetInfo:
     model = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code).get_text_config()
     aux_layers = resolve_aux_layers(model.num_hidden_layers, config.aux_layers)
     draft = Eagle3Config.from_target(model, num_aux=len(aux_layers))
+    if sharding is not None:
+        key_value_repeats(draft.num_heads, draft.num_kv_heads, sharding.ulysses_size)
     return TargetInfo(
         path=str(path),
         num_layers=model.num_hidden_layers,
@@ -58,7 +65,7 @@ def read_target(config: TargetConfig) -> TargetInfo:
         num_parameters=sum(f.stat().st_size for f in weights) // 2,
         aux_layers=tuple(aux_layers),
         end_token_ids=_end_tokens(path, config.trust_remote_code),
-        geometry=SampleGeometry(len(aux_layers), model.hidden_size, config.dtype),
+        geometry=SampleGeometry(len(aux_layers), model.hidden_size, config.dtype, sharding),
     )
 
 

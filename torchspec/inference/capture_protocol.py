@@ -4,7 +4,8 @@ The parent passes a :class:`CaptureConfig` down in one environment variable, whi
 process. The plugin answers over an AF_UNIX socket, one JSON object a line:
 
     {"type": "hello", "aux_layers": [..], "num_layers": .., "hidden_size": .., "dtype": ..}     once, on loading
-    {"type": "captured", "key": .., "tensors": {suffix: [shape, dtype]}, "bytes": .., "put_seconds": ..}
+    {"type": "captured", "key": .., "tensors": {suffix: [global shape, dtype]}, "bytes": .., "put_seconds": ..,
+     "sharding": {..} or null}
     {"type": "failed", "key": .., "reason": ..}
 
 A request is captured when its id says so. Ids end in a colon because SGLang aborts by prefix, and no id may be
@@ -14,9 +15,11 @@ another's prefix.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from torchspec.contracts import TensorSpec
+from torchspec.parallel.shards import ShardFormula
 from torchspec.store.endpoint import StoreEndpoint
 
 ENVIRONMENT_VARIABLE = "TORCHSPEC_CAPTURE"
@@ -30,16 +33,17 @@ class CaptureConfig:
     socket: str
     endpoint: StoreEndpoint
     buffer_bytes: int
+    sharding: ShardFormula | None = None
+    """Store each sequence-parallel rank's shard of a sample by itself."""
 
     def to_json(self) -> str:
-        return json.dumps(
-            {"socket": self.socket, "endpoint": self.endpoint.to_json(), "buffer_bytes": self.buffer_bytes}
-        )
+        return json.dumps(asdict(self) | {"endpoint": self.endpoint.to_json()})
 
     @classmethod
     def from_json(cls, text: str) -> CaptureConfig:
         fields = json.loads(text)
-        return cls(fields["socket"], StoreEndpoint.from_json(fields["endpoint"]), fields["buffer_bytes"])
+        endpoint = StoreEndpoint.from_json(fields["endpoint"])
+        return cls(fields["socket"], endpoint, fields["buffer_bytes"], _sharding(fields["sharding"]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,8 +61,10 @@ class Captured:
     """A sample that is in the store."""
 
     tensors: dict[str, TensorSpec]
+    """Suffix to global shape and dtype."""
     num_bytes: int
     put_seconds: float
+    sharding: ShardFormula | None = None
 
 
 def capture_rid(key: str) -> str:
@@ -80,10 +86,15 @@ def encode_captured(key: str, captured: Captured) -> dict[str, object]:
         "tensors": tensors,
         "bytes": captured.num_bytes,
         "put_seconds": captured.put_seconds,
+        "sharding": None if captured.sharding is None else asdict(captured.sharding),
     }
 
 
 def decode_captured(message: dict) -> Captured:
     """Inverse of :func:`encode_captured`."""
     tensors = {suffix: TensorSpec(tuple(shape), dtype) for suffix, (shape, dtype) in message["tensors"].items()}
-    return Captured(tensors, message["bytes"], message["put_seconds"])
+    return Captured(tensors, message["bytes"], message["put_seconds"], _sharding(message["sharding"]))
+
+
+def _sharding(fields: dict[str, Any] | None) -> ShardFormula | None:
+    return None if fields is None else ShardFormula(**fields)

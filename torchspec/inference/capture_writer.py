@@ -21,6 +21,7 @@ from torchspec.contracts import TensorSpec
 from torchspec.inference.capture_protocol import CaptureConfig, Captured, encode_captured
 from torchspec.store.errors import StoreFull
 from torchspec.store.hidden_state_store import HiddenStateStore, SampleBuffer
+from torchspec.store.usp import put_usp_shards
 
 
 class CaptureWriter:
@@ -28,6 +29,7 @@ class CaptureWriter:
 
     def __init__(self, config: CaptureConfig):
         self.store = HiddenStateStore(config.endpoint, config.buffer_bytes)
+        self._sharding = config.sharding
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.connect(config.socket)
         self._speaking = threading.Lock()
@@ -59,14 +61,19 @@ class CaptureWriter:
             for suffix, view in views.items()
         }
         started = time.perf_counter()
-        self.store.put(key, buffer).add_done_callback(lambda put: self._report(key, specs, started, put))
+        if self._sharding is None:
+            put = self.store.put(key, buffer)
+        else:
+            put = put_usp_shards(self.store, key, buffer, self._sharding)
+        put.add_done_callback(lambda put: self._report(key, specs, started, put))
 
     def _report(self, key: str, specs: dict[str, TensorSpec], started: float, put: Future[int]) -> None:
         error = put.exception()
         if error is not None:
             self.fail(key, str(error), no_room=isinstance(error, StoreFull))
         else:
-            self.say(encode_captured(key, Captured(specs, put.result(), time.perf_counter() - started)))
+            seconds = time.perf_counter() - started
+            self.say(encode_captured(key, Captured(specs, put.result(), seconds, self._sharding)))
 
 
 def find_fault(hs: Tensor, lhs: Tensor) -> str | None:

@@ -41,6 +41,7 @@ from torchspec.inference.capture_protocol import (
 )
 from torchspec.inference.ending import end_children, end_engine
 from torchspec.inference.leftovers import remove_shared_memory_leftovers
+from torchspec.parallel.shards import ShardFormula
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
 from torchspec.store.layout import tensor_bytes
@@ -144,17 +145,20 @@ class TargetEngine:
         config: The engine.
         endpoint: The store that captures go to.
         buffer_bytes: Registered host memory of the plugin; bounds the bytes of samples under way.
+        sharding: How samples are split among the ranks that share them, if they are.
 
     Raises:
         EngineError: SGLang did not start, or the capture plugin did not load.
     """
 
-    def __init__(self, config: EngineConfig, endpoint: StoreEndpoint, buffer_bytes: int):
+    def __init__(
+        self, config: EngineConfig, endpoint: StoreEndpoint, buffer_bytes: int, sharding: ShardFormula | None = None
+    ):
         self._started = time.time()
         self._folder = Path(tempfile.mkdtemp(prefix="torchspec-"))
         self._engine: Any = None
         try:
-            capture = CaptureConfig(str(self._folder / "capture"), endpoint, buffer_bytes)
+            capture = CaptureConfig(str(self._folder / "capture"), endpoint, buffer_bytes, sharding)
             with socket.socket(socket.AF_UNIX) as listener:
                 listener.bind(capture.socket)
                 listener.listen(1)

@@ -23,6 +23,7 @@ from torchspec.config.schema import AnswerConfig, InferenceConfig
 from torchspec.contracts import Answer, FailureKind, Lease, SampleRef, WorkerReport, pack_mask
 from torchspec.inference.capture_protocol import Captured
 from torchspec.inference.engine import EngineConfig, EngineDied, EngineError, NoRoom, SampleTooLarge, TargetEngine
+from torchspec.parallel.shards import ShardFormula
 from torchspec.store.endpoint import StoreEndpoint
 
 CAPTURES_WHILE_ANSWERING = 2
@@ -44,6 +45,7 @@ class InferenceWorker:
         endpoint: The run's store.
         inference: Concurrency and buffer size.
         answer: How the target answers.
+        sharding: How the run splits samples, if it does.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class InferenceWorker:
         endpoint: StoreEndpoint,
         inference: InferenceConfig,
         answer: AnswerConfig,
+        sharding: ShardFormula | None = None,
     ):
         self._name, self._controller, self._answer = name, controller, answer
         self._max_concurrency = inference.max_concurrency
@@ -62,7 +65,7 @@ class InferenceWorker:
         self._answering = self._capturing = 0
         self._turn = asyncio.Condition()
         assert inference.buffer_bytes is not None, "resolved before the run starts"
-        self._engine = TargetEngine(engine, endpoint, inference.buffer_bytes)
+        self._engine = TargetEngine(engine, endpoint, inference.buffer_bytes, sharding)
 
     async def run(self) -> None:
         """Work until the controller has no more leases for this worker, then stop the engine.
@@ -138,6 +141,7 @@ class InferenceWorker:
             tensors=captured.tensors,
             num_bytes=captured.num_bytes,
             norm_state="post_norm",  # SGLang's last_hidden_states
+            sharding=captured.sharding,
         )
         return ref, answer
 

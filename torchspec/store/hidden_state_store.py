@@ -1,6 +1,6 @@
 """Samples in and out of the Mooncake store, without a copy on our side.
 
-    capture -> allocate -> views (registered host memory) -> put --batch_put_from--> store node
+    capture -> allocate -> views (registered host memory) -> put --batch_put_from_multi_buffers--> store node
     trainer <- views (registered host memory)             <- get <--batch_get_into-- store node
 
 A sample is a few objects ``{key}_{suffix}``; one call moves them all. Each process registers *one* buffer and hands
@@ -13,7 +13,7 @@ Keys must be unique for each attempt: Mooncake answers a put on an existing key 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -41,13 +41,6 @@ class SampleBuffer:
     def head(self, rows: int) -> SampleBuffer:
         """The same slot, of which only the first ``rows`` of each tensor are meant."""
         return SampleBuffer({suffix: view[:rows] for suffix, view in self.views.items()}, self.offset)
-
-    def pointers(self) -> list[int]:
-        return [view.data_ptr() for view in self.views.values()]
-
-    def sizes(self) -> list[int]:
-        """Bytes of each view."""
-        return [view.nbytes for view in self.views.values()]
 
 
 class HiddenStateStore:
@@ -107,13 +100,21 @@ class HiddenStateStore:
         """Give the slot back; its views must not be used any more."""
         self._pool.release(buffer.offset)
 
-    def put(self, key: str, buffer: SampleBuffer) -> Future[int]:
-        """Store the views under ``{key}_{suffix}`` in the background, all of them or none, and release the buffer.
+    def put(
+        self, key: str, buffer: SampleBuffer, pieces: Mapping[str, Sequence[torch.Tensor]] | None = None
+    ) -> Future[int]:
+        """Store objects under ``{key}_{suffix}`` in the background, all of them or none, and release the buffer.
+
+        Args:
+            pieces: suffix to the contiguous parts of the buffer that make up the object, one after the other. Default:
+                the buffer's views.
 
         Returns:
             Future of the bytes stored. It raises StoreFull or StoreUnavailable.
         """
-        return self._executor.submit(self._put, key, buffer)
+        if pieces is None:
+            pieces = {suffix: (view,) for suffix, view in buffer.views.items()}
+        return self._executor.submit(self._put, key, buffer, pieces)
 
     def get(self, key: str, tensors: Mapping[str, TensorSpec], timeout: float | None = None) -> SampleBuffer:
         """Read ``{key}_{suffix}`` into a new buffer, which the caller releases. ``timeout``: as in :meth:`allocate`.
@@ -125,8 +126,9 @@ class HiddenStateStore:
         """
         buffer = self.allocate(tensors, timeout)
         try:
-            names, sizes = _names(key, tensors), buffer.sizes()
-            results = self._client.batch_get_into(names, buffer.pointers(), sizes)
+            names, sizes = _names(key, tensors), [view.nbytes for view in buffer.views.values()]
+            pointers = [view.data_ptr() for view in buffer.views.values()]
+            results = self._client.batch_get_into(names, pointers, sizes)
             for name, size, result in zip(names, sizes, results, strict=True):
                 if result < 0:
                     raise error_for(result, "get", name)
@@ -176,16 +178,17 @@ class HiddenStateStore:
         self._client.unregister_buffer(self._buffer.data_ptr())
         self._client.close()
 
-    def _put(self, key: str, buffer: SampleBuffer) -> int:
+    def _put(self, key: str, buffer: SampleBuffer, pieces: Mapping[str, Sequence[torch.Tensor]]) -> int:
         try:
-            names, sizes = _names(key, buffer.views), buffer.sizes()
-            codes = self._client.batch_put_from(names, buffer.pointers(), sizes, self._replication)
+            names, sizes = _names(key, pieces), [[part.nbytes for part in parts] for parts in pieces.values()]
+            pointers = [[part.data_ptr() for part in parts] for parts in pieces.values()]
+            codes = self._client.batch_put_from_multi_buffers(names, pointers, sizes, self._replication)
             for name, code in zip(names, codes, strict=True):
                 if code < 0:
                     # Half a sample is of no use. Should this fail too, the first error is the one to tell.
                     self._client.batch_remove(names, True)
                     raise error_for(code, "put", name)
-            return sum(sizes)
+            return sum(map(sum, sizes))
         finally:
             self.release(buffer)
 

@@ -7,14 +7,18 @@ One thread does all of it, a bounded number of steps ahead; it blocks in the con
 itself. Whether a step goes ahead is decided by the controller for all ranks at once, so a lost object never lets one
 rank train what another skips. Errors reach the step loop with the future of the step they belong to.
 
-Shapes: B rows, S longest sample of the micro-batch, A aux states concatenated (F*H), H hidden size.
+Where samples are split among ranks that share them, each rank reads the objects of its own shard and no other, and
+lays its segments out as the windows that the attention backend plans for (``parallel/shards.py``). Masks and lengths
+are those of the whole samples, from the metadata.
+
+Shapes: B samples, W windows of this rank (a sample each, where samples are whole), S columns, A aux states concatenated
+(F*H), H hidden size.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -26,16 +30,20 @@ from torch import Tensor
 
 from torchspec.contracts import RankBatch, SampleId, SampleRef
 from torchspec.models.eagle3 import Eagle3Batch
+from torchspec.parallel.shards import Segment
 from torchspec.store.errors import MissingObject, SizeMismatch
 from torchspec.store.geometry import SampleGeometry
 from torchspec.store.hidden_state_store import HiddenStateStore
+from torchspec.store.usp import segment_rows, shard_suffix, shard_tensors
 
 IDLE_TOKENS = 8
 """Length of the one all-padding row that a rank without samples trains on, to take part in the collectives."""
 
 MicroBatches = tuple[tuple[SampleRef, ...], ...]
-Rows = dict[str, dict[str, Tensor]]
-"""Store key to the sample's tensors (by suffix), as views into the padded batch they were copied to."""
+Windows = dict[str, list[Tensor]]
+"""Object suffix to the rows of the padded batch that it fills, one view for each segment."""
+Rows = dict[str, Windows]
+"""Store key to where a sample has been copied to."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +57,15 @@ class FetchedStep:
 
 
 class SampleFetcher:
-    """Copies samples out of the store into padded batches; the store's buffers are free again at once."""
+    """Copies samples out of the store into padded batches; the store's buffers are free again at once.
 
-    def __init__(self, store: HiddenStateStore, geometry: SampleGeometry, pin_memory: bool):
-        self.store, self.geometry, self.pin_memory = store, geometry, pin_memory
+    Args:
+        rank: this rank's number among those that share its samples.
+    """
+
+    def __init__(self, store: HiddenStateStore, geometry: SampleGeometry, rank: int, pin_memory: bool):
+        self.store, self.geometry, self.rank, self.pin_memory = store, geometry, rank, pin_memory
+        self.bytes_read = 0
 
     def fetch(self, micro_batches: MicroBatches, held: Rows) -> tuple[list[Eagle3Batch], set[SampleId]]:
         """Build every micro-batch, from ``held`` where a sample is there and from the store where not.
@@ -63,10 +76,8 @@ class SampleFetcher:
         missing: set[SampleId] = set()
         batches = []
         for refs in micro_batches:
-            batch = self._padded(refs)
-            for row, ref in enumerate(refs):
-                rows = {"hs": batch.hs_BSA, "lhs": batch.lhs_BSH, "ids": batch.ids_BS}
-                views = {suffix: tensor[row, : ref.num_tokens] for suffix, tensor in rows.items()}
+            batch, places = self._padded(refs)
+            for ref, views in zip(refs, places, strict=True):
                 try:
                     self._copy(ref, views, held)
                 except (MissingObject, SizeMismatch):
@@ -74,39 +85,65 @@ class SampleFetcher:
             batches.append(batch)
         return batches, missing
 
-    def _copy(self, ref: SampleRef, views: dict[str, Tensor], held: Rows) -> None:
+    def _copy(self, ref: SampleRef, views: Windows, held: Rows) -> None:
+        """Fill ``views``. A shard that has no rows of a tensor has no object for it."""
+        sharding = self.geometry.sharding
+        specs = ref.tensors if sharding is None else shard_tensors(ref.tensors, sharding, ref.num_tokens, self.rank)
         if ref.key in held:
-            _copy_all(held[ref.key], views)
-        else:
-            buffer = self.store.get(ref.key, ref.tensors)
-            _copy_all(buffer.views, views)
+            for suffix, source in held[ref.key].items():
+                for window, rows in zip(views[suffix], source, strict=True):
+                    window.copy_(rows)
+        elif specs:
+            buffer = self.store.get(ref.key, specs)
+            for suffix, stored in buffer.views.items():
+                windows = views[suffix]
+                for window, rows in zip(windows, stored.split([len(w) for w in windows]), strict=True):
+                    window.copy_(rows)
+                self.bytes_read += stored.nbytes
             self.store.release(buffer)
         held[ref.key] = views
 
-    def _padded(self, refs: tuple[SampleRef, ...]) -> Eagle3Batch:
-        """Room for ``refs``: zeros, and no loss, beyond the end of each sample."""
-        used = [ref.num_tokens for ref in refs] or [0]
-        shape = len(used), max(used) or IDLE_TOKENS
-        specs = self.geometry.tensors(shape[1])
+    def _padded(self, refs: tuple[SampleRef, ...]) -> tuple[Eagle3Batch, list[Windows]]:
+        """Room for ``refs``, and where each goes: zeros, and no loss, beyond the end of each sample."""
+        lengths = [ref.num_tokens for ref in refs] or [0]
+        windows = self._windows(lengths)
+        shape = len(windows), self._columns(lengths)
         tensors = {
             suffix: torch.empty((shape[0], *spec.shape), dtype=getattr(torch, spec.dtype), pin_memory=self.pin_memory)
-            for suffix, spec in specs.items()
+            for suffix, spec in self.geometry.tensors(shape[1]).items()
         }
-        loss_mask_BS = torch.zeros(shape, dtype=torch.bool, pin_memory=self.pin_memory)
-        for row, length in enumerate(used):
-            for tensor in tensors.values():
-                tensor[row, length:].zero_()
-        for row, ref in enumerate(refs):
-            loss_mask_BS[row, : ref.num_tokens] = _mask(ref)
+        places: list[Windows] = [{} for _ in lengths]
+        for row, (sample, segment) in enumerate(windows):
+            for suffix, tensor in tensors.items():
+                rows = segment_rows(suffix, segment)
+                filled = rows.stop - rows.start
+                tensor[row, filled:].zero_()
+                name = suffix if self.geometry.sharding is None else shard_suffix(self.rank, suffix)
+                places[sample].setdefault(name, []).append(tensor[row, :filled])
+        loss_mask_BS = torch.zeros(len(lengths), max(lengths) or IDLE_TOKENS, dtype=torch.bool)
+        for sample, ref in enumerate(refs):
+            loss_mask_BS[sample, : ref.num_tokens] = _mask(ref)
         (norm_state,) = {ref.norm_state for ref in refs} or {"post_norm"}
-        return Eagle3Batch(
+        batch = Eagle3Batch(
             hs_BSA=tensors["hs"],
             lhs_BSH=tensors["lhs"],
             ids_BS=tensors["ids"],
-            loss_mask_BS=loss_mask_BS,
-            lengths_B=torch.tensor(used),
+            loss_mask_BS=loss_mask_BS.pin_memory() if self.pin_memory else loss_mask_BS,
+            lengths_B=torch.tensor(lengths),
             norm_state=norm_state,
         )
+        return batch, places[: len(refs)]
+
+    def _windows(self, lengths: list[int]) -> list[tuple[int, Segment]]:
+        """The rows of the padded batch: for each the number of its sample and the positions it holds."""
+        if self.geometry.sharding is None:
+            return [(sample, Segment(0, length, length)) for sample, length in enumerate(lengths)]
+        return list(self.geometry.sharding.windows(lengths, self.rank))
+
+    def _columns(self, lengths: list[int]) -> int:
+        if self.geometry.sharding is None:
+            return max(lengths) or IDLE_TOKENS
+        return self.geometry.sharding.window_shape(lengths)[1]
 
 
 class StepStream:
@@ -162,11 +199,6 @@ class StepStream:
             micro_batches, missing = self._fetcher.fetch(refs, held)
             complete = ray.get(self._controller.heldout_fetched.remote(self._rank, tuple(missing)))
         return micro_batches
-
-
-def _copy_all(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
-    for suffix, tensor in target.items():
-        tensor.copy_(source[suffix])
 
 
 def _mask(ref: SampleRef) -> Tensor:

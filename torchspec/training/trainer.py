@@ -120,7 +120,8 @@ class Trainer:
             CheckpointError: a checkpoint could not be saved.
         """
         rank, config = self.spec.rank, self.config
-        fetcher = SampleFetcher(self.store, self.spec.geometry, pin_memory=self.device.type == "cuda")
+        sp_rank = rank % config.training.sp_size
+        fetcher = SampleFetcher(self.store, self.spec.geometry, sp_rank, pin_memory=self.device.type == "cuda")
         heldout = config.evaluation.heldout is not None
         with closing(StepStream(controller, rank, fetcher, config.controller.prefetch_steps, heldout)) as stream:
             while True:
