@@ -41,6 +41,8 @@ class Setup:
     micro_batches: int = 1
     clip: float = 0.5
     activation_checkpointing: bool = False
+    autocast: bool = False
+    """Compute in bfloat16."""
     mutation: str | None = None
 
     def __str__(self) -> str:
@@ -128,7 +130,8 @@ def run_rank(rank: int, setup: Setup, case: Case, mask: Tensor | None = None) ->
         weights, sums = step_weights(case), StepSums(case.ttt_length, CPU)
 
         def forward(batch: Eagle3Batch) -> Eagle3Output:
-            return draft(batch, step.target, case.ttt_length, weights, case.chunk)
+            with torch.autocast("cpu", torch.bfloat16, enabled=setup.autocast):
+                return draft(batch, step.target, case.ttt_length, weights, case.chunk)
 
         training.add_gradients(draft, batches, forward, sums, counts_tokens=rank % setup.sp_size == 0)
         norm = training.reduce_gradients(draft, sums, setup.clip)
