@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from tests.oracles.eagle3_cases import Case, run_oracle
 from tests.parallel.mutations import MISTAKES
 from tests.parallel.ranks import Ranks, running_ranks
-from tests.parallel.steps import CPU, Setup, build_step, expected, gathered, run_rank, step_error
+from tests.parallel.steps import CPU, Setup, build_step, expected, gathered, masks, run_rank, step_error
 from torchspec.parallel.mesh import build_mesh
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -107,6 +107,22 @@ def test_the_cases_are_not_trivial() -> None:
         supervised, counted = (result.sums[name].sum() for name in ("supervised", "counted"))
         full += bool(supervised > counted > 0 and all(g.abs().max() > 1e-4 for g in result.gradients.values()))
     assert full > 0.6 * len(RUNS)
+
+
+@pytest.mark.parametrize("lengths", [(3,), (1,), (2, 1, 9)], ids=str)
+def test_fewer_tokens_than_ranks(ranks: Ranks, lengths: tuple[int, ...]) -> None:
+    for setup in (Setup(ranks.size, 1, "zigzag"), Setup(1, ranks.size, gather_once=False), Setup(2, ranks.size // 2)):
+        case = fitted(Case(lengths=lengths, padding=0, mask_rate=1.0), setup)
+        assert step_error(ranks, setup, case) <= TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("ranks", [4], indirect=True)
+@pytest.mark.parametrize("setup", [Setup(2, 2, "zigzag", gather_once=False), Setup(2, 2, sharding="fsdp2")], ids=str)
+def test_masks_that_leave_ranks_without_loss(ranks: Ranks, setup: Setup) -> None:
+    """No token, all tokens, those of one rank, all but those: the gradients are those of the tokens there are."""
+    case = Case(lengths=(13, 9), padding=0)
+    for mask in masks(case, setup, 2 + 2 * setup.sp_size):
+        assert step_error(ranks, setup, case, mask) <= TOLERANCE[torch.float64]
 
 
 def test_activation_checkpointing_changes_nothing(ranks: Ranks) -> None:
