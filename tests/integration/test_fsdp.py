@@ -55,3 +55,5 @@ def test_1_2_and_3_ranks_train_the_same_draft(bench: Bench, tmp_path: Path) -> N
     assert max(relative_difference(w, one.start[name]) for name, w in one.weights.items()) > 0.01
     for world in (2, 3):
         assert_same_training(run_script(config, bench.endpoint, steps, world=world, heldout=heldout), one)
+    config.training.sharding = "replicated"
+    assert_same_training(run_script(config, bench.endpoint, steps, world=3, heldout=heldout), one)

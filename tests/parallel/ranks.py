@@ -51,6 +51,10 @@ class Ranks:
             outcomes.append(result)
         return outcomes
 
+    def dismiss(self) -> None:
+        for pipe in self._pipes:
+            pipe.send(None)
+
 
 @contextmanager
 def running_ranks(size: int) -> Iterator[Ranks]:
@@ -63,20 +67,22 @@ def running_ranks(size: int) -> Iterator[Ranks]:
     ]
     for process in processes:
         process.start()
+    ranks = Ranks([ours for ours, _ in pairs])
     try:
-        yield Ranks([ours for ours, _ in pairs])
+        yield ranks
     finally:
+        ranks.dismiss()
         for process in processes:
-            process.terminate()
-            process.join()
+            process.join(5)
+            process.kill()
 
 
 def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
     join_ranks(rank, size, HOST, port, torch.device("cpu"))
     dist.barrier()
-    while True:
-        function, args = pipe.recv()
+    while (request := pipe.recv()) is not None:
+        function, args = request
         try:
             pipe.send(("", function(rank, *args)))
         except Exception:

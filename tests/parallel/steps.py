@@ -41,6 +41,8 @@ class Setup:
     micro_batches: int = 1
     clip: float = 0.5
     activation_checkpointing: bool = False
+    autocast: bool = False
+    """Compute in bfloat16."""
     mutation: str | None = None
 
     def __str__(self) -> str:
@@ -82,6 +84,29 @@ class RankOutcome:
 @cache
 def mesh_of(ulysses: int, ring: int) -> DeviceMesh:
     return mesh.build_mesh(CPU, ulysses, ring)
+
+
+def masks(case: Case, setup: Setup, count: int) -> list[Tensor]:
+    """Adversarial masks first: nothing, everything, a single token, one rank's tokens, all but one rank's."""
+    shape = len(case.lengths), max(case.lengths)
+    valid_BS = torch.arange(shape[1]) < torch.tensor(case.lengths).unsqueeze(1)
+    owner_BS = torch.full(shape, -1)
+    formula = setup.formula(case.ttt_length)
+    for rank in range(setup.sp_size):
+        for sample, (start, stop, _) in formula.windows(case.lengths, rank):
+            owner_BS[sample, start:stop] = rank
+    found = [torch.zeros(shape, dtype=torch.bool), valid_BS]
+    for rank in range(setup.sp_size):
+        found += [owner_BS == rank, valid_BS & (owner_BS != rank)]
+    for flat in valid_BS.flatten().nonzero().squeeze(1):
+        single = torch.zeros(shape, dtype=torch.bool)
+        single.view(-1)[flat] = True
+        found.append(single)
+    generator = torch.Generator().manual_seed(sum(case.lengths))
+    while len(found) < count:
+        rate_B1 = torch.rand(shape[0], 1, generator=generator) ** 2
+        found.append((torch.rand(shape, generator=generator) < rate_B1) & valid_BS)
+    return found[:count]
 
 
 def windows_of(batch: Eagle3Batch, samples: Sequence[int], formula: ShardFormula, rank: int) -> Eagle3Batch:
@@ -128,7 +153,8 @@ def run_rank(rank: int, setup: Setup, case: Case, mask: Tensor | None = None) ->
         weights, sums = step_weights(case), StepSums(case.ttt_length, CPU)
 
         def forward(batch: Eagle3Batch) -> Eagle3Output:
-            return draft(batch, step.target, case.ttt_length, weights, case.chunk)
+            with torch.autocast("cpu", torch.bfloat16, enabled=setup.autocast):
+                return draft(batch, step.target, case.ttt_length, weights, case.chunk)
 
         training.add_gradients(draft, batches, forward, sums, counts_tokens=rank % setup.sp_size == 0)
         norm = training.reduce_gradients(draft, sums, setup.clip)
@@ -164,18 +190,18 @@ def gathered(outcomes: list[RankOutcome], setup: Setup, case: Case) -> Result:
     return Result(total, {"loss": loss, "counted": counted, "supervised": supervised, "correct": correct}, gradients)
 
 
-def step_error(ranks: Ranks, setup: Setup, case: Case) -> float:
+def step_error(ranks: Ranks, setup: Setup, case: Case, mask: Tensor | None = None) -> float:
     """Largest relative error of a step against the oracle: loss, sums, norm, gradients. Collectives are compared too.
 
     Infinite where the ranks do not agree.
     """
-    outcomes = ranks.call(run_rank, setup, case)
+    outcomes = ranks.call(run_rank, setup, case, mask)
     first = outcomes[0]
     if any(not np.array_equal(o.sums, first.sums) or o.norm != first.norm for o in outcomes):
         return float("inf")
     assert first.sums[-1] == expected_tokens(outcomes, setup, case)
     assert first_difference({rank: outcome.calls for rank, outcome in enumerate(outcomes)}) is None
-    oracle, norm = expected(setup, case)
+    oracle, norm = expected(setup, case, mask)
     norm_error = abs(first.norm - norm) / norm if norm else first.norm
     return max(worst_error(gathered(outcomes, setup, case), oracle), norm_error)
 

@@ -7,6 +7,7 @@ cases of its own, drawn by hypothesis.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
@@ -19,7 +20,8 @@ from hypothesis import strategies as st
 from tests.oracles.eagle3_cases import Case, run_oracle
 from tests.parallel.mutations import MISTAKES
 from tests.parallel.ranks import Ranks, running_ranks
-from tests.parallel.steps import Setup, build_step, step_error
+from tests.parallel.steps import CPU, Setup, build_step, expected, gathered, masks, run_rank, step_error
+from torchspec.parallel.mesh import build_mesh
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -107,10 +109,57 @@ def test_the_cases_are_not_trivial() -> None:
     assert full > 0.6 * len(RUNS)
 
 
+@pytest.mark.parametrize("lengths", [(3,), (1,), (2, 1, 9)], ids=str)
+def test_fewer_tokens_than_ranks(ranks: Ranks, lengths: tuple[int, ...]) -> None:
+    for setup in (Setup(ranks.size, 1, "zigzag"), Setup(1, ranks.size, gather_once=False), Setup(2, ranks.size // 2)):
+        case = fitted(Case(lengths=lengths, padding=0, mask_rate=1.0), setup)
+        assert step_error(ranks, setup, case) <= TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("ranks", [4], indirect=True)
+@pytest.mark.parametrize("setup", [Setup(2, 2, "zigzag", gather_once=False), Setup(2, 2, sharding="fsdp2")], ids=str)
+def test_masks_that_leave_ranks_without_loss(ranks: Ranks, setup: Setup) -> None:
+    """No token, all tokens, those of one rank, all but those: the gradients are those of the tokens there are."""
+    case = Case(lengths=(13, 9), padding=0)
+    for mask in masks(case, setup, 2 + 2 * setup.sp_size):
+        assert step_error(ranks, setup, case, mask) <= TOLERANCE[torch.float64]
+
+
 def test_activation_checkpointing_changes_nothing(ranks: Ranks) -> None:
     for setup in (Setup(ranks.size, 1), Setup(1, ranks.size, "zigzag"), Setup(1, ranks.size, gather_once=False)):
         setup = replace(setup, activation_checkpointing=True)
         assert step_error(ranks, setup, fitted(Case(), setup)) <= TOLERANCE[torch.float64]
+
+
+@pytest.mark.parametrize("ranks", [4], indirect=True)
+@pytest.mark.parametrize("gather_once", [True, False])
+def test_in_bf16_gradients_of_keys_cross_the_ring_in_fp32(ranks: Ranks, gather_once: bool) -> None:
+    """Gathered: once there and once back, whatever the number of steps. Circulating: in each step, and each way."""
+    setup = Setup(2, 2, gather_once=gather_once, autocast=True, clip=1e9)
+    case = Case(dtype=torch.float32, lengths=(60, 41), hidden=48)
+    outcomes = ranks.call(run_rank, setup, case)
+    oracle, _ = expected(setup, case)
+    for name, gradient in gathered(outcomes, setup, case).gradients.items():
+        cosine = torch.cosine_similarity(gradient.flatten().double(), oracle.gradients[name].flatten(), dim=0)
+        assert cosine > 0.98, name
+    ring = Counter((call.op, call.tensors[0][1]) for call in outcomes[0].calls if call.group == (0, 2))
+    steps = case.ttt_length
+    if gather_once:  # in training and in the evaluation after it
+        assert ring == {("_allgather_base_", "torch.bfloat16"): 2, ("_reduce_scatter_base_", "torch.float32"): 1}
+    else:  # forward, backward and evaluation; gradients need a step more to come home
+        del ring["recv_", "torch.bfloat16"], ring["recv_", "torch.float32"]
+        assert ring == {("send", "torch.bfloat16"): 3 * steps, ("send", "torch.float32"): 2 * steps}
+
+
+def refuse_mesh(rank: int) -> None:
+    message = "sp_ulysses_size=3 times training.sp_ring_size=1 is 3, which does not divide the 4 training ranks"
+    with pytest.raises(ValueError, match=message):
+        build_mesh(CPU, 3, 1)
+
+
+@pytest.mark.parametrize("ranks", [4], indirect=True)
+def test_sizes_that_do_not_divide_the_ranks_are_refused(ranks: Ranks) -> None:
+    ranks.call(refuse_mesh)
 
 
 USUAL = Setup(2, 2)

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -19,36 +18,13 @@ from tests.oracles.eagle3_cases import Case
 from tests.parallel.mutations import SKIPS
 from tests.parallel.ranks import Ranks, running_ranks
 from tests.parallel.recorder import Call, first_difference
-from tests.parallel.steps import Setup, mesh_of, run_rank
+from tests.parallel.steps import Setup, masks, mesh_of, run_rank
 from torchspec.models.ttt_rows import active_rows
 
 SMALL = Case(
     ttt_length=2, lengths=(11, 6), padding=0, kv_heads=2, group=2, head_dim=4, hidden=8, vocab=20, draft_vocab=12
 )
 CASES = (SMALL, replace(SMALL, lengths=(3,)), replace(SMALL, lengths=(1, 9)), replace(SMALL, lengths=(2, 1, 1)))
-
-
-def masks(case: Case, setup: Setup, count: int) -> list[Tensor]:
-    """Adversarial masks first: nothing, everything, a single token, one rank's tokens, all but one rank's."""
-    shape = len(case.lengths), max(case.lengths)
-    valid_BS = torch.arange(shape[1]) < torch.tensor(case.lengths).unsqueeze(1)
-    owner_BS = torch.full(shape, -1)
-    formula = setup.formula(case.ttt_length)
-    for rank in range(setup.sp_size):
-        for sample, (start, stop, _) in formula.windows(case.lengths, rank):
-            owner_BS[sample, start:stop] = rank
-    found = [torch.zeros(shape, dtype=torch.bool), valid_BS]
-    for rank in range(setup.sp_size):
-        found += [owner_BS == rank, valid_BS & (owner_BS != rank)]
-    for flat in valid_BS.flatten().nonzero().squeeze(1):
-        single = torch.zeros(shape, dtype=torch.bool)
-        single.view(-1)[flat] = True
-        found.append(single)
-    generator = torch.Generator().manual_seed(sum(case.lengths))
-    while len(found) < count:
-        rate_B1 = torch.rand(shape[0], 1, generator=generator) ** 2
-        found.append((torch.rand(shape, generator=generator) < rate_B1) & valid_BS)
-    return found[:count]
 
 
 def record(rank: int, setup: Setup, case: Case, masks: list[Tensor]) -> list[list[Call]]:

@@ -110,6 +110,9 @@ def test_a_value_that_does_not_fit_is_named_with_what_does(recipe: Path, overrid
     [
         ("training.dp_size=5", "training.dp_size"),
         ("controller.reorder_window=2", "controller.reorder_window"),
+        ("training.sp_ring_size=2", "need training.attention_backend=usp; it is flash"),
+        ("training.sp_ulysses_size=0", "training.sp_ulysses_size"),
+        ("training.sp_layout=striped", "training.sp_layout"),
     ],
 )
 def test_what_contradicts_another_key_is_named(recipe: Path, override: str, key: str) -> None:

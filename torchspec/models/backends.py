@@ -1,26 +1,26 @@
 """Where the positions of a sample are: what attention needs to know, and nothing else of a draft does.
 
-A backend plans each micro-batch once. The plan says which rows this rank computes, and moves heads and keys to where
-they are needed. Here is the backend for samples that are whole on each rank; ``parallel/usp.py`` has the one for
-samples that several ranks share.
+A backend plans each micro-batch once. The plan says which rows this rank computes, and attends. Here is the backend for
+samples that are whole on each rank; ``parallel/usp.py`` has the one for samples that several ranks share.
 
 Shapes: B batch, S padded length, C context rows, R active rows, Q query heads, K key/value heads, E head dimension.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from torchspec.models.attention import Block0, PaddedKernel
+from torchspec.models.attention import Block0, PaddedKernel, ttt_attention
 from torchspec.models.ttt_rows import TTTRows
 
 
 class Sequences(Protocol):
-    """The plan of one micro-batch. *Split* heads are those that this rank attends with, of all rows it attends for."""
+    """The plan of one micro-batch."""
 
     @property
     def rows(self) -> TTTRows:
@@ -33,13 +33,11 @@ class Sequences(Protocol):
     def block0(self, k_CKE: Tensor, v_CKE: Tensor) -> Block0:
         """Keys and values of the context rows in step 0."""
 
-    def split_heads(self, q_RQE: Tensor) -> Tensor: ...
+    def later_keys_values(self, k_RKE: Tensor, v_RKE: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of the active rows in a later step, as ``attend`` wants them."""
 
-    def split_key_value_heads(self, k_RKE: Tensor, v_RKE: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the active rows in a later step."""
-
-    def join_heads(self, o: Tensor) -> Tensor:
-        """The inverse of ``split_heads``."""
+    def attend(self, q_RQE: Tensor, block0: Block0, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+        """o_RQE of one step; see :func:`ttt_attention`."""
 
 
 class AttentionBackend(Protocol):
@@ -58,14 +56,11 @@ class WholeSequences:
         k_BSKE, v_BSKE = (self._padded(x) for x in (k_CKE, v_CKE))
         return Block0(PaddedKernel(), (k_BSKE, v_BSKE, self.rows.active_flat_R))
 
-    def split_heads(self, q_RQE: Tensor) -> Tensor:
-        return q_RQE
-
-    def split_key_value_heads(self, k_RKE: Tensor, v_RKE: Tensor) -> tuple[Tensor, Tensor]:
+    def later_keys_values(self, k_RKE: Tensor, v_RKE: Tensor) -> tuple[Tensor, Tensor]:
         return k_RKE, v_RKE
 
-    def join_heads(self, o: Tensor) -> Tensor:
-        return o
+    def attend(self, q_RQE: Tensor, block0: Block0, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+        return ttt_attention(q_RQE, block0, keys, values)
 
     def _padded(self, x_C: Tensor) -> Tensor:
         """Packed context rows at their places in a padded tensor of zeros."""

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from torchspec.contracts import NormState
-from torchspec.models.attention import Block0, ttt_attention
+from torchspec.models.attention import Block0
 from torchspec.models.backends import FLASH, AttentionBackend, Sequences
 from torchspec.models.eagle3_config import Eagle3Config
 from torchspec.models.losses import compute_dtype, fused_soft_cross_entropy
@@ -143,8 +143,7 @@ class DecoderLayer(nn.Module):
         values: Sequence[Tensor],
     ) -> Tensor:
         """The residual stream after one TTT step, from its attention input; see :func:`ttt_attention`."""
-        q_RQE = sequences.split_heads(self.self_attn.queries(x_RX, *rotary))
-        attended_RQE = sequences.join_heads(ttt_attention(q_RQE, block0, keys, values))
+        attended_RQE = sequences.attend(self.self_attn.queries(x_RX, *rotary), block0, keys, values)
         residual_RH = residual_RH + self.self_attn.o_proj(attended_RQE.flatten(1))
         return residual_RH + self.mlp(self.post_attention_layernorm(residual_RH))
 
@@ -228,7 +227,7 @@ class Eagle3Draft(nn.Module):
             angles = rotary(rows.active_angle_R + t)
             if t > 0:
                 x_RX = layer.attention_input(embedding(rows.active_flat_R + 1 + t), residual_RH)
-                k, v = sequences.split_key_value_heads(*layer.self_attn.keys_values(x_RX, *angles))
+                k, v = sequences.later_keys_values(*layer.self_attn.keys_values(x_RX, *angles))
                 keys, values = [*keys, k], [*values, v]
             inputs = (residual_RH, x_RX, angles, sequences, block0, keys, values)
             residual_RH = (

@@ -20,7 +20,7 @@ rows, U Ulysses ranks, M rows a rank sends, G key/value slots of a ring rank, L 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from torchspec.models.attention import Block0
+from torchspec.models.attention import Block0, ttt_attention
 from torchspec.models.ttt_rows import TTTRows, active_rows, context_lengths
 from torchspec.parallel.ring import RingKernel, Run, circulating, gathered, tiles
 from torchspec.parallel.shards import ShardFormula
@@ -132,16 +132,15 @@ class UspSequences:
             kv_GKX, carrier = gathered(kv_GKX, self.order_P, self.backend.ring)
         return Block0(self.kernel, (kv_GKX, carrier, self.active.slot))
 
-    def split_heads(self, q_RQE: Tensor) -> Tensor:
-        return self._split(q_RQE, self.active)
-
-    def split_key_value_heads(self, k_RKE: Tensor, v_RKE: Tensor) -> tuple[Tensor, Tensor]:
+    def later_keys_values(self, k_RKE: Tensor, v_RKE: Tensor) -> tuple[Tensor, Tensor]:
         k, v = self._split_key_values(k_RKE, v_RKE, self.active).chunk(2, dim=-1)
         return k, v
 
-    def join_heads(self, o: Tensor) -> Tensor:
+    @torch.compiler.disable  # a compiled layer ends here and goes on behind it: collectives stay as they are written
+    def attend(self, q_RQE: Tensor, block0: Block0, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
+        o = ttt_attention(self._split(q_RQE, self.active), block0, keys, values)
         group = self.backend.ulysses
-        return o if group is None else join_heads(o, len(self.rows.active_flat_R), group)
+        return o if group is None else join_heads(o, len(q_RQE), group)
 
     def _split_key_values(self, k: Tensor, v: Tensor, sent: _Sent) -> Tensor:
         """Key and value side by side, of as many heads as the Ulysses ranks need."""

@@ -65,7 +65,9 @@ class TrainerSpec:
 
     config: Config
     rank: int
+    """Ranks ``r`` with the same ``r // training.sp_size`` share samples; ``r % training.sp_size`` is the shard's number."""
     world_size: int
+    """``training.dp_size * training.sp_size``."""
     address: str
     """Host of rank 0, where the ranks meet; rank 0 binds this address and no other."""
     port: int
