@@ -65,7 +65,7 @@ class TrainerSpec:
 
     config: Config
     rank: int
-    """Ranks ``r`` with the same ``r // training.sp_size`` share samples; ``r % training.sp_size`` is the shard's number."""
+    """Ranks with the same ``rank // training.sp_size`` share samples; ``rank % training.sp_size`` is the shard."""
     world_size: int
     """``training.dp_size * training.sp_size``."""
     address: str
