@@ -23,6 +23,11 @@ from torchspec.export.hf import validate_export
 from torchspec.inference.leftovers import find_shared_memory_leftovers
 
 
+def metric(run_dir, split, name):
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [record[name] for record in records if record["split"] == split]
+
+
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, target_path):
     folder = tmp_path_factory.mktemp("online")
@@ -40,13 +45,12 @@ def test_every_sample_is_trained_once_in_the_seeded_order(run):
 
 def test_the_draft_learns_and_the_metrics_say_so(run):
     run_dir, _, _ = run
-    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    losses = [r["loss"] for r in records if r["split"] == "train"]
+    losses = metric(run_dir, "train", "loss")
     assert len(losses) == STEPS
     assert losses[-1] < 0.8 * losses[0]
-    heldout = [r for r in records if r["split"] == "heldout"]
-    assert [r["step"] for r in heldout] == [6, 12]
-    assert heldout[1]["loss"] < heldout[0]["loss"]
+    assert metric(run_dir, "heldout", "step") == [3, 6, 9, 12]
+    heldout = metric(run_dir, "heldout", "loss")
+    assert heldout[-1] < heldout[0]
 
 
 def test_the_export_is_complete_and_holds_the_trained_weights(run):
@@ -86,3 +90,19 @@ def test_the_run_is_not_started_over_by_mistake(run, target_path):
     again = Command(run_dir.parent, "train", run_dir.parent / "run.yaml")
     assert again.wait() == 2
     assert "torchspec resume" in again.text and "Traceback" not in again.text
+
+
+def test_ranks_that_share_every_sample_train_the_same_draft(run, target_path):
+    """Two ranks, of which each fetches its own shards, follow the loss curve of one rank that has everything."""
+    run_dir, _, _ = run
+    shared = ("attention_backend=usp", "sp_ring_size=2")
+    overrides = [*(f"training.{knob}" for knob in shared), f"answer.reuse={run_dir / 'answers.jsonl'}"]
+    run_to_end(run_dir.parent, "train", write_config(run_dir.parent, target_path, "shared"), *overrides)
+    shared_dir = run_dir.parent / "shared"
+    assert (shared_dir / "logs" / "trainer-1.log").exists()
+    assert {s: sorted(b) for s, b in journal(shared_dir).items()} == {s: sorted(b) for s, b in seeded_batches().items()}
+    for split in ("train", "heldout"):
+        assert metric(shared_dir, split, "loss") == pytest.approx(metric(run_dir, split, "loss"), rel=1e-4)
+    ours, theirs = (load_file(folder / "export" / "model.safetensors") for folder in (shared_dir, run_dir))
+    for name, weight in theirs.items():
+        assert (ours[name].float() - weight.float()).norm() <= 0.01 * weight.float().norm()
