@@ -166,9 +166,11 @@ def test_stored_bytes_is_what_the_allocator_takes(store: HiddenStateStore, size:
     """As many objects fit as the formula says; the smallest sizes are bounded, not exact."""
     limit = 2000
     buffer = store.allocate(raw(size))
-    pointers, sizes = buffer.pointers(), buffer.sizes()
+    (view,) = buffer.views.values()
     stored = 0
-    while stored < limit and store._client.put_from(f"k{stored}", pointers[0], sizes[0], store._replication) == 0:
+    while (
+        stored < limit and store._client.put_from(f"k{stored}", view.data_ptr(), view.nbytes, store._replication) == 0
+    ):
         stored += 1
     fits = SEGMENT // object_bytes(size)
     assert stored == min(fits, limit) if object_bytes(size) > 4096 else stored >= min(fits, limit)
