@@ -19,6 +19,7 @@ from tests.online import (
     wait_until_gone,
     write_config,
 )
+from torchspec.controller.journal import read_lines
 from torchspec.inference.leftovers import find_shared_memory_leftovers
 
 
@@ -33,56 +34,49 @@ def steps_done(run_dir: Path) -> int:
     return max(journal(run_dir), default=0)
 
 
+def resumed(run_dir: Path) -> bool:
+    return any(record["event"] == "resumed" for record in read_lines(run_dir / "ledger.jsonl"))
+
+
 @pytest.fixture
-def start(tmp_path, target_path):
-    commands = []
-
-    def start_command(*arguments: str) -> Command:
-        config = write_config(tmp_path, target_path)
-        commands.append(Command(tmp_path, "train", config, *arguments))
-        return commands[-1]
-
-    yield start_command
-    for command in commands:
+def commands():
+    running: list[Command] = []
+    yield running
+    for command in running:
         command.process.kill()
 
 
-def test_a_driver_killed_in_the_middle_resumes_to_the_same_ledger(start, tmp_path):
-    run_dir = tmp_path / "run"
-    started = time.time()
-    command = start()
-    command.wait_for(lambda: steps_done(run_dir) >= 5, "step 5")
-    assert processes_of(run_dir, "mooncake_master") and processes_of(run_dir, "sglang::scheduler")
-    command.process.send_signal(signal.SIGKILL)
+def test_a_run_through_every_kind_of_death_trains_what_it_would_have_trained(commands, tmp_path, target_path):
+    """An engine is killed, then the driver; the resumed run is interrupted; the next one finishes."""
+    run_dir, started = tmp_path / "run", time.time()
+
+    def start(*arguments: str) -> Command:
+        commands.append(Command(tmp_path, *arguments))
+        return commands[-1]
+
+    first = start("train", write_config(tmp_path, target_path), "inference.workers=2")
+    first.wait_for(lambda: steps_done(run_dir) >= 1, "step 1")
+    os.kill(processes_of(run_dir, "sglang::scheduler")[0].pid, signal.SIGKILL)
+    first.wait_for(lambda: "starting another" in first.text and steps_done(run_dir) >= 4, "step 4")
+    assert processes_of(run_dir, "mooncake_master")
+    first.process.send_signal(signal.SIGKILL)
     wait_until_gone(run_dir)
-    resumed = run_to_end(tmp_path, "resume", run_dir)
-    assert "Traceback" not in resumed.text
+    saved = ledger_snapshot(run_dir)["step"]
+    assert saved in (3, 6)
+
+    second = start("resume", run_dir)
+    second.wait_for(lambda: resumed(run_dir) and steps_done(run_dir) > saved, f"step {saved + 1}")
+    second.process.send_signal(signal.SIGINT)
+    assert second.wait() == 0, second.text
+    stopped_at = steps_done(run_dir)
+    assert saved < ledger_snapshot(run_dir)["step"] == stopped_at < len(EXPECTED)
+    assert trained(run_dir) == {step: batch for step, batch in EXPECTED.items() if step <= stopped_at}
+    assert processes_of(run_dir) == []
+
+    last = run_to_end(tmp_path, "resume", run_dir)
+    assert "Traceback" not in first.text + second.text + last.text
     assert trained(run_dir) == EXPECTED
     snapshot = ledger_snapshot(run_dir)
     assert snapshot["cursor"] == snapshot["shape"]["prompts"] * snapshot["shape"]["epochs"]
     assert processes_of(run_dir) == []
     assert find_shared_memory_leftovers(started) == []
-
-
-def test_a_killed_engine_is_replaced_while_two_workers_share_the_prompts(start, tmp_path):
-    run_dir = tmp_path / "run"
-    command = start("inference.workers=2")
-    command.wait_for(lambda: steps_done(run_dir) >= 2, "step 2")
-    os.kill(processes_of(run_dir, "sglang::scheduler")[0].pid, signal.SIGKILL)
-    assert command.wait() == 0, command.text
-    assert "starting another" in command.text
-    assert trained(run_dir) == EXPECTED
-
-
-def test_ctrl_c_stops_with_a_checkpoint_and_a_resume_finishes(start, tmp_path):
-    run_dir = tmp_path / "run"
-    command = start()
-    command.wait_for(lambda: steps_done(run_dir) >= 2, "step 2")
-    command.process.send_signal(signal.SIGINT)
-    assert command.wait() == 0, command.text
-    stopped_at = steps_done(run_dir)
-    assert ledger_snapshot(run_dir)["step"] == stopped_at < len(EXPECTED)
-    assert trained(run_dir) == {step: batch for step, batch in EXPECTED.items() if step <= stopped_at}
-    assert processes_of(run_dir) == []
-    run_to_end(tmp_path, "resume", run_dir)
-    assert trained(run_dir) == EXPECTED

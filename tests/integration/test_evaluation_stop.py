@@ -17,7 +17,8 @@ import pytest
 from torchspec.inference.leftovers import SHARED_MEMORY
 
 SERVE = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets what it starts with & ignore Ctrl-C
 from torchspec.evaluation.serving import Job, serve
 try:
     serve(Job(sys.argv[1], [[1, 2, 3]], 5000, "bfloat16", "cpu", 1, 1))
