@@ -20,6 +20,7 @@ from torchspec.config.load import load_config, parse_config, save_config
 from torchspec.config.schema import TrainingConfig
 from torchspec.data.survey import Survey
 from torchspec.driver.plan import Plan
+from torchspec.driver.splits import Split
 from torchspec.driver.threads import ThreadPlan
 
 
@@ -226,7 +227,13 @@ def test_the_plan_counts_the_data_and_refuses_a_bad_file(
 
 
 def test_the_plan_warns_when_memory_is_short() -> None:
-    def plan(memory: int) -> Plan:
+    splits = (
+        Split(1, 1, 2, 3 << 30, 1500, "memory", configured=True),
+        Split(2, 1, 4, 2 << 30, 3000, "", configured=False),
+        Split(1, 8, 16, 1 << 30, 9000, "16 GPUs, 6 are left", configured=False),
+    )
+
+    def plan(memory: int, splits: tuple[Split, ...] = ()) -> Plan:
         return Plan(
             actors=(("inference worker", 2, "1 CPU threads"),),
             threads=ThreadPlan(1, 1),
@@ -238,6 +245,7 @@ def test_the_plan_warns_when_memory_is_short() -> None:
             draft_parameters=9_800_000,
             memory_bytes=memory,
             memory_available=16 << 30,
+            splits=splits,
         )
 
     data = Survey(90, 12_345, 6_789, (("p7", "too long"), ("p8", "too short")), exact=True)
@@ -249,6 +257,12 @@ def test_the_plan_warns_when_memory_is_short() -> None:
     assert "2,048 tokens, 9.0 MiB" in fits and "99 samples" in fits and "9.8M" in fits
     assert "about 10.0 GiB of 16.0 GiB" in fits
     assert "more than the machine has" in short and "more than the machine has" not in fits
+    shared = rendered(plan_table(plan(10 << 30, splits), data, training))
+    assert "more than the machine has" in shared and "a sample of 2,048 tokens" in shared
+    rows = [" ".join(line.replace("│", " ").split()) for line in shared.splitlines()]
+    assert "1 x 1 (configured) 2 3.0 GiB 1,500 tokens no: memory" in rows
+    assert "2 x 1 4 2.0 GiB 3,000 tokens yes" in rows
+    assert "1 x 8 16 1.0 GiB 9,000 tokens no: 16 GPUs, 6 are left" in rows
 
 
 def test_the_summary_names_the_next_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
