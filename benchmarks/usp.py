@@ -1,6 +1,6 @@
 """What sequence parallelism saves and costs: memory, time, traffic, balance, bytes read.
 
-    python benchmarks/usp.py [--tokens 4096] [--budget-mib 192] [--rounds 3] [--ttt-length 7] [--stored-tokens 16384]
+    python benchmarks/usp.py [--tokens 4096] [--budget-mib 224] [--rounds 2] [--ttt-length 7] [--stored-tokens 16384]
 
 Ranks are real processes with one thread each that talk over gloo; they take whole training steps (forward, backward,
 reduction, clip, AdamW) on shards of one long sample, and every split's loss is held against that of one rank.
@@ -80,6 +80,8 @@ DRAFT = Eagle3Config(
 WAYS = {"Ulysses": (True, True), "ring, gathered": (False, True), "ring, circulating": (False, False)}
 """Whether the ranks are Ulysses ranks, and whether a ring gathers once."""
 DEGREES = (2, 4, 8)
+PRELOADED = ["torchspec.training.setup", "torchspec.training.fetch", "torchspec.store.node", "torchspec.driver.memory"]
+"""Imported once, by the server that all ranks are forked from."""
 M_MMAP_THRESHOLD = -3
 """glibc's ``mallopt``."""
 
@@ -374,6 +376,7 @@ def running_store(segment_bytes: int) -> Iterator[StoreEndpoint]:
         ours, theirs = context.Pipe()
         node = context.Process(target=hold_memory, args=(master.endpoint, segment_bytes, theirs), daemon=True)
         node.start()
+        theirs.close()
         ours.recv()
         try:
             yield master.endpoint
@@ -388,7 +391,7 @@ def stored_rows(options: argparse.Namespace) -> list[dict]:
     geometry, tokens = SampleGeometry(3, 576, "bfloat16"), options.stored_tokens
     whole_bytes = geometry.stored_bytes(tokens)
     rows: list[dict] = []
-    with running_store(4 * whole_bytes) as endpoint:
+    with running_store((64 << 20) + 4 * whole_bytes) as endpoint:
         store = HiddenStateStore(endpoint, 2 * whole_bytes)
         for degree in (1, *DEGREES):
             for layout in ("contiguous", "zigzag") if degree > 1 else ("whole",):
@@ -449,6 +452,7 @@ def show(report: dict[str, Any], options: argparse.Namespace) -> None:
             "MiB": lambda r: f"{r['peak_mib']:.0f}",
             "planned": lambda r: f"{r['planned_mib']:.0f}",
             "longest": lambda r: f"{r['longest_tokens']:,}",
+            "to SP 1": lambda r: f"{r['longest_tokens'] / report['memory'][0]['longest_tokens']:.2f}x",
             "MiB there": lambda r: f"{r['longest_mib']:.0f}",
             "planned there": lambda r: f"{r['longest_planned_mib']:.0f}",
         },
@@ -491,14 +495,12 @@ def show(report: dict[str, Any], options: argparse.Namespace) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokens", type=int, default=4096, help="length of the sample of all tables but the last")
-    parser.add_argument("--budget-mib", type=int, default=192, help="memory of a rank that the longest sample has")
+    parser.add_argument("--budget-mib", type=int, default=224, help="memory of a rank that the longest sample has")
     parser.add_argument("--ttt-length", type=int, default=7)
-    parser.add_argument("--rounds", type=int, default=3, help="of the timing")
+    parser.add_argument("--rounds", type=int, default=2, help="of the timing")
     parser.add_argument("--stored-tokens", type=int, default=16384, help="length of the sample in the store")
     options = parser.parse_args()
-    multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["torchspec.training.setup", "torchspec.store.node"]
-    )
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     losses = Losses()
     report: dict[str, Any] = {
         "machine": {"processor": platform.processor() or platform.machine(), "torch": torch.__version__},

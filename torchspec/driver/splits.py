@@ -9,7 +9,7 @@ from torchspec.config.schema import TrainingConfig
 from torchspec.driver.memory import host_bytes, rank_memory
 from torchspec.models.eagle3_config import Eagle3Config
 
-DEGREES = (1, 2, 4, 8)
+DEGREES = (1, 2, 3, 4, 6, 8)
 """Ranks of a sample that are looked at, beside the configured number."""
 LONGEST = 1 << 24
 """Tokens; no sample is longer."""
