@@ -10,7 +10,7 @@ reduction, clip, AdamW) on shards of one long sample, and every split's loss is 
   back at once, so nothing is counted that no longer lives. *planned* is what ``torchspec plan`` expects of the same.
 - The *longest* sample is the longest among a few tried whose step stays within the budget, by interpolation.
 - *Time* is the slowest rank's wall-clock time of a step, the best of the rounds; SP 1 and SP 2 take turns.
-- *Traffic* is what a rank hands to the sends and collectives of its ring in one step, forward and backward.
+- *Traffic* is what a rank sends in one step for attention, forward and backward; the gradients' reduction is not in it.
 - *Work* is a rank's CPU time in the flash kernel.
 - *Bytes read* are those of a fetcher, from a real store.
 
@@ -221,6 +221,8 @@ class Meter(TorchDispatchMode):
                 self.sent += sum(tensors)
             elif name in ("_allgather_base_", "_reduce_scatter_base_"):  # one part to each peer
                 self.sent += min(tensors) * self.peers
+            elif name == "alltoall_base_":
+                self.sent += tensors[0] * self.peers // (self.peers + 1)
         return result
 
 
@@ -334,22 +336,33 @@ def time_rows(options: argparse.Namespace, losses: Losses) -> list[dict]:
     return [{"way": n, "seconds": s, "to_one_rank": s / best["one rank"]} for n, s in best.items()]
 
 
-def ring_rows(options: argparse.Namespace, losses: Losses) -> list[dict]:
-    """Traffic and balance of rings, for both layouts and both ways to have the keys."""
+def expected_bytes(training: TrainingConfig, num_tokens: int) -> float:
+    """What one rank sends in a step of one sample, in float32, by the formulas of docs/usp.md."""
+    ulysses, ring, steps = training.sp_ulysses_size, training.sp_ring_size, training.ttt_length
+    queries, keys = (4 * 2 * heads * DRAFT.head_dim * num_tokens for heads in (DRAFT.num_heads, DRAFT.num_kv_heads))
+    if ulysses > 1:
+        return 2 * steps * (queries + keys) / ulysses * (ulysses - 1) / ulysses
+    return keys / ring * (2 * (ring - 1) if training.sp_gather_once else steps * (3 * ring - 2))
+
+
+def traffic_rows(options: argparse.Namespace, losses: Losses) -> list[dict]:
+    """Traffic and balance, for both layouts."""
     rows = []
     for degree in (2, 4):
         for layout in ("contiguous", "zigzag"):
-            for way in ("ring, gathered", "ring, circulating"):
+            for way in WAYS:
                 training = training_of(way, degree, options.ttt_length, sp_layout=layout, sharding="replicated")
                 outcomes = on_ranks(traffic_and_work, training, options.tokens)
                 losses.check(options.tokens, outcomes)
                 work = [outcome["attention_seconds"] for outcome in outcomes]
+                sent = max(outcome["sent_bytes"] for outcome in outcomes)
+                assert math.isclose(sent, expected_bytes(training, options.tokens), rel_tol=0.01)
                 rows.append(
                     {
                         "way": way,
                         "degree": degree,
                         "layout": layout,
-                        "sent_bytes": max(outcome["sent_bytes"] for outcome in outcomes),
+                        "sent_bytes": sent,
                         "attention_seconds": work,
                         "max_over_mean": max(work) * len(work) / sum(work),
                     }
@@ -466,9 +479,9 @@ def show(report: dict[str, Any], options: argparse.Namespace) -> None:
             "to one rank": lambda r: f"{r['to_one_rank']:.2f}",
         },
     )
-    rings = table(
-        f"Rings: bytes a rank sends in a step, and balance, {options.tokens} tokens",
-        report["rings"],
+    traffic = table(
+        f"Bytes a rank sends in a step for attention, and balance, {options.tokens} tokens",
+        report["traffic"],
         {
             "way": lambda r: r["way"],
             "SP": lambda r: str(r["degree"]),
@@ -488,7 +501,7 @@ def show(report: dict[str, Any], options: argparse.Namespace) -> None:
             "s": lambda r: f"{r['seconds']:.3f}",
         },
     )
-    for part in (memory, times, rings, stored):
+    for part in (memory, times, traffic, stored):
         Console(width=100).print(part)
 
 
@@ -508,7 +521,7 @@ def main() -> None:
         "draft": {k: v for k, v in asdict(DRAFT).items() if isinstance(v, int)},
         "stored": stored_rows(options),
         "time": time_rows(options, losses),
-        "rings": ring_rows(options, losses),
+        "traffic": traffic_rows(options, losses),
         "memory": memory_rows(options, losses),
     }
     show(report, options)
