@@ -218,12 +218,26 @@ def test_the_plan_counts_the_data_and_refuses_a_bad_file(
     assert run(monkeypatch, "plan", recipe, *changes, "training.batch_size=4", "training.epochs=2") == 0
     out = capsys.readouterr().out
     assert "9 conversations of " in out and "5 of 4 samples" in out
+    assert "1 x 1 (configured)" in out and "1 x 8" in out and "2 x 1" not in out
     assert set(recipe.parent.iterdir()) == {recipe, data}, "nothing is written"
     data.write_text('{"prompt": "Hi"}\n{"prompt": 3}\n')
     assert run(monkeypatch, "plan", recipe, *changes) == 2
     assert f"error: {data}:2: prompt is not text\n" in capsys.readouterr().err
     assert run(monkeypatch, "plan", recipe, *changes, "data.train=absent.jsonl") == 2
     assert capsys.readouterr().err == "error: data.train absent.jsonl: no such file, and no file matches it as a glob\n"
+
+
+def test_the_plan_refuses_splits_that_cannot_be(
+    recipe: Path, target_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = [f"target.path={target_path}", "training.sp_ulysses_size=2"]
+    assert run(monkeypatch, "plan", recipe, *base, "training.attention_backend=usp") == 2
+    assert (
+        "error: training.sp_ulysses_size=2 does not divide the draft's 9 query heads: choose one of 1, 3, 9, and make "
+        "up the rest with training.sp_ring_size\n" in capsys.readouterr().err
+    )
+    assert run(monkeypatch, "plan", recipe, *base) == 2
+    assert "need training.attention_backend=usp" in capsys.readouterr().err
 
 
 def test_the_plan_warns_when_memory_is_short() -> None:

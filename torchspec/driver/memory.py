@@ -169,7 +169,8 @@ class _Block0Bytes(NamedTuple):
         slots = ulysses * formula.parts * formula.chunk(num_tokens) if circulates else num_tokens
         kept, gradient = item * 2 * keys, MASTER * 2 * keys
         travelling = kept + 2 * gradient if circulates else 0  # the next keys; gradients on their way in, and out
-        kernel = slots * item * 4 * queries
+        at_once = samples if formula.size == 1 else 1  # a tile of a ring is of one sample
+        kernel = at_once * slots * item * 4 * queries
         return cls(samples * slots * kept, samples * slots * (2 * gradient + travelling) + kernel)
 
 
