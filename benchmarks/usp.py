@@ -447,7 +447,7 @@ def fetch(store: HiddenStateStore, geometry: SampleGeometry, rank: int, ref: Sam
 
 
 def table(title: str, rows: list[dict], columns: dict[str, Callable[[dict], str]]) -> Table:
-    shown = Table(title=title)
+    shown = Table(title=title, min_width=len(title))
     for name in columns:
         shown.add_column(name, justify="left" if name in ("way", "layout") else "right", no_wrap=True)
     for row in rows:
