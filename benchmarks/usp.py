@@ -1,6 +1,6 @@
 """What sequence parallelism saves and costs: memory, time, traffic, balance, bytes read.
 
-    python benchmarks/usp.py [--tokens 4096] [--budget-mib 224] [--rounds 2] [--ttt-length 7] [--stored-tokens 16384]
+    python benchmarks/usp.py [--parts stored traffic time memory] [--tokens 4096] [--budget-mib 224] [--ttt-length 7]
 
 Ranks are real processes with one thread each that talk over gloo; they take whole training steps (forward, backward,
 reduction, clip, AdamW) on shards of one long sample, and every split's loss is held against that of one rank.
@@ -14,7 +14,7 @@ reduction, clip, AdamW) on shards of one long sample, and every split's loss is 
 - *Work* is a rank's CPU time in the flash kernel.
 - *Bytes read* are those of a fetcher, from a real store.
 
-Prints tables and writes benchmarks/results/usp.json.
+Prints a table for each part and writes benchmarks/results/usp.json, in which parts that are not measured stay.
 """
 
 from __future__ import annotations
@@ -299,9 +299,10 @@ def longest(training: TrainingConfig, budget: float, losses: Losses, attempts: i
     return {"tokens": fitting[0], "mib": fitting[1]}
 
 
-def memory_rows(options: argparse.Namespace, losses: Losses) -> list[dict]:
+def memory_rows(options: argparse.Namespace) -> list[dict]:
     """Peak for one length, and the longest sample, for each way and degree."""
-    rows = []
+    rows: list[dict] = []
+    losses = Losses()
     for way in WAYS:
         for degree in (1, *DEGREES):
             training = training_of(way, degree, options.ttt_length)
@@ -310,6 +311,7 @@ def memory_rows(options: argparse.Namespace, losses: Losses) -> list[dict]:
                 rows.append({**alone, "way": way})
                 continue
             fit = longest(training, options.budget_mib, losses)
+            one_rank = rows[0]["longest_tokens"] if rows else fit["tokens"]
             rows.append(
                 {
                     "way": way,
@@ -317,6 +319,7 @@ def memory_rows(options: argparse.Namespace, losses: Losses) -> list[dict]:
                     "peak_mib": measure_memory(training, options.tokens, losses),
                     "planned_mib": planned_mib(training, options.tokens),
                     "longest_tokens": fit["tokens"],
+                    "longest_to_one_rank": fit["tokens"] / one_rank,
                     "longest_mib": fit["mib"],
                     "longest_planned_mib": planned_mib(training, fit["tokens"]),
                 }
@@ -324,7 +327,8 @@ def memory_rows(options: argparse.Namespace, losses: Losses) -> list[dict]:
     return rows
 
 
-def time_rows(options: argparse.Namespace, losses: Losses) -> list[dict]:
+def time_rows(options: argparse.Namespace) -> list[dict]:
+    losses = Losses()
     setups = {"one rank": training_of("Ulysses", 1, options.ttt_length)}
     setups |= {way: training_of(way, 2, options.ttt_length) for way in WAYS}
     best = dict.fromkeys(setups, math.inf)
@@ -345,9 +349,9 @@ def expected_bytes(training: TrainingConfig, num_tokens: int) -> float:
     return keys / ring * (2 * (ring - 1) if training.sp_gather_once else steps * (3 * ring - 2))
 
 
-def traffic_rows(options: argparse.Namespace, losses: Losses) -> list[dict]:
+def traffic_rows(options: argparse.Namespace) -> list[dict]:
     """Traffic and balance, for both layouts."""
-    rows = []
+    rows, losses = [], Losses()
     for degree in (2, 4):
         for layout in ("contiguous", "zigzag"):
             for way in WAYS:
@@ -445,88 +449,80 @@ def fetch(store: HiddenStateStore, geometry: SampleGeometry, rank: int, ref: Sam
 
 # ---- report ----
 
+PARTS: dict[str, Callable[[argparse.Namespace], list[dict]]] = {
+    "stored": stored_rows,
+    "traffic": traffic_rows,
+    "time": time_rows,
+    "memory": memory_rows,
+}
+TITLES = {
+    "stored": "Bytes that a rank reads of a sample of {stored_tokens} tokens",
+    "traffic": "Bytes that a rank sends in a step for attention, and balance, {tokens} tokens",
+    "time": "Time of a step, {tokens} tokens",
+    "memory": "Memory of a rank, {tokens} tokens, and the longest sample in {budget_mib} MiB",
+}
+COLUMNS: dict[str, dict[str, Callable[[dict], str]]] = {
+    "stored": {
+        "SP": lambda r: str(r["degree"]),
+        "layout": lambda r: r["layout"],
+        "MB": lambda r: f"{r['bytes'] / 1e6:.2f}",
+        "share": lambda r: f"{r['share']:.4f}",
+        "s": lambda r: f"{r['seconds']:.3f}",
+    },
+    "traffic": {
+        "way": lambda r: r["way"],
+        "SP": lambda r: str(r["degree"]),
+        "layout": lambda r: r["layout"],
+        "MB sent": lambda r: f"{r['sent_bytes'] / 1e6:.1f}",
+        "work, max / mean": lambda r: f"{r['max_over_mean']:.2f}",
+    },
+    "time": {
+        "way": lambda r: r["way"],
+        "s": lambda r: f"{r['seconds']:.2f}",
+        "to one rank": lambda r: f"{r['to_one_rank']:.2f}",
+    },
+    "memory": {
+        "way": lambda r: r["way"],
+        "SP": lambda r: str(r["degree"]),
+        "MiB": lambda r: f"{r['peak_mib']:.0f}",
+        "planned": lambda r: f"{r['planned_mib']:.0f}",
+        "longest": lambda r: f"{r['longest_tokens']:,}",
+        "to SP 1": lambda r: f"{r['longest_to_one_rank']:.2f}x",
+        "MiB there": lambda r: f"{r['longest_mib']:.0f}",
+        "planned there": lambda r: f"{r['longest_planned_mib']:.0f}",
+    },
+}
 
-def table(title: str, rows: list[dict], columns: dict[str, Callable[[dict], str]]) -> Table:
-    shown = Table(title=title, min_width=len(title))
-    for name in columns:
-        shown.add_column(name, justify="left" if name in ("way", "layout") else "right", no_wrap=True)
+
+def show(part: str, rows: list[dict], options: argparse.Namespace) -> None:
+    title = TITLES[part].format(**vars(options))
+    table = Table(title=title, min_width=len(title))
+    for name in COLUMNS[part]:
+        table.add_column(name, justify="left" if name in ("way", "layout") else "right", no_wrap=True)
     for row in rows:
-        shown.add_row(*(cell(row) for cell in columns.values()))
-    return shown
-
-
-def show(report: dict[str, Any], options: argparse.Namespace) -> None:
-    memory = table(
-        f"A rank's memory, {options.tokens} tokens, and the longest sample in {options.budget_mib} MiB",
-        report["memory"],
-        {
-            "way": lambda r: r["way"],
-            "SP": lambda r: str(r["degree"]),
-            "MiB": lambda r: f"{r['peak_mib']:.0f}",
-            "planned": lambda r: f"{r['planned_mib']:.0f}",
-            "longest": lambda r: f"{r['longest_tokens']:,}",
-            "to SP 1": lambda r: f"{r['longest_tokens'] / report['memory'][0]['longest_tokens']:.2f}x",
-            "MiB there": lambda r: f"{r['longest_mib']:.0f}",
-            "planned there": lambda r: f"{r['longest_planned_mib']:.0f}",
-        },
-    )
-    times = table(
-        f"Time of a step, {options.tokens} tokens",
-        report["time"],
-        {
-            "way": lambda r: r["way"],
-            "s": lambda r: f"{r['seconds']:.2f}",
-            "to one rank": lambda r: f"{r['to_one_rank']:.2f}",
-        },
-    )
-    traffic = table(
-        f"Bytes a rank sends in a step for attention, and balance, {options.tokens} tokens",
-        report["traffic"],
-        {
-            "way": lambda r: r["way"],
-            "SP": lambda r: str(r["degree"]),
-            "layout": lambda r: r["layout"],
-            "MB sent": lambda r: f"{r['sent_bytes'] / 1e6:.1f}",
-            "work, max / mean": lambda r: f"{r['max_over_mean']:.2f}",
-        },
-    )
-    stored = table(
-        f"Bytes that a rank reads of a sample of {options.stored_tokens} tokens",
-        report["stored"],
-        {
-            "SP": lambda r: str(r["degree"]),
-            "layout": lambda r: r["layout"],
-            "MB": lambda r: f"{r['bytes'] / 1e6:.2f}",
-            "share": lambda r: f"{r['share']:.4f}",
-            "s": lambda r: f"{r['seconds']:.3f}",
-        },
-    )
-    for part in (memory, times, traffic, stored):
-        Console(width=100).print(part)
+        table.add_row(*(cell(row) for cell in COLUMNS[part].values()))
+    Console(width=100).print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=4096, help="length of the sample of all tables but the last")
+    parser.add_argument("--tokens", type=int, default=4096, help="length of the sample of all parts but the first")
     parser.add_argument("--budget-mib", type=int, default=224, help="memory of a rank that the longest sample has")
     parser.add_argument("--ttt-length", type=int, default=7)
     parser.add_argument("--rounds", type=int, default=2, help="of the timing")
     parser.add_argument("--stored-tokens", type=int, default=16384, help="length of the sample in the store")
+    parser.add_argument("--parts", choices=PARTS, nargs="+", default=list(PARTS), help="measure these again")
     options = parser.parse_args()
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
-    losses = Losses()
-    report: dict[str, Any] = {
-        "machine": {"processor": platform.processor() or platform.machine(), "torch": torch.__version__},
-        "options": vars(options),
-        "draft": {k: v for k, v in asdict(DRAFT).items() if isinstance(v, int)},
-        "stored": stored_rows(options),
-        "time": time_rows(options, losses),
-        "traffic": traffic_rows(options, losses),
-        "memory": memory_rows(options, losses),
-    }
-    show(report, options)
+    report = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    report["machine"] = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
+    report["draft"] = {name: value for name, value in asdict(DRAFT).items() if isinstance(value, int)}
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(report, indent=2) + "\n")
+    for part in options.parts:
+        rows = PARTS[part](options)
+        show(part, rows, options)
+        report[part] = {"options": {k: v for k, v in vars(options).items() if k != "parts"}, "rows": rows}
+        RESULTS.write_text(json.dumps(report, indent=2) + "\n")
 
 
 if __name__ == "__main__":
