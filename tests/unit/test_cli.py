@@ -20,6 +20,7 @@ from torchspec.config.load import load_config, parse_config, save_config
 from torchspec.config.schema import TrainingConfig
 from torchspec.data.survey import Survey
 from torchspec.driver.plan import Plan
+from torchspec.driver.splits import Split
 from torchspec.driver.threads import ThreadPlan
 
 
@@ -217,6 +218,7 @@ def test_the_plan_counts_the_data_and_refuses_a_bad_file(
     assert run(monkeypatch, "plan", recipe, *changes, "training.batch_size=4", "training.epochs=2") == 0
     out = capsys.readouterr().out
     assert "9 conversations of " in out and "5 of 4 samples" in out
+    assert "1 x 1 (configured)" in out and "1 x 8" in out and "2 x 1" not in out
     assert set(recipe.parent.iterdir()) == {recipe, data}, "nothing is written"
     data.write_text('{"prompt": "Hi"}\n{"prompt": 3}\n')
     assert run(monkeypatch, "plan", recipe, *changes) == 2
@@ -225,8 +227,27 @@ def test_the_plan_counts_the_data_and_refuses_a_bad_file(
     assert capsys.readouterr().err == "error: data.train absent.jsonl: no such file, and no file matches it as a glob\n"
 
 
+def test_the_plan_refuses_splits_that_cannot_be(
+    recipe: Path, target_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = [f"target.path={target_path}", "training.sp_ulysses_size=2"]
+    assert run(monkeypatch, "plan", recipe, *base, "training.attention_backend=usp") == 2
+    assert (
+        "error: training.sp_ulysses_size=2 does not divide the draft's 9 query heads: choose one of 1, 3, 9, and make "
+        "up the rest with training.sp_ring_size\n" in capsys.readouterr().err
+    )
+    assert run(monkeypatch, "plan", recipe, *base) == 2
+    assert "need training.attention_backend=usp" in capsys.readouterr().err
+
+
 def test_the_plan_warns_when_memory_is_short() -> None:
-    def plan(memory: int) -> Plan:
+    splits = (
+        Split(1, 1, 2, 3 << 30, 1500, "memory", configured=True),
+        Split(2, 1, 4, 2 << 30, 3000, "", configured=False),
+        Split(1, 8, 16, 1 << 30, 9000, "16 GPUs, 6 are left", configured=False),
+    )
+
+    def plan(memory: int, splits: tuple[Split, ...] = ()) -> Plan:
         return Plan(
             actors=(("inference worker", 2, "1 CPU threads"),),
             threads=ThreadPlan(1, 1),
@@ -238,6 +259,7 @@ def test_the_plan_warns_when_memory_is_short() -> None:
             draft_parameters=9_800_000,
             memory_bytes=memory,
             memory_available=16 << 30,
+            splits=splits,
         )
 
     data = Survey(90, 12_345, 6_789, (("p7", "too long"), ("p8", "too short")), exact=True)
@@ -249,6 +271,12 @@ def test_the_plan_warns_when_memory_is_short() -> None:
     assert "2,048 tokens, 9.0 MiB" in fits and "99 samples" in fits and "9.8M" in fits
     assert "about 10.0 GiB of 16.0 GiB" in fits
     assert "more than the machine has" in short and "more than the machine has" not in fits
+    shared = rendered(plan_table(plan(10 << 30, splits), data, training))
+    assert "more than the machine has" in shared and "a sample of 2,048 tokens" in shared
+    rows = [" ".join(line.replace("│", " ").split()) for line in shared.splitlines()]
+    assert "1 x 1 (configured) 2 3.0 GiB 1,500 tokens no: memory" in rows
+    assert "2 x 1 4 2.0 GiB 3,000 tokens yes" in rows
+    assert "1 x 8 16 1.0 GiB 9,000 tokens no: 16 GPUs, 6 are left" in rows
 
 
 def test_the_summary_names_the_next_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,8 +19,9 @@ def write_target(folder: Path, config: PretrainedConfig) -> TargetConfig:
 
 def test_the_shapes_of_the_real_target(target_path: Path) -> None:
     target = read_target(TargetConfig(path=str(target_path), dtype="float32"))
-    assert (target.num_layers, target.hidden_size, target.intermediate_size) == (30, 576, 1536)
-    assert (target.query_size, target.kv_size, target.vocab_size) == (576, 192, 49152)
+    assert (target.num_layers, target.hidden_size, target.vocab_size) == (30, 576, 49152)
+    draft = target.draft
+    assert (draft.num_heads, draft.num_kv_heads, draft.head_dim, draft.intermediate_size) == (9, 3, 64, 1536)
     assert (target.aux_layers, target.end_token_ids) == ((1, 14, 26), (2,))
 
 

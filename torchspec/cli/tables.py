@@ -54,16 +54,35 @@ def plan_table(plan: Plan, data: Survey, training: TrainingConfig) -> Renderable
             "memory": f"about {expected} of {available}",
         },
     )
-    parts: list[RenderableType] = [actors, figures]
-    if plan.memory_bytes > plan.memory_available:
+    parts: list[RenderableType] = [actors, figures, _splits_table(plan)]
+    if plan.memory_bytes > plan.memory_available or any(s.obstacle for s in plan.splits if s.configured):
         parts.append(
             Text(
-                "This is more than the machine has: lower store.segment_bytes, inference.workers or "
-                "inference.max_total_tokens.",
+                "This is more than the machine has: choose a split that fits, or lower store.segment_bytes, "
+                "inference.workers, inference.max_total_tokens or data.max_seq_length.",
                 style="yellow",
             )
         )
     return Group(*parts)
+
+
+def _splits_table(plan: Plan) -> Table:
+    table = _framed(f"Ranks that share a sample of {plan.tokens_per_sample:,} tokens")
+    table.add_column("ulysses x ring")
+    for name in ("ranks", "memory of each", "longest sample"):
+        table.add_column(name, justify="right")
+    table.add_column("fits")
+    for split in plan.splits:
+        fits = f"no: {split.obstacle}" if split.obstacle else "yes"
+        table.add_row(
+            f"{split.ulysses} x {split.ring}{' (configured)' if split.configured else ''}",
+            str(split.ranks),
+            human_bytes(split.rank_bytes),
+            f"{split.longest:,} tokens",
+            fits,
+            style="bold" if split.configured else "",
+        )
+    return table
 
 
 def _data_text(data: Survey) -> str:

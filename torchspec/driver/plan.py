@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
 
 from torchspec.config.schema import Config, TrainingConfig
+from torchspec.driver.memory import draft_parameters
+from torchspec.driver.splits import Room, Split, possible_splits
 from torchspec.driver.target import TargetInfo
 from torchspec.driver.threads import ThreadPlan, plan_threads
+from torchspec.models.eagle3_config import Eagle3Config
 from torchspec.store.layout import USABLE_SHARE, stored_bytes
 
 ENGINE_OVERHEAD_BYTES = 2 << 30
 """Measured on a CPU: three processes of one engine, beside weights and KV cache."""
-TRAINER_OVERHEAD_BYTES = 1 << 30
 MAX_DEFAULT_BUFFER = 4 << 30
 BASE_BYTES = 2 << 30
 """Ray's own processes, the controller, the driver."""
@@ -39,6 +41,8 @@ class Plan:
     memory_bytes: int
     """Expected on this machine, all processes together (CPU runs)."""
     memory_available: int
+    splits: tuple[Split, ...]
+    """Ways to share the largest sample among ranks."""
 
 
 def make_plan(config: Config, target: TargetInfo, heldout_samples: int, vocab_prompts: int, on_gpu: bool) -> Plan:
@@ -65,16 +69,14 @@ def make_plan(config: Config, target: TargetInfo, heldout_samples: int, vocab_pr
     )
     _check_buffer("inference", config.inference.buffer_bytes, sample_bytes)
     _check_buffer("training", config.training.buffer_bytes, shard_bytes)
-    draft = draft_parameters(config, target)
     weights = target.num_parameters * (4 if config.target.dtype == "float32" else 2)
     kv_cache = config.inference.max_total_tokens * target.num_layers * target.hidden_size * 2
     engine = weights + kv_cache + ENGINE_OVERHEAD_BYTES + config.inference.buffer_bytes
-    # float32 master, gradient and two AdamW moments, a bf16 copy; the target's two embedding matrices in bf16
+    others = BASE_BYTES + config.store.segment_bytes + config.inference.workers * engine
+    room = _room(config, others, on_gpu)
+    splits = _splits(config, target, heldout_samples, room)
+    (configured,) = (split for split in splits if split.configured)
     training = config.training
-    copies = training.world_size if training.sharding == "fsdp2" else 1
-    rank = draft * 18 // copies + target.vocab_size * target.hidden_size * 4 + TRAINER_OVERHEAD_BYTES
-    memory = BASE_BYTES + config.store.segment_bytes + config.inference.workers * engine
-    memory += training.world_size * (rank + training.buffer_bytes)
     where = "GPU" if on_gpu else "CPU threads"
     actors = (
         ("controller", 1, "metadata only"),
@@ -90,9 +92,10 @@ def make_plan(config: Config, target: TargetInfo, heldout_samples: int, vocab_pr
         sample_bytes=sample_bytes,
         credit_bytes=credit_bytes,
         store_samples=credit_bytes // sample_bytes,
-        draft_parameters=draft,
-        memory_bytes=memory,
+        draft_parameters=draft_parameters(_draft(config, target)),
+        memory_bytes=others + configured.ranks * configured.rank_bytes,
         memory_available=psutil.virtual_memory().total,
+        splits=splits,
     )
 
 
@@ -112,12 +115,24 @@ def total_steps(training: TrainingConfig, prompts: int) -> int:
     return min(steps, training.max_steps) if training.max_steps is not None else steps
 
 
-def draft_parameters(config: Config, target: TargetInfo) -> int:
-    """Trained parameters of the one-layer EAGLE3 draft."""
-    hidden, inner, kv = target.hidden_size, target.intermediate_size, target.kv_size
-    vocab = config.draft.vocab_size or target.vocab_size
-    attention = 2 * hidden * (target.query_size + 2 * kv) + target.query_size * hidden
-    return len(target.aux_layers) * hidden**2 + attention + 3 * hidden * inner + vocab * hidden + 4 * hidden
+def _draft(config: Config, target: TargetInfo) -> Eagle3Config:
+    return replace(target.draft, draft_vocab_size=config.draft.vocab_size or target.vocab_size)
+
+
+def _room(config: Config, others: int, on_gpu: bool) -> Room:
+    """Args: ``others``, host memory of everything but the training ranks."""
+    left = psutil.virtual_memory().total - others
+    if not on_gpu:
+        return Room(left)
+    engines = config.inference.workers * config.inference.tp_size
+    return Room(left, torch.cuda.device_count() - engines, torch.cuda.get_device_properties(0).total_memory)
+
+
+def _splits(config: Config, target: TargetInfo, heldout_samples: int, room: Room) -> tuple[Split, ...]:
+    steps = max(2, config.controller.prefetch_steps)  # the one in training, and at least one that is being fetched
+    kept = steps * config.training.batch_size + heldout_samples
+    length, dtype = config.data.max_seq_length, target.geometry.dtype
+    return possible_splits(_draft(config, target), config.training, length, kept, dtype, room)
 
 
 def _uses(threads: int, gpus: int, where: str) -> str:

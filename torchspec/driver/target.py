@@ -23,14 +23,13 @@ class TargetInfo:
     path: str
     num_layers: int
     hidden_size: int
-    intermediate_size: int
-    query_size: int
-    kv_size: int
     vocab_size: int
     num_parameters: int
     aux_layers: tuple[int, ...]
     end_token_ids: tuple[int, ...]
     geometry: SampleGeometry
+    draft: Eagle3Config
+    """Of a draft for it that has its whole vocabulary."""
 
 
 def read_target(config: TargetConfig, sharding: ShardFormula | None = None) -> TargetInfo:
@@ -58,14 +57,12 @@ def read_target(config: TargetConfig, sharding: ShardFormula | None = None) -> T
         path=str(path),
         num_layers=model.num_hidden_layers,
         hidden_size=draft.hidden_size,
-        intermediate_size=draft.intermediate_size,
-        query_size=draft.num_heads * draft.head_dim,
-        kv_size=draft.num_kv_heads * draft.head_dim,
         vocab_size=draft.vocab_size,
         num_parameters=sum(f.stat().st_size for f in weights) // 2,
         aux_layers=tuple(aux_layers),
         end_token_ids=_end_tokens(path, config.trust_remote_code),
         geometry=SampleGeometry(len(aux_layers), model.hidden_size, config.dtype, sharding),
+        draft=draft,
     )
 
 
