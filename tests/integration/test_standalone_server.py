@@ -19,7 +19,6 @@ from store_harness import RunningStore, running_store
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from torchspec.inference import holding_streamer
 from torchspec.inference.aux_layers import default_aux_layers
 from torchspec.inference.capture_protocol import capture_rid, decode_captured
 from torchspec.parallel.shards import ShardFormula
@@ -182,6 +181,9 @@ class Sent:
 
 
 def test_a_reply_is_held_until_its_states_are_stored_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
+    from torchspec.inference import holding_streamer
+
     sent = Sent()
     base = holding_streamer.SchedulerOutputStreamer
     monkeypatch.setattr(base, "stream_output", lambda *args: sent.stream(*args))

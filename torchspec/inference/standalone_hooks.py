@@ -13,6 +13,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from torchspec.inference.capture_writer import CaptureWriter
+from torchspec.inference.sglang_patch import find_sglang
 from torchspec.inference.standalone import META_INFO, StandaloneConfig, merge_metadata, request_metadata
 
 if TYPE_CHECKING:
@@ -29,11 +30,12 @@ def register(start: Callable[..., object]) -> None:
     """Hook SGLang, in each of its processes. ``start``: begins to capture, in the scheduler's.
 
     Raises:
-        SystemExit: the environment will not do. SGLang would log any other exception, and serve without captures.
+        SystemExit: the environment or SGLang's version will not do. SGLang would log any other exception, and go on.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     try:
+        find_sglang()  # SGLang would only log that a hook does not fit another version
         config = StandaloneConfig.from_environment(os.environ)
     except ValueError as error:
         raise SystemExit(f"error: {error}") from None
