@@ -1,10 +1,12 @@
 """SGLang plugin that carries the hidden states of a request from the scheduler process to the store.
 
+It serves the engines of a run, and servers that a user starts by hand (``standalone_hooks.py``).
+
     TpModelWorker.forward_batch_generation ---- hook ----> CaptureRows       (one batch, of prefill or of decode)
                                                  |  copy_to_host: rows -> slot of a registered host buffer
                                                  |  consume: request finished? -> CaptureWriter (thread): check, put
                                                  v
-                               reply of the request is streamed only now
+                               reply of the request is streamed only now, or held until the store has the states
 
 SGLang already computes the states (``enable_return_aux_hidden_states``) and already has a path for outputs that ride
 along with a batch (``managers/auxiliary_output.py``): it calls ``copy_to_host`` on the stream that copies results, in
@@ -24,14 +26,25 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from torchspec.inference.capture_protocol import ENVIRONMENT_VARIABLE, CaptureConfig, Hello, captured_key
+from torchspec.inference import standalone_hooks
+from torchspec.inference.capture_protocol import (
+    ENVIRONMENT_VARIABLE,
+    CaptureConfig,
+    Hello,
+    Message,
+    Parent,
+    captured_key,
+    encode_failed,
+)
 from torchspec.inference.capture_writer import CaptureWriter
+from torchspec.inference.standalone import SWITCH
 from torchspec.store.geometry import SampleGeometry
 from torchspec.store.hidden_state_store import SampleBuffer
 
@@ -42,36 +55,48 @@ if TYPE_CHECKING:
 
 _WORKER = "sglang.srt.managers.tp_worker.TpModelWorker"
 _PATIENCE_SECONDS = 5.0
-"""The engine never has more bytes on their way than the buffer holds, so only fragmentation can make a slot wait."""
+"""As many requests as run have room in the buffer, so a slot only waits for puts under way, or for fragmentation."""
 
 _capture: Capture | None = None
 
 
 def register() -> None:
-    """Entry point of the group ``sglang.srt.plugins``; idle unless the parent process asked for captures."""
-    if ENVIRONMENT_VARIABLE not in os.environ:
-        return
+    """Entry point of the group ``sglang.srt.plugins``; idle unless a parent process or a user asks for captures."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry.register(f"{_WORKER}.__init__", _start, HookType.AFTER)
+    if ENVIRONMENT_VARIABLE in os.environ:
+        HookRegistry.register(f"{_WORKER}.__init__", _start_for_parent, HookType.AFTER)
+    elif SWITCH in os.environ:
+        standalone_hooks.register(start)
+    else:
+        return
     HookRegistry.register(f"{_WORKER}.forward_batch_generation", _attach, HookType.AFTER)
 
 
-def _start(_result: None, worker: TpModelWorker, *_args: Any, **_kwargs: Any) -> None:
-    """Connect to store and parent, and say hello. Every tensor-parallel rank has all states; the first one captures."""
-    global _capture
-    from sglang.srt.runtime_context import get_exec, get_parallel
+def _start_for_parent(_result: None, worker: TpModelWorker, *_args: Any, **_kwargs: Any) -> None:
+    """Connect to store and parent, and say hello."""
+    from sglang.srt.runtime_context import get_parallel
 
     if get_parallel().tp_rank != 0:
         return
+    config = CaptureConfig.from_json(os.environ[ENVIRONMENT_VARIABLE])
+    parent = Parent(config.socket)
+    writer = CaptureWriter(config.endpoint, config.buffer_bytes, config.sharding)
+    hello = start(worker, writer, parent.expect)
+    parent.say({"type": "hello", **asdict(hello)})
+
+
+def start(worker: TpModelWorker, writer: CaptureWriter, expect: Expect) -> Hello:
+    """Capture in this process from here on. Every tensor-parallel rank has all states; the first one captures."""
+    global _capture
+    from sglang.srt.runtime_context import get_exec
+
     if not hasattr(type(worker).forward_batch_generation, "__wrapped__"):
         raise RuntimeError(f"SGLang did not apply the capture hook to {_WORKER}.forward_batch_generation")
-    config = CaptureConfig.from_json(os.environ[ENVIRONMENT_VARIABLE])
     model, dtype = worker.model_runner.model_config, str(worker.model_runner.dtype).removeprefix("torch.")
     aux_layers = list(get_exec().features.return_aux_hidden_state_layer_ids)
-    _capture = Capture(CaptureWriter(config), SampleGeometry(len(aux_layers), model.hidden_size, dtype))
-    hello = Hello(tuple(aux_layers), model.num_hidden_layers, model.hidden_size, dtype)
-    _capture.writer.say({"type": "hello", **asdict(hello)})
+    _capture = Capture(writer, SampleGeometry(len(aux_layers), model.hidden_size, dtype), expect)
+    return Hello(tuple(aux_layers), model.num_hidden_layers, model.hidden_size, dtype)
 
 
 def _attach(
@@ -132,12 +157,15 @@ class PendingRequest:
     filled: int = 0
 
 
+Expect = Callable[[str, Future[Message]], None]
+"""Takes the key of a request and the future of what came of it."""
+
+
 class Capture:
     """The requests that are being computed, and the writer that takes the finished ones."""
 
-    def __init__(self, writer: CaptureWriter, geometry: SampleGeometry):
-        self.writer = writer
-        self._geometry = geometry
+    def __init__(self, writer: CaptureWriter, geometry: SampleGeometry, expect: Expect):
+        self._writer, self._geometry, self._expect = writer, geometry, expect
         self._pending: dict[str, PendingRequest] = {}
 
     def fill(self, piece: Piece, aux: Tensor, last: Tensor) -> None:
@@ -167,30 +195,35 @@ class Capture:
         read = [*req.origin_input_ids, *req.output_ids[: req.finished_len][:-1]]
         if pending.filled >= len(read) and not isinstance(req.finished_reason, FINISH_ABORT):
             del self._pending[piece.key]
-            self.writer.write(piece.key, pending.buffer, read)
+            self._expect(piece.key, self._writer.write(piece.key, pending.buffer, read))
 
     def _allocate(self, piece: Piece) -> SampleBuffer | None:
         """A slot for as many tokens as the request can come to."""
         longest = len(piece.req.origin_input_ids) + piece.req.sampling_params.max_new_tokens
         try:
-            return self.writer.store.allocate(self._geometry.tensors(longest), timeout=_PATIENCE_SECONDS)
+            return self._writer.store.allocate(self._geometry.tensors(longest), timeout=_PATIENCE_SECONDS)
         except (TimeoutError, ValueError) as error:
-            self.writer.fail(piece.key, str(error))
+            self._report_failure(piece.key, str(error))
             return None
 
     def _fail(self, key: str, reason: str) -> None:
         pending = self._pending[key]
         assert pending.buffer is not None
-        self.writer.store.release(pending.buffer)
+        self._writer.store.release(pending.buffer)
         pending.buffer = None
-        self.writer.fail(key, reason)
+        self._report_failure(key, reason)
+
+    def _report_failure(self, key: str, reason: str) -> None:
+        outcome: Future[Message] = Future()
+        outcome.set_result(encode_failed(key, reason))
+        self._expect(key, outcome)
 
     def _forget_finished(self) -> None:
         """Drop requests that ended unfinished: aborted by the client, or failed above."""
         for key in [key for key, pending in self._pending.items() if pending.req.finished()]:
             buffer = self._pending.pop(key).buffer
             if buffer is not None:
-                self.writer.store.release(buffer)
+                self._writer.store.release(buffer)
 
 
 @dataclass(frozen=True, slots=True)

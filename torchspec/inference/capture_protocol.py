@@ -1,12 +1,14 @@
-"""What the engine's parent process and the capture plugin inside its scheduler say to each other.
+"""What the capture plugin is told and what it answers, as plain data.
 
-The parent passes a :class:`CaptureConfig` down in one environment variable, which is how it reaches a spawned
-process. The plugin answers over an AF_UNIX socket, one JSON object a line:
+An engine of a run is told by the process that started it: a :class:`CaptureConfig` in one environment variable, which
+is how it reaches a spawned process. Its plugin answers over an AF_UNIX socket, one JSON object a line: a hello once,
+on loading, and one message for each captured request. A server that a user started (``standalone.py``) is told by
+the user's environment, and the same message travels in the reply to the request:
 
-    {"type": "hello", "aux_layers": [..], "num_layers": .., "hidden_size": .., "dtype": ..}     once, on loading
-    {"type": "captured", "key": .., "tensors": {suffix: [global shape, dtype]}, "bytes": .., "put_seconds": ..,
-     "sharding": {..} or null}
-    {"type": "failed", "key": .., "reason": ..}
+    {"type": "hello", "aux_layers": [..], "num_layers": .., "hidden_size": .., "dtype": ..}
+    {"stored": true, "key": .., "tensors": {suffix: {"shape": [..], "dtype": ..}}, "bytes": .., "put_seconds": ..,
+     "usp_sharded": false}     or true, and "ulysses_size", "ring_size", "layout", "ttt_length"; shapes are global
+    {"stored": false, "key": .., "reason": .., "no_room": ..}
 
 A request is captured when its id says so. Ids end in a colon because SGLang aborts by prefix, and no id may be
 another's prefix.
@@ -15,7 +17,11 @@ another's prefix.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+import re
+import socket
+import threading
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 from torchspec.contracts import TensorSpec
@@ -23,7 +29,10 @@ from torchspec.parallel.shards import ShardFormula
 from torchspec.store.endpoint import StoreEndpoint
 
 ENVIRONMENT_VARIABLE = "TORCHSPEC_CAPTURE"
-_PREFIX = "capture:"
+CAPTURE_PREFIX = "capture:"
+_CAPTURE_RID = re.compile(rf"{CAPTURE_PREFIX}([^:]+):")
+
+Message = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +50,9 @@ class CaptureConfig:
 
     @classmethod
     def from_json(cls, text: str) -> CaptureConfig:
-        fields = json.loads(text)
-        endpoint = StoreEndpoint.from_json(fields["endpoint"])
-        return cls(fields["socket"], endpoint, fields["buffer_bytes"], _sharding(fields["sharding"]))
+        told = json.loads(text)
+        sharding = None if told["sharding"] is None else ShardFormula(**told["sharding"])
+        return cls(told["socket"], StoreEndpoint.from_json(told["endpoint"]), told["buffer_bytes"], sharding)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,34 +76,59 @@ class Captured:
     sharding: ShardFormula | None = None
 
 
+class Parent:
+    """The process that started the engine. Thread-safe."""
+
+    def __init__(self, address: str):
+        self._socket = socket.socket(socket.AF_UNIX)
+        self._socket.connect(address)
+        self._speaking = threading.Lock()
+
+    def say(self, message: Message) -> None:
+        with self._speaking:
+            self._socket.sendall(json.dumps(message).encode() + b"\n")
+
+    def expect(self, _key: str, outcome: Future[Message]) -> None:
+        """Say what came of a request once that is known."""
+        outcome.add_done_callback(lambda done: self.say(done.result()))
+
+
 def capture_rid(key: str) -> str:
     """The request id that asks for a capture under ``key``."""
-    return f"{_PREFIX}{key}:"
+    return f"{CAPTURE_PREFIX}{key}:"
 
 
 def captured_key(rid: str) -> str | None:
     """The store key of a capture request, ``None`` for any other."""
-    return rid[len(_PREFIX) : -1] if rid.startswith(_PREFIX) else None
+    match = _CAPTURE_RID.fullmatch(rid)
+    return None if match is None else match[1]
 
 
-def encode_captured(key: str, captured: Captured) -> dict[str, object]:
+def encode_captured(key: str, captured: Captured) -> Message:
     """The message that says ``captured``."""
-    tensors = {suffix: (spec.shape, spec.dtype) for suffix, spec in captured.tensors.items()}
+    sharding = captured.sharding
     return {
-        "type": "captured",
+        "stored": True,
         "key": key,
-        "tensors": tensors,
+        "tensors": {suffix: asdict(spec) for suffix, spec in captured.tensors.items()},
         "bytes": captured.num_bytes,
         "put_seconds": captured.put_seconds,
-        "sharding": None if captured.sharding is None else asdict(captured.sharding),
+        "usp_sharded": sharding is not None,
+        **({} if sharding is None else asdict(sharding)),
     }
 
 
-def decode_captured(message: dict) -> Captured:
+def encode_failed(key: str, reason: str, no_room: bool = False) -> Message:
+    """The message that there is no sample under ``key``; ``no_room`` if only the store's memory is to blame."""
+    return {"stored": False, "key": key, "reason": reason, "no_room": no_room}
+
+
+def decode_captured(message: Message) -> Captured:
     """Inverse of :func:`encode_captured`."""
-    tensors = {suffix: TensorSpec(tuple(shape), dtype) for suffix, (shape, dtype) in message["tensors"].items()}
-    return Captured(tensors, message["bytes"], message["put_seconds"], _sharding(message["sharding"]))
-
-
-def _sharding(fields: dict[str, Any] | None) -> ShardFormula | None:
-    return None if fields is None else ShardFormula(**fields)
+    tensors = {name: TensorSpec(tuple(spec["shape"]), spec["dtype"]) for name, spec in message["tensors"].items()}
+    sharding = (
+        ShardFormula(**{field.name: message[field.name] for field in fields(ShardFormula)})
+        if message["usp_sharded"]
+        else None
+    )
+    return Captured(tensors, message["bytes"], message["put_seconds"], sharding)

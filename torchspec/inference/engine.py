@@ -283,7 +283,7 @@ class TargetEngine:
             future = self._captures.get(message["key"])
             if future is None or future.done():  # its caller has gone away
                 continue
-            if message["type"] == "captured":
+            if message["stored"]:
                 future.set_result(decode_captured(message))
             else:
                 kind = NoRoom if message["no_room"] else CaptureError
