@@ -19,10 +19,6 @@ class MissingObject(StoreError):
     """The object was never stored, was removed, or its put did not finish."""
 
 
-class AlreadyStored(StoreError):
-    """There is a sample under this key. It was not touched."""
-
-
 class SizeMismatch(StoreError):
     """The stored object is larger or smaller than the reader expects."""
 

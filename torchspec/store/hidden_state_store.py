@@ -8,8 +8,7 @@ out slots of it. Objects are hard-pinned, so the master never evicts them: a ful
 releases the GIL in every call made here except connecting and closing, so puts on the executor's threads do not hold
 up the caller.
 
-Keys must be unique for each attempt: Mooncake answers a put on an existing key with success and keeps the old bytes, so
-a put looks first.
+Keys must be unique for each attempt: Mooncake answers a put on an existing key with success and keeps the old bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ import torch
 from torchspec.contracts import TensorSpec
 from torchspec.store.client import connect, pinned
 from torchspec.store.endpoint import StoreEndpoint
-from torchspec.store.errors import AlreadyStored, MissingObject, SizeMismatch, error_for
+from torchspec.store.errors import MissingObject, SizeMismatch, error_for
 from torchspec.store.layout import tensor_bytes
 from torchspec.store.slot_pool import SlotPool, align
 from torchspec.store.usage import StoreUsage, read_usage
@@ -111,7 +110,7 @@ class HiddenStateStore:
                 the buffer's views.
 
         Returns:
-            Future of the bytes stored. It raises StoreFull, StoreUnavailable or AlreadyStored.
+            Future of the bytes stored. It raises StoreFull or StoreUnavailable.
         """
         if pieces is None:
             pieces = {suffix: (view,) for suffix, view in buffer.views.items()}
@@ -182,8 +181,6 @@ class HiddenStateStore:
     def _put(self, key: str, buffer: SampleBuffer, pieces: Mapping[str, Sequence[torch.Tensor]]) -> int:
         try:
             names, sizes = _names(key, pieces), [[part.nbytes for part in parts] for parts in pieces.values()]
-            if self._client.is_exist(names[0]) == 1:
-                raise AlreadyStored(f"put of {key}: there is a sample under this key, which must be new for each one")
             pointers = [[part.data_ptr() for part in parts] for parts in pieces.values()]
             codes = self._client.batch_put_from_multi_buffers(names, pointers, sizes, self._replication)
             for name, code in zip(names, codes, strict=True):
