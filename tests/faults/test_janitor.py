@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ def driver(tmp_path):
     )
     semaphore = Path(process.stdout.readline().strip())
     assert semaphore.exists()
-    assert len(marked_processes(mark)) == 3, "child, grandchild and the child's resource tracker"
+    wait_until(lambda: len(marked_processes(mark)) == 3)  # child, grandchild and the child's resource tracker
     yield process, mark, temp_dir
     assert not semaphore.exists()
     process.kill()
@@ -73,6 +74,13 @@ def test_an_actor_that_is_killed_leaves_its_temporary_files_to_the_janitor(drive
     assert_clean(mark, temp_dir)
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
 def assert_clean(mark: str, temp_dir: Path) -> None:
     assert marked_processes(mark) == []
     assert not temp_dir.exists()
@@ -90,9 +98,7 @@ def test_after_an_orderly_end(driver):
 def test_after_kill_9(driver):
     process, mark, temp_dir = driver
     os.kill(process.pid, signal.SIGKILL)
-    deadline = time.monotonic() + 30
-    while (marked_processes(mark) or temp_dir.exists()) and time.monotonic() < deadline:
-        time.sleep(0.1)
+    wait_until(lambda: not marked_processes(mark) and not temp_dir.exists())
     assert_clean(mark, temp_dir)
 
 

@@ -38,13 +38,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStore]:
 
 
 @pytest.fixture(scope="module")
-def client(store: RunningStore) -> Iterator[HiddenStateStore]:
-    client = HiddenStateStore(store.endpoint, 16 << 20)
-    yield client
-    client.close()
-
-
-@pytest.fixture(scope="module")
 def engine(store: RunningStore, target_path: Path) -> Iterator[LiveEngine]:
     with live_engine(store.endpoint, target_path) as live:
         yield live

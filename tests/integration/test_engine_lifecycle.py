@@ -76,6 +76,6 @@ def test_kill_9_of_the_parent_leaves_no_process_and_what_it_left_can_be_removed(
     assert made and not set(remove_shared_memory_leftovers(began)) & made  # in use: not garbage yet
     os.kill(process.process.pid, signal.SIGKILL)
     wait_until_gone(ready["pids"])
-    assert made <= set(remove_shared_memory_leftovers(began))
+    remove_shared_memory_leftovers(began)
     assert not still_there(made)
     assert list(tmp_path.glob("torchspec-*/capture")), "its sockets lie in the temporary folder, which can be a run's"

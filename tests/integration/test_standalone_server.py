@@ -55,13 +55,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStore]:
 
 
 @pytest.fixture(scope="module")
-def client(store: RunningStore) -> Iterator[HiddenStateStore]:
-    client = HiddenStateStore(store.endpoint, 16 << 20)
-    yield client
-    client.close()
-
-
-@pytest.fixture(scope="module")
 def server(store: RunningStore, target_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServedModel]:
     log = tmp_path_factory.mktemp("server") / "log"
     with served_model(log, target_path, *ARGUMENTS, MOONCAKE_MASTER=store.endpoint.master, **VARIABLES) as server:

@@ -12,15 +12,20 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from torchspec.inference.capture_protocol import Message, encode_failed
 from torchspec.inference.capture_writer import CaptureWriter
 from torchspec.inference.sglang_patch import find_sglang
 from torchspec.inference.standalone import META_INFO, StandaloneConfig, merge_metadata, request_metadata
+from torchspec.store.errors import StoreError
+from torchspec.store.usp import shard_suffix
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import GenerateReqInput
     from sglang.srt.managers.scheduler import Scheduler
     from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
     from sglang.srt.server_args import ServerArgs
+
+    from torchspec.store.hidden_state_store import SampleBuffer
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"
@@ -97,8 +102,23 @@ def _start(config: StandaloneConfig, start: Callable[..., object], _result: None
     from sglang.srt.runtime_context import get_parallel
 
     if get_parallel().tp_rank == 0:
-        writer = CaptureWriter(config.endpoint, config.buffer_bytes, config.sharding)
+        writer = NewKeysWriter(config.endpoint, config.buffer_bytes, config.sharding)
         start(scheduler.tp_worker, writer, scheduler.output_streamer.expect)
+
+
+class NewKeysWriter(CaptureWriter):
+    """Users choose the keys here, and may choose one twice: Mooncake would keep the old bytes and report success."""
+
+    def _write(self, key: str, buffer: SampleBuffer, token_ids: list[int]) -> Message:
+        try:
+            taken = self.store.exists(key, (shard_suffix(0, "ids"),))  # rank 0 always has the first token
+        except StoreError as error:
+            self.store.release(buffer)
+            return encode_failed(key, str(error))
+        if taken:
+            self.store.release(buffer)
+            return encode_failed(key, "there is a sample under this key, which must be new for each request")
+        return super()._write(key, buffer, token_ids)
 
 
 def _release_replies(_result: None, scheduler: Scheduler, _requests: list[Any]) -> None:
