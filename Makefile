@@ -25,7 +25,7 @@ quickstart: setup
 	$(BIN)/torchspec quickstart $(ARGS)
 
 test: setup lint
-	$(BIN)/pytest --numprocesses 2 --dist loadfile $(ARGS)
+	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup
 	$(BIN)/ruff format --check .

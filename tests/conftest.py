@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 
 from torchspec.inference.target_checkpoint import CACHE, MODEL, build
+
+os.environ["RAY_AUTH_MODE"] = "token"  # as the command does, before anybody imports Ray
 
 
 @pytest.fixture(scope="session")
