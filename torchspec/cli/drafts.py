@@ -43,6 +43,7 @@ def evaluate(
     ] = "builtin:heldout",
     tokens: Annotated[int, typer.Option(help="Tokens drafted for each verify step.")] = 3,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 100,
+    concurrency: Annotated[int, typer.Option(help="Requests that the server answers at a time.")] = 32,
     limit: Annotated[int | None, typer.Option(help="Use the first so many prompts.", show_default=False)] = None,
     dtype: Annotated[str, typer.Option(help="In float32, answers with and without the draft are the same.")] = "auto",
     json_file: Annotated[
@@ -52,7 +53,7 @@ def evaluate(
     """Measure a draft's accept length and speed in a real SGLang server."""
     from torchspec.evaluation.result import EvaluationSettings
 
-    settings = EvaluationSettings(num_draft_tokens=tokens, max_tokens=max_tokens, dtype=dtype)
+    settings = EvaluationSettings(num_draft_tokens=tokens, max_tokens=max_tokens, concurrency=concurrency, dtype=dtype)
     show_evaluation(draft, target or target_of(draft), prompts, settings, limit, json_file)
 
 
