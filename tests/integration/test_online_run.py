@@ -92,14 +92,19 @@ def test_the_run_is_not_started_over_by_mistake(run, target_path):
     assert "torchspec resume" in again.text and "Traceback" not in again.text
 
 
-def test_ranks_that_share_every_sample_train_the_same_draft(run, target_path):
-    """Two ranks, of which each fetches its own shards, follow the loss curve of one rank that has everything."""
+@pytest.mark.parametrize(
+    ("ulysses", "ring"),
+    [(1, 2), pytest.param(1, 4, marks=pytest.mark.slow), pytest.param(3, 1, marks=pytest.mark.slow)],
+)
+def test_ranks_that_share_every_sample_train_the_same_draft(run, target_path, ulysses, ring):
+    """Ranks of which each fetches its own shards follow the loss curve of one rank that has everything."""
     run_dir, _, _ = run
-    shared = ("attention_backend=usp", "sp_ring_size=2")
+    name = f"shared-{ulysses}x{ring}"
+    shared = ("attention_backend=usp", f"sp_ulysses_size={ulysses}", f"sp_ring_size={ring}")
     overrides = [*(f"training.{knob}" for knob in shared), f"answer.reuse={run_dir / 'answers.jsonl'}"]
-    run_to_end(run_dir.parent, "train", write_config(run_dir.parent, target_path, "shared"), *overrides)
-    shared_dir = run_dir.parent / "shared"
-    assert (shared_dir / "logs" / "trainer-1.log").exists()
+    run_to_end(run_dir.parent, "train", write_config(run_dir.parent, target_path, name), *overrides)
+    shared_dir = run_dir.parent / name
+    assert (shared_dir / "logs" / f"trainer-{ulysses * ring - 1}.log").exists()
     assert {s: sorted(b) for s, b in journal(shared_dir).items()} == {s: sorted(b) for s, b in seeded_batches().items()}
     for split in ("train", "heldout"):
         assert metric(shared_dir, split, "loss") == pytest.approx(metric(run_dir, split, "loss"), rel=1e-4)
