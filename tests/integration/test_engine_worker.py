@@ -83,7 +83,7 @@ def outcome(store: RunningStore, target_path: Path, prompts: list[list[int]]) ->
     leases += [lease("large", 20, [7] * 2000, 0)]
     engine = EngineConfig(str(target_path), AUX_LAYERS, max_total_tokens=4096, max_running_requests=4)
     inference = InferenceConfig(max_concurrency=4, buffer_bytes=BUFFER_BYTES)
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         desk = Desk.remote(leases)  # type: ignore[attr-defined]
         worker = ray.remote(InferenceWorker).remote("w0", desk, engine, store.endpoint, inference, AnswerConfig())

@@ -52,6 +52,7 @@ def running_bench(folder: Path) -> Iterator[Bench]:
         client = HiddenStateStore(store.endpoint, 8 << 20)
         environment = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
         ray.init(
+            address="local",  # not one that happens to run on this machine
             num_cpus=2,
             include_dashboard=False,
             log_to_driver=False,
