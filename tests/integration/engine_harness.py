@@ -115,7 +115,9 @@ def main() -> None:
         asyncio_error = engine.run(_kill_and_capture(engine, pids[0]))
         say(error=asyncio_error)
     engine.close()
-    say(stopped=True)
+    sglang = engine.engine._engine  # what it has not sent must not hold up the end of the process
+    sockets = (sglang.send_to_rpc, sglang.tokenizer_manager.send_to_scheduler)
+    say(stopped=all(socket.closed for socket in sockets))
 
 
 async def _kill_and_capture(live: LiveEngine, scheduler: int) -> str:

@@ -17,8 +17,12 @@ import psutil
 def end_engine(engine: Any) -> None:
     """End the processes of a ``sglang.Engine``, which is of no more use then, and wait until they are gone."""
     atexit.unregister(engine.shutdown)
-    engine.tokenizer_manager._subprocess_watchdog.stop()
+    manager = engine.tokenizer_manager
+    manager._subprocess_watchdog.stop()
     _kill([psutil.Process(pid) for pid in engine.get_all_child_pids() if psutil.pid_exists(pid)])
+    # A message that nobody takes any more would hold up whoever collects the engine as garbage, for good.
+    for socket in (manager.send_to_scheduler, manager.recv_from_detokenizer, engine.send_to_rpc):
+        socket.close(linger=0)
 
 
 def end_children(but: Sequence[psutil.Process]) -> None:
