@@ -21,8 +21,9 @@ NormState = Literal["post_norm", "pre_norm"]
 """Whether ``lhs`` was taken after or before the target's final norm. SGLang hands over ``post_norm``."""
 
 
-FailureKind = Literal["retry", "final", "no_room"]
-"""What a failed lease calls for: another attempt, a rejection, or a wait until the store has room."""
+FailureKind = Literal["retry", "final", "no_room", "no_store"]
+"""What a failed lease calls for: another attempt, a rejection, a wait until the store has room, or until it is back.
+Only the first two are held against the sample."""
 
 
 class SampleId(NamedTuple):
@@ -33,6 +34,14 @@ class SampleId(NamedTuple):
 
     def __str__(self) -> str:
         return f"e{self.epoch}p{self.prompt}"
+
+
+class RankId(NamedTuple):
+    """A training rank. Each time the training group is rebuilt is a *generation* of ranks, numbered through the run,
+    so that what a rank of an earlier one still says is not taken for the new one's."""
+
+    generation: int
+    rank: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +64,8 @@ class Lease:
     """Sampling seed, a function of the run's seed, the epoch and the prompt."""
     credit_bytes: int
     """Upper bound of what the sample may occupy in the store, reserved since the lease was given out."""
+    sharding: ShardFormula | None = None
+    """How to split what is stored among ranks that share the sample; None: whole."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +197,13 @@ class RunStatus:
     uptime_seconds: float
     messages: tuple[str, ...] = field(default=())
     """Recent events worth a person's attention, oldest first."""
+    workers_wanted: int = 0
+    """Inference workers that there should be; ``workers`` are those that there are."""
+    generation: int = 0
+    """How often a training group has been started; 0 before the first."""
+    dp_size: int = 1
+    """Of the training group that is at work, or of the next one."""
+    sp_size: int = 1
 
 
 def pack_mask(mask: list[bool] | list[int]) -> bytes:

@@ -69,6 +69,10 @@ def live_engine(endpoint: StoreEndpoint, model_path: Path, **options: Any) -> It
         engine.close()
 
 
+ENDS = {"scheduler-dies": signal.SIGKILL, "scheduler-hangs": signal.SIGSTOP}
+HANG_SECONDS = 3.0
+
+
 class EngineProcess:
     """This file, run with ``task`` in a process of its own, which prints one JSON object a line."""
 
@@ -100,7 +104,7 @@ def say(**message: Any) -> None:
 def main() -> None:
     task, endpoint, model_path = sys.argv[1], StoreEndpoint.from_json(sys.argv[2]), Path(sys.argv[3])
     try:
-        engine = LiveEngine(endpoint, model_path)
+        engine = LiveEngine(endpoint, model_path, hang_seconds=HANG_SECONDS)
     except EngineError as error:
         children = [
             child for child in psutil.Process().children() if "resource_tracker" not in "".join(child.cmdline())
@@ -111,8 +115,8 @@ def main() -> None:
     say(pids=pids, answer=engine.greedy([[1, 4093, 198]], 4))
     if task == "wait":  # to be killed
         signal.pause()
-    if task == "scheduler-dies":
-        asyncio_error = engine.run(_kill_and_capture(engine, pids[0]))
+    if task in ENDS:
+        asyncio_error = engine.run(_kill_and_capture(engine, pids[0], ENDS[task]))
         say(error=asyncio_error)
     engine.close()
     sglang = engine.engine._engine  # what it has not sent must not hold up the end of the process
@@ -120,12 +124,12 @@ def main() -> None:
     say(stopped=all(socket.closed for socket in sockets))
 
 
-async def _kill_and_capture(live: LiveEngine, scheduler: int) -> str:
+async def _kill_and_capture(live: LiveEngine, scheduler: int, how: signal.Signals) -> str:
     """Two captures, of which the buffer holds one at a time, and an answer: all must end with the scheduler."""
     pending = [asyncio.create_task(live.engine.capture(f"never{i}", [1] * 1500)) for i in range(2)]
     pending += [asyncio.create_task(live.answer([1, 2, 3], 1500))]
     await asyncio.sleep(0.5)
-    os.kill(scheduler, signal.SIGKILL)
+    os.kill(scheduler, how)
     started = time.monotonic()
     results = await asyncio.gather(*pending, return_exceptions=True)
     assert time.monotonic() - started < 30

@@ -31,7 +31,6 @@ from torchspec.parallel.mesh import join_ranks
 from torchspec.processes import free_port
 from torchspec.training.checkpoint import (
     CheckpointInfo,
-    latest_checkpoint,
     load_weights,
     read_info,
     restore_checkpoint,
@@ -39,6 +38,7 @@ from torchspec.training.checkpoint import (
     training_state,
 )
 from torchspec.training.optimizer import build_optimizer
+from torchspec.training.rotation import latest_checkpoint
 from torchspec.training.setup import build_draft
 from torchspec.training.weights import export_checkpoint, load_draft
 

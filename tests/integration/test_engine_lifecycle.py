@@ -56,11 +56,12 @@ def test_an_engine_without_the_capture_plugin_is_refused(start) -> None:  # type
     assert refused["children"] == []
 
 
-def test_a_dead_scheduler_fails_every_call_and_stop_leaves_nothing(start) -> None:  # type: ignore[no-untyped-def]
-    process = start("scheduler-dies")
+@pytest.mark.parametrize(("task", "reason"), [("scheduler-dies", "ended"), ("scheduler-hangs", "stopped for 3 s")])
+def test_a_dead_scheduler_fails_every_call_and_stop_leaves_nothing(start, task: str, reason: str) -> None:  # type: ignore[no-untyped-def]
+    process = start(task)
     pids = process.read()["pids"]
     made = sglang_files(pids)
-    assert "ended" in process.read()["error"]
+    assert reason in process.read()["error"]
     assert process.read()["stopped"]
     wait_until_gone(pids)
     assert process.process.wait() == 0

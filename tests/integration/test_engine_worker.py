@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import ray
+import torch
 from engine_harness import AUX_LAYERS
 from store_harness import RunningStore, running_store
 from transformers import AutoTokenizer
@@ -18,10 +20,13 @@ from torchspec.config.schema import AnswerConfig, InferenceConfig
 from torchspec.contracts import Lease, SampleId, pack_mask, unpack_mask
 from torchspec.inference.engine import EngineConfig
 from torchspec.inference.worker import InferenceWorker
+from torchspec.parallel.shards import ShardFormula
 from torchspec.store.hidden_state_store import HiddenStateStore
+from torchspec.store.usp import shard_tensors
 
 BUFFER_BYTES = 4 << 20
 CONVERSATION = list(range(1000, 1050))
+FORMULA = ShardFormula(1, 2, "contiguous", 3)
 
 
 @ray.remote
@@ -80,6 +85,7 @@ def prompts(target_path: Path) -> list[list[int]]:
 def outcome(store: RunningStore, target_path: Path, prompts: list[list[int]]) -> Iterator[tuple[dict, dict, int, Any]]:
     leases = [lease(f"ask{i}", i, prompt, 40) for i, prompt in enumerate(prompts)]
     leases += [lease(f"read{i}", 10 + i, CONVERSATION[i:], 0) for i in range(3)]
+    leases += [replace(lease("split", 15, CONVERSATION, 0), sharding=FORMULA)]
     leases += [lease("large", 20, [7] * 2000, 0)]
     engine = EngineConfig(str(target_path), AUX_LAYERS, max_total_tokens=4096, max_running_requests=4)
     inference = InferenceConfig(max_concurrency=4, buffer_bytes=BUFFER_BYTES)
@@ -123,6 +129,23 @@ def test_whole_conversations_are_only_prefilled(outcome) -> None:  # type: ignor
         assert unpack_mask(ref.loss_mask, ref.num_tokens) == [bool(j % 2) for j in range(ref.num_tokens)]
 
 
+def test_a_lease_says_how_its_sample_is_split(outcome, store) -> None:  # type: ignore[no-untyped-def]
+    """Another one of the same text, leased at the same time, is stored whole."""
+    published, _, _, _ = outcome
+    (split, _), (whole, _) = published["split"], published["read0"]
+    assert (split.sharding, whole.sharding) == (FORMULA, None) and split.tensors == whole.tensors
+    client = HiddenStateStore(store.endpoint, 16 << 20)
+    wanted = client.get(whole.key, whole.tensors).views["hs"]
+    parts = [
+        client.get(split.key, shard_tensors(split.tensors, FORMULA, split.num_tokens, rank)).views[f"usp{rank}_hs"]
+        for rank in range(FORMULA.size)
+    ]
+    assert not client.exists(split.key, whole.tensors)
+    together, wanted = torch.cat(parts).float(), wanted.float()
+    assert (together - wanted).norm() < 0.05 * wanted.norm()  # bfloat16, and other neighbours in the batch
+    client.close()
+
+
 def test_what_cannot_be_served_fails_with_a_reason(outcome) -> None:  # type: ignore[no-untyped-def]
     _, failed, _, _ = outcome
     assert failed.keys() == {"large"}
@@ -134,7 +157,7 @@ def test_the_worker_keeps_several_samples_in_flight_and_counts_them(outcome) -> 
     published, _, most, report = outcome
     assert most == 4
     tokens = [ref.num_tokens for ref, _ in published.values()]
-    assert (report.samples, report.tokens) == (6, sum(tokens))
+    assert (report.samples, report.tokens) == (7, sum(tokens))
     assert report.answer_tokens == sum(len(answer.token_ids) for _, answer in published.values() if answer)
     assert report.put_bytes == sum(ref.num_bytes for ref, _ in published.values())
     assert report.put_seconds > 0 and report.busy_seconds > 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 
 import pytest
 from safetensors.torch import load_file
@@ -28,12 +27,9 @@ def metric(run_dir, split, name):
     return [record[name] for record in records if record["split"] == split]
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory, target_path):
-    folder = tmp_path_factory.mktemp("online")
-    started = time.time()
-    command = run_to_end(folder, "train", write_config(folder, target_path))
-    return folder / "run", command.text, started
+@pytest.fixture
+def run(undisturbed):
+    return undisturbed.folder, undisturbed.output, undisturbed.started
 
 
 def test_every_sample_is_trained_once_in_the_seeded_order(run):

@@ -16,7 +16,7 @@ from store_harness import Peer, RunningStore, running_store
 from torchspec.contracts import TensorSpec
 from torchspec.processes import free_port
 from torchspec.store.endpoint import StoreEndpoint
-from torchspec.store.errors import StoreUnavailable
+from torchspec.store.errors import MissingObject, StoreUnavailable
 from torchspec.store.hidden_state_store import HiddenStateStore
 from torchspec.store.master import MooncakeMaster
 
@@ -142,3 +142,25 @@ def test_the_master_outlives_the_thread_that_started_it(tmp_path: Path) -> None:
     time.sleep(0.2)
     assert masters[0].alive()
     masters[0].stop()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_master_started_again_is_found_by_nodes_and_clients(running: RunningStore, how: signal.Signals) -> None:
+    store = HiddenStateStore(running.endpoint, MIB)
+    put(store, "before")
+    running.master_process().send_signal(how)
+    running.master.restart()
+    deadline = time.monotonic() + BOUND_SECONDS
+    while store.usage().capacity_bytes < 32 * MIB:  # the node mounts its memory anew, by itself
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    with pytest.raises((MissingObject, StoreUnavailable)):  # the first call may meet the old connection's end
+        store.get("before", TENSORS)
+    with pytest.raises(MissingObject):
+        store.get("before", TENSORS)
+    put(store, "after")
+    store.release(store.get("after", TENSORS))
+    assert store.usage().objects == 1
+    store.remove_all("aft")
+    assert store.usage().objects == 0
+    store.close()

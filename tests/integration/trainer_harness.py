@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from torchspec.config.load import parse_config
 from torchspec.config.schema import Config
-from torchspec.contracts import RankBatch, SampleId, SampleRef, StepReport, pack_mask
+from torchspec.contracts import RankBatch, RankId, SampleId, SampleRef, StepReport, pack_mask
 from torchspec.controller.batching import split_batch
 from torchspec.parallel.shards import ShardFormula
 from torchspec.processes import free_port
@@ -150,12 +150,14 @@ class ScriptedController:
         micro_batches = split_batch(refs, self.world // self.sp, micro_batch_size=2)[rank // self.sp]
         return RankBatch(number, micro_batches, step.checkpoint, step.evaluate)
 
-    async def next_batch(self, rank: int) -> RankBatch | None:
+    async def next_batch(self, member: RankId) -> RankBatch | None:
+        rank = member.rank
         number = self.next_step[rank]
         self.next_step[rank] += 1
         return self._batch(rank, number, self.steps[number].refs) if number in self.steps else None
 
-    async def fetched(self, rank: int, step: int, missing: tuple[SampleId, ...]) -> RankBatch | None:
+    async def fetched(self, member: RankId, step: int, missing: tuple[SampleId, ...]) -> RankBatch | None:
+        rank = member.rank
         self.log.append(("fetched", rank, step, missing))
         reports = self.rounds.setdefault(step, [])
         decision = self.decisions.setdefault(step, asyncio.Event())
@@ -167,24 +169,25 @@ class ScriptedController:
         replacement = self.steps[step].replacement
         return self._batch(rank, step, replacement) if any(reports) and replacement is not None else None
 
-    async def step_done(self, rank: int, step: int, report: StepReport | None) -> None:
-        self.log.append(("done", rank, step))
+    async def step_done(self, member: RankId, step: int, report: StepReport | None) -> None:
+        self.log.append(("done", member.rank, step))
         self.reports += [report] if report is not None else []
 
-    async def ledger_snapshot(self, step: int) -> str:
+    async def ledger_snapshot(self, _: RankId, step: int) -> str:
         return f'{{"step": {step}}}'
 
-    async def committed(self, step: int, folder: str, best: bool) -> None:
+    async def committed(self, _: RankId, step: int, folder: str, best: bool) -> None:
         self.log.append(("committed", step, Path(folder).name, best))
 
-    async def heldout_batches(self, rank: int) -> tuple[tuple[SampleRef, ...], ...]:
+    async def heldout_batches(self, member: RankId) -> tuple[tuple[SampleRef, ...], ...]:
+        rank = member.rank
         return split_batch(self.heldout, self.world // self.sp, micro_batch_size=2)[rank // self.sp]
 
-    async def heldout_fetched(self, rank: int, missing: tuple[SampleId, ...]) -> bool:
-        self.log.append(("heldout", rank, missing))
+    async def heldout_fetched(self, member: RankId, missing: tuple[SampleId, ...]) -> bool:
+        self.log.append(("heldout", member.rank, missing))
         return not missing
 
-    async def heldout_done(self, report: StepReport) -> None:
+    async def heldout_done(self, _: RankId, report: StepReport) -> None:
         self.reports.append(report)
 
     async def told(self) -> tuple[list[tuple[Any, ...]], list[StepReport]]:
@@ -241,6 +244,7 @@ def run_script(
     controller = controller.remote(steps, world, first_step, heldout, training.sp_size)
     spec = TrainerSpec(
         config=config,
+        generation=1,
         rank=0,
         world_size=world,
         address="127.0.0.1",
@@ -254,7 +258,9 @@ def run_script(
         run_dir=config.run_dir,
         resume=resume,
     )
-    ranks = [ray.remote(Rank).options(num_cpus=0).remote(replace(spec, rank=r)) for r in range(world)]
+    ranks = [
+        ray.remote(Rank).options(num_cpus=0, max_concurrency=2).remote(replace(spec, rank=r)) for r in range(world)
+    ]
     outcome = Outcome([], [])
     try:
         outcome.start = ray.get([rank.weights.remote() for rank in ranks], timeout=120)[0]

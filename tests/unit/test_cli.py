@@ -109,6 +109,7 @@ def test_ctrl_c_is_exit_code_130(tmp_path: Path) -> None:
         (["resume", "absent"], "no run absent"),
         (["status", "absent"], "no run absent"),
         (["stop", "absent"], "no run absent"),
+        (["scale", "absent", "--dp", "2"], "no run absent"),
         (["verify", "absent"], "no run absent"),
         (["export", "."], "neither a checkpoint"),
         (["eval", "."], "name the target"),
@@ -143,9 +144,11 @@ def test_a_run_that_is_over_cannot_be_asked(
     folder.mkdir(parents=True)
     save_config(load_config(recipe), folder / "config.yaml")
     assert find_run("old") == find_run("runs/old") == folder
-    for name in ("status", "stop"):
-        assert run(monkeypatch, name, "old") == 2
+    for arguments in (["status", "old"], ["stop", "old"], ["scale", "old", "--inference", "2"]):
+        assert run(monkeypatch, *arguments) == 2
         assert "is not running now" in capsys.readouterr().err
+    assert run(monkeypatch, "scale", "old") == 2
+    assert "--inference K, --dp D, --sp N" in capsys.readouterr().err
 
 
 def test_verify_says_how_far_a_run_is_proven_and_names_what_is_not(
@@ -204,7 +207,7 @@ def test_a_failed_run_is_exit_code_1_and_a_finished_one_prints_its_summary(
 ) -> None:
     """How the command ends, for both ends of a run; the runs themselves are other tests' business."""
     from torchspec.driver import run as driver
-    from torchspec.driver.session import RunFailed
+    from torchspec.driver.failure import RunFailed
 
     def fails(config: object, *, resume: bool, view: object) -> driver.RunSummary:
         raise RunFailed("trainer rank 0 failed: out of memory")
@@ -225,7 +228,7 @@ def test_a_failed_run_is_exit_code_1_and_a_finished_one_prints_its_summary(
 
 def test_the_address_option_sets_the_cluster(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchspec.driver import run as driver
-    from torchspec.driver.session import RunFailed
+    from torchspec.driver.failure import RunFailed
 
     addresses = []
 

@@ -118,6 +118,12 @@ def test_the_ledger_bar_fills_the_line_and_follows_the_counts() -> None:
     assert f"\x1b[32m{'━' * 75}\x1b[0m" in bar and f"\x1b[90m{'━' * 25}\x1b[0m" in bar
 
 
+def test_a_pool_that_changes_says_so() -> None:
+    changing = "\n".join(lines_of(Dashboard(replace(TRAINING, workers_wanted=5)), 100))
+    settled = "\n".join(lines_of(Dashboard(replace(TRAINING, workers_wanted=2)), 100))
+    assert "worker (2 of 5)" in changing and " of 2)" not in settled
+
+
 @pytest.mark.parametrize(
     "status", [STARTING, COUNTING, replace(TRAINING, last_heldout=None), replace(TRAINING, last_step=None)]
 )

@@ -11,10 +11,11 @@ import torch
 
 from torchspec.inference import sgl_kernel_cpu
 from torchspec.inference.aux_layers import default_aux_layers, resolve_aux_layers
-from torchspec.inference.capture_protocol import capture_rid, captured_key
+from torchspec.inference.capture_protocol import capture_rid, captured_key, captured_sharding
 from torchspec.inference.capture_writer import find_fault
 from torchspec.inference.cpu_backend import sample_with_seeds
 from torchspec.inference.leftovers import SHARED_MEMORY, remove_shared_memory_leftovers
+from torchspec.parallel.shards import ShardFormula
 
 
 @pytest.mark.parametrize(("layers", "inputs"), [(30, (2, 15, 27)), (61, (2, 30, 58)), (7, (2, 3, 4))])
@@ -35,6 +36,11 @@ def test_aux_layers_are_bounds_checked() -> None:
 
 def test_no_capture_request_id_is_another_ones_prefix() -> None:
     assert captured_key(capture_rid("e0p1a0")) == "e0p1a0"
+    assert captured_sharding(capture_rid("e0p1a0")) is None
+    formula = ShardFormula(3, 2, "zigzag", 7)
+    split = capture_rid("run/1/e0p1a0", formula)
+    assert (captured_key(split), captured_sharding(split)) == ("run/1/e0p1a0", formula)
+    assert split.endswith(":") and not split.startswith(capture_rid("run/1/e0p1a", formula))
     assert captured_key("answer:e0p1a0:") is None
     assert not capture_rid("e0p10").startswith(capture_rid("e0p1"))
 

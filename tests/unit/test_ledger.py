@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchspec.contracts import SampleId, SampleRef
-from torchspec.controller.ledger import Ledger, LedgerShape
+from torchspec.controller.ledger import Ledger
+from torchspec.controller.snapshot import LedgerShape
 from torchspec.data.order import epoch_order
 
 
@@ -155,9 +156,9 @@ def test_max_steps_bounds_what_is_leased_and_assigned():
 def test_resume_refuses_other_data():
     book = ledger()
     with pytest.raises(ValueError, match=r"run\.seed"):
-        ledger(seed=8).restore(book.snapshot(0))
+        ledger(seed=8).rewind(book.snapshot(0))
     with pytest.raises(ValueError, match=r"training\.batch_size"):
-        ledger(batch_size=2).restore(book.snapshot(0))
+        ledger(batch_size=2).rewind(book.snapshot(0))
 
 
 @settings(max_examples=150, deadline=None)
@@ -225,7 +226,126 @@ def test_nothing_is_lost_and_nothing_comes_twice(seed: int, prompts: int, epochs
             book.commit(book.trained_step)
         elif action == "crash" and chance.random() < 0.05:
             book = Ledger(book.shape, book.reorder_window, 10_000)
-            book.restore(saved)
+            book.rewind(saved)
             trained = {s: b for s, b in trained.items() if s <= book.committed_step}
     assert [sample for step in sorted(trained) for sample in trained[step]] == seeded_line(book.shape)
     assert all(len(trained[s]) == batch for s in sorted(trained)[:-1])
+
+
+def trained_up_to(book: Ledger, step: int) -> None:
+    """Lease, store, assign and train every step up to ``step``."""
+    while book.trained_step < step:
+        for record in lease_all(book):
+            book.store(ref(record))
+        book.train(book.assign())
+
+
+def test_a_rewind_brings_back_what_was_trained_since_and_keeps_what_is_stored():
+    book = ledger(window=10)
+    trained_up_to(book, 1)
+    saved = book.snapshot(1)
+    book.commit(1)
+    trained_up_to(book, 2)
+    for record in lease_all(book)[:3]:  # the fourth stays with its worker
+        book.store(ref(record))
+    assigned = book.assign()
+    batch = [r.sample for r in book.step_records(assigned)]
+    useless = book.rewind(saved)
+    line = seeded_line(book.shape)
+    assert useless == []
+    assert (book.trained_step, book.committed_step, book.committed_cursor, book.steps) == (1, 1, 4, {})
+    assert book.counts() == {"committed": 4, "pending": 6, "stored": 9, "leased": 1, "rejected": 0}
+    again = book.next_to_lease()
+    assert again.sample == line[4] and again.attempts == 1
+    old_keys = {r.key for r in book.records.values()}
+    for record in lease_all(book):
+        assert record.key not in old_keys
+        book.store(ref(record))
+    assert [r.sample for r in book.step_records(book.assign())] == line[4:8]
+    assert [r.sample for r in book.step_records(book.assign())] == batch == line[8:12]
+
+
+def test_a_rewind_goes_ahead_to_a_checkpoint_that_nobody_told_of():
+    book, ahead = ledger(), ledger()
+    trained_up_to(ahead, 2)
+    later, *_ = lease_all(ahead)
+    ahead.fail(later.sample, later.key, "boom", final=True)
+    first, second = lease_all(book)[:2]
+    book.store(ref(first))
+    useless = book.rewind(ahead.snapshot(2))
+    assert {r.sample for r in useless} == {r.sample for r in (first, second)} | set(seeded_line(book.shape)[2:8])
+    assert (book.committed_cursor, book.trained_step) == (8, 2)
+    assert book.store(ref(second)) is None
+    assert book.next_to_lease().sample == seeded_line(book.shape)[8]
+
+
+def test_a_rewind_drops_what_is_stored_in_another_way():
+    book = ledger(window=8)
+    kept, dropped, *_ = lease_all(book)
+    for record in (kept, dropped):
+        book.store(ref(record))
+    assert book.rewind(None, keep=lambda ref: ref.key == kept.key) == [dropped]
+    assert (kept.state, dropped.state, book.next_to_lease()) == ("stored", "pending", dropped)
+
+
+def test_what_was_rejected_stays_rejected_over_a_rewind():
+    book = ledger(attempts=1)
+    saved = book.snapshot(0)
+    first, *others = lease_all(book)
+    book.fail(first.sample, first.key, "boom")
+    for record in others:
+        book.store(ref(record))
+    book.train(book.assign())
+    book.rewind(saved)
+    assert [r.sample for r in book.rejected.values()] == [first.sample]
+    for record in lease_all(book):
+        book.store(ref(record))
+    assert [r.sample for r in book.step_records(book.assign())] == seeded_line(book.shape)[1:5]
+
+
+def test_a_sample_is_rejected_for_a_death_that_it_was_alone_in():
+    """Its neighbours die with it twice, and are not rejected however often that happens."""
+    book = ledger(attempts=3)
+    poison, *others = lease_all(book, "w1")
+    for worker in ("w1", "w2"):
+        assert not any(book.is_suspect(r) for r in book.records.values())
+        book.worker_lost(worker)
+        if worker == "w1":
+            lease_all(book, "w2")
+    assert all(book.is_suspect(r) for r in [poison, *others]) and not book.rejected
+    assert book.next_to_lease() is poison
+    book.lease(poison, "w3", "run")
+    book.worker_lost("w3", alone=True)
+    assert [r.sample for r in book.rejected.values()] == [poison.sample]
+    assert "w3" in next(iter(book.rejected.values())).reason
+    for record in others:
+        book.lease(record, "w4", "run")
+        book.store(ref(record))
+        assert not book.is_suspect(record)
+
+
+def test_while_stopping_only_what_a_formed_step_waits_for_is_leased():
+    book = ledger(window=8)
+    for record in lease_all(book)[:7]:
+        book.store(ref(record))
+    behind = book.records[5]
+    book.lose(behind.sample, behind.key)
+    assert book.next_to_lease(of_steps_only=True) is None
+    book.assign()
+    missing = book.records[2]
+    book.lose(missing.sample, missing.key)
+    assert book.next_to_lease(of_steps_only=True) is missing
+    book.lease(missing, "w1", "run")
+    book.store(ref(missing))
+    assert missing.state == "assigned"
+    assert book.next_to_lease() is behind
+
+
+def test_a_lease_given_back_is_held_against_nobody():
+    book = ledger(attempts=1)
+    record, *_ = lease_all(book)
+    for _ in range(3):
+        assert book.give_back(record.sample, record.key) is record
+        assert book.give_back(record.sample, record.key) is None
+        book.lease(book.next_to_lease(), "w1", "run")
+    assert not book.rejected and book.leased_to("w1") == [record]

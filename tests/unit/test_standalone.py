@@ -156,4 +156,6 @@ def test_arguments_of_the_server_are_checked() -> None:
 
 def test_only_whole_capture_ids_name_a_key() -> None:
     assert captured_key("capture:e0p1a0:") == "e0p1a0"
-    assert [captured_key(rid) for rid in ("e0p1a0", "capture:e0p1a0", "capture::", "capture:a:b:")] == [None] * 4
+    assert [
+        captured_key(rid) for rid in ("e0p1a0", "capture:e0p1a0", "capture::", "capture:a:b:", "capture:a:2x1-zigzag-7")
+    ] == [None] * 5

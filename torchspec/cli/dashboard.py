@@ -197,7 +197,9 @@ def _tail(status: RunStatus, events: Sequence[str], width: int, lines: int | Non
 
 def _workers(status: RunStatus, room: int, width: int) -> RenderableType:
     table = Table(box=None, padding=(0, 2, 0, 0), expand=True, header_style="dim", pad_edge=False)
-    table.add_column("worker", ratio=1, no_wrap=True, min_width=10)
+    there, wanted = len(status.workers), status.workers_wanted
+    title = "worker" if wanted in (0, there) else f"worker ({there} of {wanted})"
+    table.add_column(title, ratio=1, no_wrap=True, min_width=10)
     full = width >= TWO_COLUMNS
     for name in ("samples", "tokens", "answered", "stored", "put", "busy") if full else ("samples", "tokens", "busy"):
         table.add_column(name, justify="right", no_wrap=True)

@@ -25,7 +25,7 @@ def export(
 ) -> None:
     """Write a checkpoint's draft as a Hugging Face folder that SGLang and vLLM load."""
     from torchspec.cli.tables import shown
-    from torchspec.training.checkpoint import latest_checkpoint
+    from torchspec.training.rotation import latest_checkpoint
     from torchspec.training.weights import export_checkpoint
 
     folder = latest_checkpoint(checkpoint) or checkpoint.resolve()

@@ -29,6 +29,7 @@ for command in (
     train.resume,
     train.plan,
     runs.status,
+    runs.scale,
     runs.stop,
     verify.verify,
     drafts.export,

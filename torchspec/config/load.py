@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
@@ -48,8 +49,10 @@ def parse_config(tree: dict[str, Any]) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config as YAML; :func:`load_config` reads it back to an equal one."""
-    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    """Write the resolved config as YAML, at once; :func:`load_config` reads it back to an equal one."""
+    partial = path.with_name(f"{path.name}.tmp")
+    partial.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+    os.replace(partial, path)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

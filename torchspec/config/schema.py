@@ -70,8 +70,13 @@ class AnswerConfig(Section):
 
 
 class InferenceConfig(Section):
-    workers: int = Field(default=1, ge=1)
-    """SGLang engines. They pull work, so uneven speed and late joiners need no setting."""
+    workers: PositiveInt | Literal["auto"] = 1
+    """SGLang engines. They pull work, so uneven speed and late joiners need no setting. ``auto`` holds as many as the
+    trainers need not to wait; ``torchspec scale`` changes it while the run goes on."""
+    min_workers: int = Field(default=1, ge=1)
+    """Fewest engines of ``workers: auto``, and how many it starts with."""
+    max_workers: int = Field(default=4, ge=1)
+    """Most engines of ``workers: auto``."""
     tp_size: int = Field(default=1, ge=1)
     """Tensor parallelism inside one engine (GPUs)."""
     threads: PositiveInt | Literal["auto"] = "auto"
@@ -90,6 +95,16 @@ class InferenceConfig(Section):
     ``max_concurrency`` of the largest and two on their way to the store, at most 4 GiB."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """More arguments of ``sglang.Engine``, for what this section does not name."""
+
+    @property
+    def first_workers(self) -> int:
+        """Engines that a run starts with."""
+        return self.min_workers if self.workers == "auto" else self.workers
+
+    @property
+    def most_workers(self) -> int:
+        """Engines that a run may come to have by itself."""
+        return self.max_workers if self.workers == "auto" else self.workers
 
 
 class StoreConfig(Section):
@@ -236,6 +251,17 @@ class ClusterConfig(Section):
     """Start Ray's own dashboard, on loopback."""
 
 
+class RecoveryConfig(Section):
+    hang_seconds: float = Field(default=15.0, ge=2)
+    """A part of the run that has given no sign of life for so long is killed and replaced. A machine that is busy
+    beyond its cores needs more; seconds in which the driver itself was stopped do not count."""
+    start_seconds: float = Field(default=900.0, ge=10)
+    """What an engine or a training rank has to start up, its model loaded, before it is taken for hung."""
+    max_restarts: int = Field(default=3, ge=0)
+    """How often the training group, or the controller, is restarted without a new step in between. Then the run fails
+    and says why; it can be resumed."""
+
+
 class MonitorConfig(Section):
     tensorboard: bool = True
     """Write TensorBoard logs into the run's folder."""
@@ -261,6 +287,7 @@ class Config(Section):
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     cluster: ClusterConfig = Field(default_factory=ClusterConfig)
+    recovery: RecoveryConfig = Field(default_factory=RecoveryConfig)
     monitor: MonitorConfig = Field(default_factory=MonitorConfig)
 
     @model_validator(mode="before")
@@ -268,6 +295,16 @@ class Config(Section):
     def fill_empty_sections(cls, tree: dict[str, Any]) -> dict[str, Any]:
         """``data:`` with nothing below it is null to YAML, and all defaults to us."""
         return {name: value for name, value in tree.items() if value is not None or name not in cls.model_fields}
+
+    @model_validator(mode="after")
+    def check_workers(self) -> Config:
+        inference = self.inference
+        if inference.min_workers > inference.max_workers:
+            raise ValueError(
+                f"inference.min_workers ({inference.min_workers}) is larger than inference.max_workers "
+                f"({inference.max_workers})"
+            )
+        return self
 
     @model_validator(mode="after")
     def check_batch(self) -> Config:

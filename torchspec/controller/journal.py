@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -50,6 +51,11 @@ def _drop_torn_line(path: Path) -> None:
     whole = data[: data.rfind(b"\n") + 1]
     if len(whole) < len(data):
         path.write_bytes(whole)
+
+
+def count_events(path: Path) -> Counter[str]:
+    """How often each event is in a run's ``ledger.jsonl``."""
+    return Counter(record["event"] for record in read_lines(path))
 
 
 def trained_batches(path: Path) -> dict[int, list[SampleId]]:

@@ -11,22 +11,26 @@ untrained one.
 Because consumption is in order, everything a checkpoint has committed is one number, the *cursor*, plus the rejected
 positions: that is the whole snapshot, and a resume brings back exactly what the checkpoint had not committed.
 
+A worker that dies says nothing of which of its samples killed it. They are tried once more in company; a sample that
+has been in all but one of ``max_attempts`` deaths is *suspect*, and leased to a worker that has nothing else: only a
+death alone rejects it, so no sample is rejected for its neighbour's fault.
+
 The class is plain Python without clocks, locks or I/O; the controller actor calls it from one event loop.
 """
 
 from __future__ import annotations
 
 import heapq
-import json
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torchspec.contracts import SampleId, SampleRef
+from torchspec.controller.snapshot import LedgerShape, Rejection, Snapshot
 from torchspec.data.order import epoch_order
 
 State = Literal["pending", "leased", "stored", "assigned", "trained"]
-SNAPSHOT_VERSION = 1
 
 
 @dataclass(slots=True)
@@ -40,29 +44,13 @@ class Record:
     """Leases given out; makes each attempt's key unique."""
     failures: int = 0
     """Attempts that the prompt itself may be to blame for."""
+    deaths: int = 0
+    """Workers that died while they held it."""
     key: str = ""
     worker: str = ""
     ref: SampleRef | None = None
     step: int = 0
     """The step that consumes it, once assigned; kept when its object is lost and captured again."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rejection:
-    sample: SampleId
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class LedgerShape:
-    """What the line of positions is made of. Two ledgers with equal shapes have equal batches."""
-
-    dataset: str
-    """Content hash of the prompt set."""
-    prompts: int
-    epochs: int
-    batch_size: int
-    seed: int
 
 
 @dataclass(slots=True)
@@ -89,6 +77,7 @@ class Ledger:
         self.steps: dict[int, Step] = {}
         self.trained_step = self.committed_step
         self._positions: dict[SampleId, int] = {}
+        self._leases: defaultdict[str, set[int]] = defaultdict(set)  # by worker
         self._retries: list[int] = []
         self._parked: list[int] = []  # wait until the store has room
         self._frontier = self.committed_cursor  # first position never leased
@@ -117,8 +106,14 @@ class Ledger:
 
     # ---- pending -> leased -> stored ----
 
-    def next_to_lease(self) -> Record | None:
-        """The lowest position that needs a worker, or None inside a full window. Does not change any state."""
+    def next_to_lease(self, of_steps_only: bool = False) -> Record | None:
+        """The lowest position that needs a worker, or None inside a full window. Does not change any state.
+
+        Args:
+            of_steps_only: only what a step that has been formed waits for, because its object was lost.
+        """
+        if of_steps_only:
+            return next((self.records[p] for p in sorted(self._retries) if self.records[p].step), None)
         if self._retries:
             return self.records[self._retries[0]]
         if self._parked:
@@ -128,10 +123,15 @@ class Ledger:
             return None
         return Record(self._frontier, self.sample_at(self._frontier))
 
+    def is_suspect(self, record: Record) -> bool:
+        """Whether it may have killed workers, and is only leased to one that has nothing else."""
+        return 0 < record.deaths >= self.max_attempts - 1
+
     def lease(self, record: Record, worker: str, key_prefix: str) -> Record:
         """Hand ``record`` (from :meth:`next_to_lease`) to ``worker`` under a key that no earlier attempt used."""
-        if self._retries and self._retries[0] == record.position:
-            heapq.heappop(self._retries)
+        if record.position in self.records:
+            self._retries.remove(record.position)
+            heapq.heapify(self._retries)
         else:
             assert record.position == self._frontier
             self._frontier += 1
@@ -140,14 +140,20 @@ class Ledger:
         record.attempts += 1
         record.state, record.worker = "leased", worker
         record.key = f"{key_prefix}/{record.sample}a{record.attempts}"
+        self._leases[worker].add(record.position)
         return record
+
+    def leased_to(self, worker: str) -> list[Record]:
+        """What ``worker`` has in hand."""
+        return [self.records[p] for p in self._leases.get(worker, ())]
 
     def store(self, ref: SampleRef) -> Record | None:
         """A worker has put the sample. None when that attempt is no longer the current one: its object is garbage."""
-        record = self._leased(ref.sample, ref.key)
+        record = self.leased(ref.sample, ref.key)
         if record is None:
             return None
-        record.state, record.ref = "stored", ref
+        self._end_lease(record)
+        record.state, record.ref, record.deaths = "stored", ref, 0
         if record.step:  # it was part of a step when its object was lost
             record.state = "assigned"
         return record
@@ -155,9 +161,18 @@ class Ledger:
     def fail(self, sample: SampleId, key: str, reason: str, final: bool = False) -> Record | None:
         """A lease came to nothing: back to pending, or rejected if that is ``final`` or has happened ``max_attempts``
         times. None for an outdated key."""
-        record = self._leased(sample, key)
+        record = self.leased(sample, key)
         if record is not None:
+            self._end_lease(record)
             self._blame(record, reason, final)
+        return record
+
+    def give_back(self, sample: SampleId, key: str) -> Record | None:
+        """A lease came to nothing and the sample is not to blame: back to pending. None for an outdated key."""
+        record = self.leased(sample, key)
+        if record is not None:
+            self._end_lease(record)
+            self._return(record)
         return record
 
     def defer(self, sample: SampleId, key: str, reason: str) -> str | None:
@@ -166,9 +181,10 @@ class Ledger:
         The stored sample furthest behind it gives up its place, so that the front of the line always gets through;
         returns the key of its object, which the caller removes. Without one the sample waits for :meth:`room`.
         """
-        record = self._leased(sample, key)
+        record = self.leased(sample, key)
         if record is None:
             return None
+        self._end_lease(record)
         stored = [r for r in self.records.values() if r.state in ("stored", "assigned")]
         behind = [r for r in stored if r.state == "stored" and r.position > record.position]
         if not stored:  # even an empty store is too small
@@ -199,12 +215,42 @@ class Ledger:
         self._return(record)
         return record
 
-    def worker_lost(self, worker: str) -> list[Record]:
-        """Every lease of a dead worker goes back to pending."""
-        lost = [r for r in self.records.values() if r.state == "leased" and r.worker == worker]
+    def worker_lost(self, worker: str, alone: bool = False) -> list[Record]:
+        """Every lease of a dead worker goes back to pending.
+
+        Args:
+            alone: the worker had one lease and no other; it is rejected if that was once too often.
+        """
+        lost = self.leased_to(worker)
         for record in lost:
-            self._blame(record, f"worker {worker} died", False)
+            self._end_lease(record)
+            record.deaths += 1
+            if alone and record.deaths >= self.max_attempts:
+                self._blame(record, f"{record.deaths} workers died with it, the last one, {worker}, alone", True)
+            else:
+                self._return(record)
         return lost
+
+    def forget_objects(self, keep: Callable[[SampleRef], bool]) -> list[Record]:
+        """Stored samples that ``keep`` does not want go back to pending, but for those of steps that are formed.
+
+        Returns them; ``key`` names the objects that are of no use now.
+        """
+        dropped = [r for r in self.records.values() if r.state == "stored" and r.ref and not keep(r.ref)]
+        for record in dropped:
+            record.ref = None
+            self._return(record)
+        return dropped
+
+    def furthest_behind(self, position: int, holds: Callable[[SampleId], bool]) -> Record | None:
+        """The last sample behind ``position`` that is stored or pending and for which ``holds`` is true."""
+        behind = (r for p, r in self.records.items() if p > position and r.state in ("stored", "pending"))
+        return max((r for r in behind if holds(r.sample)), key=lambda r: r.position, default=None)
+
+    def _end_lease(self, record: Record) -> None:
+        self._leases[record.worker].remove(record.position)
+        if not self._leases[record.worker]:
+            del self._leases[record.worker]
 
     def _return(self, record: Record) -> None:
         record.state = "pending"
@@ -274,6 +320,16 @@ class Ledger:
 
     # ---- questions ----
 
+    def leased(self, sample: SampleId, key: str) -> Record | None:
+        """The sample's record, if ``key`` is that of its present lease."""
+        record = self._find(sample)
+        return record if record is not None and record.state == "leased" and record.key == key else None
+
+    def is_stored(self, sample: SampleId, key: str) -> bool:
+        """Whether the sample is in use under ``key``: stored, or further on its way."""
+        record = self._find(sample)
+        return record is not None and record.key == key and record.state not in ("pending", "leased")
+
     def is_leased(self, sample: SampleId) -> bool:
         record = self._find(sample)
         return record is not None and record.state == "leased"
@@ -316,46 +372,51 @@ class Ledger:
         """Bytes of the samples that lie in the store now."""
         return sum(r.ref.num_bytes for r in self.records.values() if r.ref and r.state in ("stored", "assigned"))
 
-    # ---- snapshot ----
+    # ---- checkpoints ----
 
     def snapshot(self, step: int) -> str:
         """The ledger as a checkpoint after ``step`` keeps it, as JSON."""
         cursor = self.steps[step].end if step in self.steps else self.committed_cursor
-        rejected = [[p, *r.sample, r.reason] for p, r in sorted(self.rejected.items()) if p < cursor]
-        shape = {name: getattr(self.shape, name) for name in LedgerShape.__dataclass_fields__}
-        return json.dumps(
-            {"version": SNAPSHOT_VERSION, "shape": shape, "step": step, "cursor": cursor, "rejected": rejected},
-            indent=1,
-        )
+        rejected = tuple((p, r) for p, r in sorted(self.rejected.items()) if p < cursor)
+        return Snapshot(self.shape, step, cursor, rejected).to_json()
 
-    def restore(self, text: str) -> None:
-        """Take over a snapshot into this fresh ledger.
+    def rewind(self, text: str | None, keep: Callable[[SampleRef], bool] = lambda _: True) -> list[Record]:
+        """Go to where a checkpoint was taken, back or (when nobody had told of it) ahead; None: to the beginning.
+
+        Later steps are undone: what they trained is pending again, what is stored stays so if ``keep`` wants it, and
+        what was rejected stays rejected.
+
+        Returns:
+            The samples whose objects are of no use any more, by their ``key``. Those of trained ones are gone anyway.
 
         Raises:
             ValueError: the snapshot is of other data, another seed or another batch size.
         """
-        assert not self.records and not self.trained_step
-        saved = json.loads(text)
-        if saved["version"] != SNAPSHOT_VERSION:
-            raise ValueError(
-                f"the checkpoint's ledger has version {saved['version']}, this torchspec reads {SNAPSHOT_VERSION}"
-            )
-        knobs = {
-            "dataset": "data.train",
-            "prompts": "data.train",
-            "batch_size": "training.batch_size",
-            "seed": "run.seed",
-        }
-        for name, knob in knobs.items():
-            if saved["shape"][name] != getattr(self.shape, name):
-                raise ValueError(
-                    f"cannot resume: {knob} is not what the checkpoint was trained with ({name} "
-                    f"{saved['shape'][name]!r} then, {getattr(self.shape, name)!r} now); restore it, or start a new "
-                    "run from the weights alone with training.init_from"
-                )
-        self.committed_step, self.committed_cursor = saved["step"], saved["cursor"]
-        self.rejected = {p: Rejection(SampleId(e, i), reason) for p, e, i, reason in saved["rejected"]}
-        self.__post_init__()
+        saved = Snapshot(self.shape) if text is None else Snapshot.from_json(text, self.shape)
+        later = {p: r for p, r in self.rejected.items() if p >= saved.cursor}
+        self.rejected, self._rejected_ahead = dict(saved.rejected) | later, len(later)
+        self.committed_step = self.trained_step = self._assign_step = saved.step
+        self.committed_cursor = self._assign_cursor = saved.cursor
+        self._frontier = max(self._frontier, saved.cursor)
+        self.steps.clear()
+        done = [r for p, r in self.records.items() if p < saved.cursor]
+        for record in done:
+            if record.state == "leased":
+                self._end_lease(record)
+            self._forget(record.position)
+        useless = []
+        for record in self.records.values():
+            record.step = 0
+            if record.state == "trained":
+                record.state, record.ref = "pending", None
+            elif record.ref is not None:
+                record.state = "stored"
+                if not keep(record.ref):
+                    record.state, record.ref = "pending", None
+                    useless.append(record)
+        self._parked.clear()
+        self._retries = sorted(p for p, r in self.records.items() if r.state == "pending")
+        return done + useless
 
     # ---- helpers ----
 
@@ -365,10 +426,6 @@ class Ledger:
     def _find(self, sample: SampleId) -> Record | None:
         position = self._positions.get(sample)
         return None if position is None else self.records[position]
-
-    def _leased(self, sample: SampleId, key: str) -> Record | None:
-        record = self._find(sample)
-        return record if record is not None and record.state == "leased" and record.key == key else None
 
     def _forget(self, position: int) -> None:
         del self._positions[self.records.pop(position).sample]

@@ -1,29 +1,59 @@
-"""The controller's hand in the store: it removes objects, now or in the background, and does nothing else there."""
+"""The controller's hand in the store: it removes objects, now or in the background, and does nothing else there.
+
+While the store's master is away nothing can be removed; it comes back empty.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from torchspec.store.endpoint import StoreEndpoint
+from torchspec.store.errors import StoreError
 from torchspec.store.hidden_state_store import HiddenStateStore
 
 BUFFER_BYTES = 1 << 20
 """Who only removes needs hardly any buffer."""
+_ATTEMPTS, _PAUSE_SECONDS = 30, 1.0
+"""What it takes to notice that a master is gone, and to start another."""
+_WORKER_ENDS_SECONDS = 15.0
+"""Children of a killed actor may live on for 11 s, and put what they have in hand."""
+
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
 
 
 class StoredObjects:
-    """A store client that removes samples, whose tensors have these ``suffixes``."""
+    """A store client that removes samples."""
 
-    def __init__(self, endpoint: StoreEndpoint, suffixes: Sequence[str]):
-        self._store, self._suffixes = HiddenStateStore(endpoint, BUFFER_BYTES), suffixes
+    def __init__(self, endpoint: StoreEndpoint):
+        self._endpoint = endpoint
+        self._store: HiddenStateStore | None = None
+        self._suffixes: dict[str, None] = {}
         self._removals: set[asyncio.Task[None]] = set()
+        self._repeats: set[asyncio.TimerHandle] = set()
+
+    async def connect(self, suffixes: Iterable[str]) -> None:
+        """Join the store, as soon as it is there.
+
+        Args:
+            suffixes: of the tensors that samples have.
+        """
+        self.also(suffixes)
+        self._store = await self._insist(HiddenStateStore, self._endpoint, BUFFER_BYTES)
+
+    def also(self, suffixes: Iterable[str]) -> None:
+        """Samples may have tensors with these suffixes, too: they are split in another way from now on."""
+        self._suffixes |= dict.fromkeys(suffixes)
 
     async def remove(self, keys: Iterable[str]) -> None:
-        for key in keys:
-            await asyncio.to_thread(self._store.remove, key, self._suffixes)
+        await self._insist(self._remove, list(keys))  # one thread for all: a step may free hundreds
 
-    def remove_soon(self, keys: Iterable[str], then: Callable[[], None]) -> None:
+    def remove_soon(self, keys: Iterable[str], then: Callable[[], None] = lambda: None) -> None:
         """Remove in the background; ``then`` is called when all of them are gone."""
 
         async def remove() -> None:
@@ -34,8 +64,41 @@ class StoredObjects:
         self._removals.add(task)
         task.add_done_callback(self._removals.discard)
 
+    def remove_twice(self, keys: Sequence[str]) -> None:
+        """Remove what a dead worker may have stored: now, and when the last of its processes must have ended."""
+        self.remove_soon(keys)
+        loop = asyncio.get_running_loop()
+        self._repeats.add(loop.call_later(_WORKER_ENDS_SECONDS, self.remove_soon, keys))
+
+    async def remove_all(self, prefix: str) -> None:
+        """Remove every object whose key starts with ``prefix``."""
+        assert self._store is not None
+        await self._insist(self._store.remove_all, prefix)
+
     async def close(self) -> None:
         """Wait for what is being removed, then leave the store."""
-        if self._removals:
+        for repeat in self._repeats:
+            repeat.cancel()
+        while self._removals:
             await asyncio.wait(self._removals)
-        await asyncio.to_thread(self._store.close)
+        if self._store is not None:
+            await asyncio.to_thread(self._store.close)
+
+    def _remove(self, keys: list[str]) -> None:
+        assert self._store is not None
+        for key in keys:
+            self._store.remove(key, self._suffixes)
+
+    async def _insist(self, call: Callable[..., T], *args: Any) -> T:
+        """The result of ``call``, also if the store is away for a while.
+
+        Raises:
+            StoreError: it stays away.
+        """
+        for _ in range(_ATTEMPTS):
+            try:
+                return await asyncio.to_thread(call, *args)
+            except StoreError as error:
+                log.warning("%s", error)
+                await asyncio.sleep(_PAUSE_SECONDS)
+        return await asyncio.to_thread(call, *args)

@@ -27,9 +27,11 @@ class FetchRound:
 
     def __init__(self, world_size: int) -> None:
         self.missing: set[SampleId] = set()
+        self.decided = False
+        self.outcome: list[RankBatch] | None = None
+        """None: every rank has everything. Otherwise what all ranks fetch next for the same step."""
         self._world_size = world_size
         self._reported: set[int] = set()
-        self._outcome: asyncio.Future[list[RankBatch] | None] = asyncio.get_running_loop().create_future()
 
     def report(self, rank: int, missing: Iterable[SampleId]) -> None:
         self._reported.add(rank)
@@ -39,9 +41,5 @@ class FetchRound:
     def complete(self) -> bool:
         return len(self._reported) == self._world_size
 
-    def decide(self, replacement: list[RankBatch] | None) -> None:
-        """None: every rank has everything. Otherwise what all ranks fetch next for the same step."""
-        self._outcome.set_result(replacement)
-
-    async def outcome(self) -> list[RankBatch] | None:
-        return await asyncio.shield(self._outcome)
+    def decide(self, outcome: list[RankBatch] | None) -> None:
+        self.decided, self.outcome = True, outcome

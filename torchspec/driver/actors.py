@@ -9,15 +9,19 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import ray
 
-from torchspec.controller.controller import Controller, ControllerSpec
+from torchspec.controller.controller import Controller
+from torchspec.controller.spec import ControllerSpec
+from torchspec.controller.steps import GroupPlan
 from torchspec.data.draft_vocab import DraftVocab
 from torchspec.driver.janitor import MARK
 from torchspec.driver.prepare import Prepared
+from torchspec.driver.threads import plan_threads
 from torchspec.inference.engine import EngineConfig
 from torchspec.inference.worker import InferenceWorker
 from torchspec.processes import free_port
@@ -29,6 +33,10 @@ T = TypeVar("T")
 
 LONG_POLLS = 10_000
 """Calls that the controller holds open at a time: every worker and rank waits in one."""
+RANK_CALLS = 2
+"""``run`` and ``ping``."""
+NODE_CALLS = 3
+"""``hold``, ``ping`` and ``close``."""
 
 
 def logged(base: type[T]) -> type[T]:
@@ -75,13 +83,16 @@ class ActorFactory:
     def __init__(self, prepared: Prepared, endpoint: StoreEndpoint, temp_dir: Path):
         self._prepared, self._config, self._endpoint = prepared, prepared.config, endpoint
         self._temp_dir = temp_dir
-        self._workers = 0
+        self._workers = self._nodes = 0
 
     def log_path(self, name: str) -> Path:
         return self._prepared.run_dir / "logs" / f"{name}.log"
 
     def store_node(self) -> Any:
-        return self._start(StoreNode, "store-node", 1, 0, self._endpoint, self._config.store.segment_bytes)
+        """A new store node; of those before it none is left."""
+        self._nodes += 1
+        options = {"max_concurrency": NODE_CALLS, "incarnation": self._nodes}
+        return self._start(StoreNode, "store-node", 1, 0, self._endpoint, self._config.store.segment_bytes, **options)
 
     def controller(self) -> Any:
         prepared = self._prepared
@@ -95,10 +106,8 @@ class ActorFactory:
             endpoint=self._endpoint,
             credit_bytes=prepared.plan.credit_bytes,
             run_dir=prepared.run_dir,
-            resumed=prepared.resume,
-            ledger_snapshot=prepared.ledger_snapshot,
         )
-        return self._start(Controller, "controller", 1, 0, spec, max_concurrency=LONG_POLLS)
+        return self._start(Controller, "controller", 1, 0, spec, max_concurrency=LONG_POLLS, max_restarts=-1)
 
     def worker(self, controller: Any) -> tuple[str, Any]:
         """A new inference worker; its name is never used again."""
@@ -117,6 +126,7 @@ class ActorFactory:
             max_running_requests=inference.max_concurrency,
             mem_fraction_static=inference.mem_fraction_static,
             trust_remote_code=self._config.target.trust_remote_code,
+            hang_seconds=self._config.recovery.hang_seconds,
             extra_args=inference.engine_args,
         )
         gpus = inference.tp_size if self._prepared.on_gpu else 0
@@ -131,41 +141,49 @@ class ActorFactory:
             self._endpoint,
             self._config.inference,
             self._config.answer,
-            self._config.training.shard_formula,
         )
         return name, actor
 
-    def trainers(self, vocabulary: DraftVocab) -> list[Any]:
-        """One actor a rank, told where to meet."""
-        prepared, training = self._prepared, self._config.training
+    def trainers(self, vocabulary: DraftVocab, plan: GroupPlan) -> list[Any]:
+        """The actors of a generation, one a rank, told where to meet."""
+        prepared, training = self._prepared, plan.training
+        config = self._config.model_copy(update={"training": training})
+        threads = plan_threads(config, prepared.plan.cores, prepared.on_gpu).training
         port = free_port()
         actors = []
         for rank in range(training.world_size):
             spec = TrainerSpec(
-                config=self._config,
+                config=config,
+                generation=plan.generation,
                 rank=rank,
                 world_size=training.world_size,
                 address="127.0.0.1",
                 port=port,
-                threads=prepared.plan.threads.training,
+                threads=threads,
                 draft_ids=vocabulary.target_ids,
                 aux_layers=prepared.target.aux_layers,
-                geometry=prepared.target.geometry,
+                geometry=replace(prepared.target.geometry, sharding=training.shard_formula),
                 total_steps=prepared.total_steps,
                 endpoint=self._endpoint,
                 run_dir=prepared.run_dir,
-                resume=prepared.resume_from,
+                resume=plan.resume,
             )
             gpus = 1 if prepared.on_gpu else 0
-            actors.append(self._start(Trainer, f"trainer-{rank}", prepared.plan.threads.training, gpus, spec))
+            options = {"max_concurrency": RANK_CALLS, "incarnation": plan.generation}
+            actors.append(self._start(Trainer, f"trainer-{rank}", threads, gpus, spec, **options))
         return actors
 
-    def _start(self, cls: type, name: str, threads: int, gpus: int, *args: Any, **options: Any) -> Any:
+    def _start(
+        self, cls: type, name: str, threads: int, gpus: int, *args: Any, incarnation: int = 1, **options: Any
+    ) -> Any:
+        """An actor, and its log file, called ``name``. Ray knows a later incarnation by another name, because that of
+        one that was killed is free only a little later."""
         cache_dir = self._config.data.cache_dir
         environment = actor_environment(self._prepared.mark, threads, self._temp_dir, cache_dir)
+        alone = self._config.cluster.address is None  # on a machine of its own, a pool may grow beyond the cores
         actor = ray.remote(logged(cls)).options(
-            name=name,
-            num_cpus=0 if cls in (Controller, StoreNode) else threads,
+            name=name if incarnation == 1 else f"{name}.{incarnation}",
+            num_cpus=0 if alone or cls in (Controller, StoreNode) else threads,
             num_gpus=gpus,
             runtime_env={"env_vars": environment},
             **options,

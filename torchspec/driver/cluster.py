@@ -21,6 +21,12 @@ def namespace(run_name: str) -> str:
     return f"torchspec-{run_name}"
 
 
+def node_is_alive() -> bool:
+    """Whether Ray still runs on the node that this process is connected to. Without it, nothing gets anywhere."""
+    here = ray.get_runtime_context().get_node_id()
+    return any(node["Alive"] for node in ray.nodes() if node["NodeID"] == here)
+
+
 @contextmanager
 def start_cluster(config: Config, plan: Plan, temp_dir: Path) -> Iterator[str]:
     """Connect to ``cluster.address``, or start Ray here; yields the address others can connect to.
@@ -38,10 +44,9 @@ def start_cluster(config: Config, plan: Plan, temp_dir: Path) -> Iterator[str]:
                 "token is joined with RAY_AUTH_MODE=disabled)"
             ) from None
     else:
-        wanted = config.inference.workers * plan.threads.inference + config.training.world_size * plan.threads.training
         ray.init(
             address="local",
-            num_cpus=max(plan.cores, wanted),
+            num_cpus=plan.cores,
             include_dashboard=config.cluster.dashboard,
             dashboard_host="127.0.0.1",
             _node_ip_address="127.0.0.1",

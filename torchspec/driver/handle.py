@@ -1,4 +1,4 @@
-"""A running run seen from another process: ``torchspec status`` and ``torchspec stop``."""
+"""A running run seen from another process: ``torchspec status``, ``scale`` and ``stop``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import ray
 
 from torchspec.contracts import RunStatus
+from torchspec.driver.failure import root_cause
 
 
 class RunHandle:
@@ -21,11 +22,26 @@ class RunHandle:
         self._controller = controller
 
     def status(self) -> RunStatus:
-        return ray.get(self._controller.status.remote())
+        return self._ask("status")
+
+    def scale_inference(self, workers: int | Literal["auto"]) -> None:
+        """Have so many inference workers."""
+        self._ask("scale_inference", workers)
+
+    def scale_training(self, sizes: dict[str, int | str]) -> None:
+        """Go on training with these sizes, from a checkpoint that is made at once."""
+        self._ask("scale_training", sizes)
 
     def stop(self, reason: str = "asked by torchspec stop") -> None:
         """Ask for an orderly stop: the current steps end, a checkpoint is saved, the driver cleans up."""
-        ray.get(self._controller.request_stop.remote(reason))
+        self._ask("request_stop", reason)
+
+    def _ask(self, method: str, *args: Any) -> Any:
+        """Raises ValueError: the controller could not do it, or is just being restarted."""
+        try:
+            return ray.get(getattr(self._controller, method).remote(*args))
+        except ray.exceptions.RayError as error:
+            raise ValueError(f"the run's controller: {root_cause(error)}; try again in a moment") from None
 
 
 @contextmanager

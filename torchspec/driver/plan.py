@@ -54,25 +54,19 @@ def make_plan(config: Config, target: TargetInfo, heldout_samples: int, vocab_pr
     Raises:
         ValueError: the store cannot hold what the run must have in it at the same time.
     """
-    assert config.inference.buffer_bytes is not None
     if on_gpu:
-        _check_gpus(config, torch.cuda.device_count())
+        check_gpus(config, torch.cuda.device_count())
     cores = os.cpu_count() or 1
     if config.cluster.num_cpus is not None:
         cores = min(cores, config.cluster.num_cpus)
     threads = plan_threads(config, cores, on_gpu)
     sample_bytes = target.geometry.stored_bytes(config.data.max_seq_length)
     credit_bytes = int(config.store.segment_bytes * USABLE_SHARE)
-    _check_store(config, sample_bytes, credit_bytes, heldout_samples, vocab_prompts)
-    shard_bytes = max(
-        stored_bytes(target.geometry.shard(config.data.max_seq_length, rank)) for rank in range(config.training.sp_size)
-    )
-    _check_buffer("inference", config.inference.buffer_bytes, sample_bytes)
-    _check_buffer("training", config.training.buffer_bytes, shard_bytes)
+    buffer_bytes = check_room(config, target, heldout_samples, vocab_prompts)
     weights = target.num_parameters * (4 if config.target.dtype == "float32" else 2)
     kv_cache = config.inference.max_total_tokens * target.num_layers * target.hidden_size * 2
-    engine = weights + kv_cache + ENGINE_OVERHEAD_BYTES + config.inference.buffer_bytes
-    others = BASE_BYTES + config.store.segment_bytes + config.inference.workers * engine
+    engine = weights + kv_cache + ENGINE_OVERHEAD_BYTES + buffer_bytes
+    others = BASE_BYTES + config.store.segment_bytes + config.inference.most_workers * engine
     room = _room(config, others, on_gpu)
     splits = _splits(config, target, heldout_samples, room)
     (configured,) = (split for split in splits if split.configured)
@@ -81,7 +75,7 @@ def make_plan(config: Config, target: TargetInfo, heldout_samples: int, vocab_pr
     actors = (
         ("controller", 1, "metadata only"),
         ("store node", 1, f"{config.store.segment_bytes / 2**20:.0f} MiB of memory"),
-        ("inference worker", config.inference.workers, _uses(threads.inference, config.inference.tp_size, where)),
+        ("inference worker", config.inference.most_workers, _uses(threads.inference, config.inference.tp_size, where)),
         ("trainer rank", training.world_size, _uses(threads.training, 1, where)),
     )
     return Plan(
@@ -97,6 +91,23 @@ def make_plan(config: Config, target: TargetInfo, heldout_samples: int, vocab_pr
         memory_available=psutil.virtual_memory().total,
         splits=splits,
     )
+
+
+def check_room(config: Config, target: TargetInfo, heldout_samples: int = 0, vocab_prompts: int = 0) -> int:
+    """Refuse a store or buffers that are too small for samples split as ``config`` says; returns the engines' buffer.
+
+    Raises:
+        ValueError: names the knob, and what it must be at least.
+    """
+    assert config.inference.buffer_bytes is not None
+    longest = config.data.max_seq_length
+    sample_bytes = target.geometry.stored_bytes(longest)
+    credit_bytes = int(config.store.segment_bytes * USABLE_SHARE)
+    _check_store(config, sample_bytes, credit_bytes, heldout_samples, vocab_prompts)
+    shards = [stored_bytes(target.geometry.shard(longest, rank)) for rank in range(config.training.sp_size)]
+    _check_buffer("inference", config.inference.buffer_bytes, sample_bytes)
+    _check_buffer("training", config.training.buffer_bytes, max(shards))
+    return config.inference.buffer_bytes
 
 
 def resolve_buffer(config: Config, target: TargetInfo) -> Config:
@@ -124,7 +135,7 @@ def _room(config: Config, others: int, on_gpu: bool) -> Room:
     left = psutil.virtual_memory().total - others
     if not on_gpu:
         return Room(left)
-    engines = config.inference.workers * config.inference.tp_size
+    engines = config.inference.most_workers * config.inference.tp_size
     return Room(left, torch.cuda.device_count() - engines, torch.cuda.get_device_properties(0).total_memory)
 
 
@@ -139,13 +150,18 @@ def _uses(threads: int, gpus: int, where: str) -> str:
     return f"{gpus} {where}" if where == "GPU" else f"{threads} {where}"
 
 
-def _check_gpus(config: Config, gpus: int) -> None:
+def check_gpus(config: Config, gpus: int) -> None:
+    """Refuse pools that ask for more GPUs than this machine has.
+
+    Raises:
+        ValueError: names both pools' knobs.
+    """
     training, inference = config.training, config.inference
-    engines = inference.workers * inference.tp_size
+    engines = inference.most_workers * inference.tp_size
     if config.cluster.address is None and training.world_size + engines > gpus:
         raise ValueError(
             f"training.dp_size ({training.dp_size}) x training.sp_ulysses_size ({training.sp_ulysses_size}) x "
-            f"training.sp_ring_size ({training.sp_ring_size}) and inference.workers ({inference.workers}) x "
+            f"training.sp_ring_size ({training.sp_ring_size}) and inference.workers ({inference.most_workers}) x "
             f"inference.tp_size ({inference.tp_size}) ask for {training.world_size} + {engines} GPUs; "
             f"this machine has {gpus}"
         )

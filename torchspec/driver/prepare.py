@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchspec.config.schema import Config
+from torchspec.controller.snapshot import Snapshot, ledger_shape
 from torchspec.data.prompt_set import PromptSet, TokenizeOptions
 from torchspec.data.survey import Survey, survey
 from torchspec.driver.cluster import namespace
@@ -16,7 +17,7 @@ from torchspec.driver.plan import Plan, make_plan, resolve_buffer, total_steps
 from torchspec.driver.target import TargetInfo, read_target
 from torchspec.hardware import Device, fast_dtype, pick_device
 from torchspec.inference.sglang_patch import check_patched
-from torchspec.training.checkpoint import latest_checkpoint
+from torchspec.training.rotation import latest_checkpoint
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,6 @@ class Prepared:
     on_gpu: bool
     run_dir: Path
     resume: bool
-    resume_from: Path | None
-    """The checkpoint that a resumed run goes on from; None if it had not made one yet."""
     mark: str
     """Found in the environment of every process of this run."""
 
@@ -44,10 +43,6 @@ class Prepared:
     def total_steps(self) -> int:
         """Steps of the whole run, for the schedule."""
         return total_steps(self.config.training, len(self.train))
-
-    @property
-    def ledger_snapshot(self) -> str | None:
-        return None if self.resume_from is None else (self.resume_from / "ledger.json").read_text()
 
 
 def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Prepared:
@@ -69,13 +64,15 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Pre
     if config.evaluation.heldout is not None:
         heldout = _prompts(config, "evaluation.heldout", config.evaluation.heldout, config.evaluation.samples)
     _require_rows(config, len(train), train.rejected)
+    if resume_from is not None:
+        Snapshot.from_json((resume_from / "ledger.json").read_text(), ledger_shape(config, train))
     on_gpu = device == "cuda"
     vocab_prompts = 0 if train.fully_answered else min(config.draft.vocab_prompts, len(train))
     plan = make_plan(config, target, len(heldout) if heldout else 0, vocab_prompts, on_gpu)
     run_dir.mkdir(parents=True, exist_ok=True)
     _list_rejected(run_dir, resume, train, heldout)
     mark = f"{run_dir}#{secrets.token_hex(8)}"
-    return Prepared(config, target, train, heldout, plan, on_gpu, run_dir, resume, resume_from, mark)
+    return Prepared(config, target, train, heldout, plan, on_gpu, run_dir, resume, mark)
 
 
 def make_plan_for(config: Config) -> tuple[Plan, Survey]:

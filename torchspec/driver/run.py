@@ -17,21 +17,23 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import ray
-
 from torchspec.config.load import save_config
 from torchspec.config.schema import Config
 from torchspec.contracts import RunStatus, StepReport
 from torchspec.driver.actors import ActorFactory
 from torchspec.driver.cluster import start_cluster
+from torchspec.driver.controller import ControllerLine
+from torchspec.driver.failure import RunFailed
 from torchspec.driver.interrupts import Interrupts
 from torchspec.driver.janitor import MARK, Janitor
 from torchspec.driver.prepare import Prepared, prepare
-from torchspec.driver.session import Session, View
+from torchspec.driver.session import Session
+from torchspec.driver.store import StoreSupervisor
+from torchspec.driver.view import View
 from torchspec.monitor.curves import draw_curves
 from torchspec.monitor.trackers import open_trackers
 from torchspec.store.master import MooncakeMaster
-from torchspec.training.checkpoint import latest_checkpoint
+from torchspec.training.rotation import latest_checkpoint
 
 
 @dataclass(frozen=True)
@@ -61,9 +63,10 @@ def train(config: Config, *, resume: bool, view: View) -> RunSummary:
     started = time.monotonic()
     prepared = prepare(config, resume, view.message)
     with _launch(prepared, view) as session:
-        stopped = session.watch()
-        status: RunStatus = ray.get(session.controller.status.remote())
-        ray.get(session.controller.finish.remote())
+        try:
+            status, stopped = session.run()
+        except RunFailed as error:
+            raise RunFailed(f"{error}; continue with: torchspec resume {prepared.run_dir}") from None
     return _summary(prepared, status, stopped, time.monotonic() - started)
 
 
@@ -91,16 +94,18 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
         interrupts.install()
         (temp_dir / "actors").mkdir()
         actors = ActorFactory(prepared, master.endpoint, temp_dir / "actors")
-        store_node = actors.store_node()
-        controller = actors.controller()
-        ray.get([store_node.ping.remote(), controller.status.remote()])
+        recovery = config.recovery
+        store = StoreSupervisor(master, actors.store_node, config.store.segment_bytes, recovery)
+        stack.callback(store.close)
+        controller = ControllerLine(actors.controller(), recovery.hang_seconds, recovery.start_seconds)
+        controller.ask_at_start("begin")
         save_config(config, run_dir / "config.yaml")
         handle = {"address": address, "namespace": prepared.namespace, "pid": os.getpid()}
         (run_dir / "handle.json").write_text(json.dumps(handle))
         stack.callback((run_dir / "handle.json").unlink, missing_ok=True)
         trackers = open_trackers(config.monitor, run_dir)
         stack.callback(trackers.close)
-        yield Session(prepared, actors, controller, store_node, master, trackers, view, interrupts)
+        yield Session(prepared, actors, controller, store, trackers, view, interrupts)
 
 
 def _summary(prepared: Prepared, status: RunStatus, stopped: bool, seconds: float) -> RunSummary:

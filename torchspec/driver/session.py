@@ -1,148 +1,180 @@
-"""A running run, seen from the driver: watches everybody, and knows what to do when one ends."""
+"""A running run, seen from the driver: watches everybody, and knows what to do when one ends, dies or hangs.
+
+who                what happens                                                   what it costs
+inference worker   its leases go to others, another is started                    what it was working on
+trainer rank       the group starts anew from the last checkpoint (trainers.py)   the steps since
+controller         it starts anew from the last checkpoint, and so does the group the steps since
+store              it starts anew, empty (store.py)                               what was stored is captured again
+driver             the janitor ends the rest; ``torchspec resume``                the steps since
+"""
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import ray
 
 from torchspec.contracts import RunStatus
 from torchspec.driver.actors import ActorFactory
+from torchspec.driver.controller import ControllerLine, ControllerLost, require_node
+from torchspec.driver.failure import Restarts
 from torchspec.driver.interrupts import Interrupts
 from torchspec.driver.prepare import Prepared
-from torchspec.store.master import MooncakeMaster
+from torchspec.driver.store import StoreSupervisor
+from torchspec.driver.supervise import AwakeClock, Pulse
+from torchspec.driver.trainers import RankLost, Trainers
+from torchspec.driver.view import View
+from torchspec.driver.workers import Workers
 
 WATCH_SECONDS = 0.5
-"""How often the view is refreshed; deaths of actors are noticed at once."""
-MAX_FRUITLESS_STARTS = 2
-"""An inference pool whose workers die so many times in a row without a single sample will never work."""
-
-
-class RunFailed(Exception):
-    """The run cannot go on; the message says why and what to do."""
-
-
-class View(Protocol):
-    """What a run tells a person."""
-
-    def status(self, status: RunStatus) -> None: ...
-    def message(self, text: str) -> None: ...
+"""How often the view is refreshed and everybody is asked for a sign of life; deaths of actors are noticed at once."""
 
 
 class Session:
     """The futures of a run's actors. Starts the inference workers at once, and the trainers when there is a vocabulary.
 
-    An inference worker that dies is replaced and loses nothing. Training ranks form one process group, so the loss of
-    one ends the run, which then resumes from its last checkpoint.
+    Whatever goes wrong comes here as an exception out of :meth:`_turn`, and is repaired between two turns.
     """
 
     def __init__(
         self,
         prepared: Prepared,
         actors: ActorFactory,
-        controller: Any,
-        store_node: Any,
-        master: MooncakeMaster,
+        controller: ControllerLine,
+        store: StoreSupervisor,
         trackers: Any,
         view: View,
         interrupts: Interrupts,
     ):
-        self.prepared, self.actors, self.view = prepared, actors, view
-        self.controller, self.store_node, self.master = controller, store_node, master
-        self.trackers, self.interrupts = trackers, interrupts
-        self.workers: dict[ray.ObjectRef, tuple[str, Any]] = {}
-        self.trainers: dict[ray.ObjectRef, int] = {}
-        self.stopping = False
-        self._samples_at_start: dict[str, int] = {}
-        self._fruitless = 0
+        recovery = prepared.config.recovery
+        self.controller, self.store, self.trackers, self.view = controller, store, trackers, view
+        self.interrupts, self.stopping = interrupts, False
+        self.workers = Workers(actors, controller, recovery, view)
+        self.trainers = Trainers(actors, controller, recovery, view)
+        self._patience = recovery.hang_seconds
+        self._restarts = Restarts(recovery.max_restarts)
+        self._clock = AwakeClock()
         self._messages_seen: list[str] = []
-        for _ in range(prepared.config.inference.workers):
-            self._start_worker()
+        self._status: RunStatus | None = None
+        self._vocabulary: ray.ObjectRef | None
+        self._wanted: ray.ObjectRef
+        self._pulse: Pulse
+        self._listen()
+        self.workers.resize(prepared.config.inference.first_workers)
 
-    def watch(self) -> bool:
-        """Until training has ended; returns whether it was stopped early."""
-        vocabulary = self.controller.draft_vocab.remote()
-        trainers_done = 0
+    def run(self) -> tuple[RunStatus, bool]:
+        """Until training has ended: the last status, and whether it was stopped early.
+
+        Raises:
+            RunFailed: it cannot go on.
+        """
+        repair: Callable[[], None] | None = None
         while True:
-            waiting = [*self.workers, *self.trainers, *([vocabulary] if vocabulary is not None else [])]
-            done, _ = ray.wait(waiting, timeout=WATCH_SECONDS) if waiting else ([], [])
-            for ref in done:
-                if ref == vocabulary:
-                    self._start_trainers(ray.get(ref))
-                    vocabulary = None
-                elif ref in self.workers:
-                    self._worker_ended(ref)
-                else:
-                    self._trainer_ended(ref)
-                    trainers_done += 1
-            self._look()
-            if trainers_done and not self.trainers:
-                return self.stopping
-            if self.stopping and vocabulary is not None:
-                return True  # nothing has been trained yet
+            try:
+                if repair is not None:
+                    repair()
+                    repair = None
+                if self._turn():
+                    status = self.controller.ask("status")
+                    self.controller.ask("finish")
+                    return status, self.stopping
+            except RankLost as lost:
+                repair = partial(self._restart_trainers, str(lost))
+            except ControllerLost as lost:
+                repair = partial(self._restart_controller, lost)
 
-    def _start_worker(self) -> None:
-        name, actor = self.actors.worker(self.controller)
-        self._samples_at_start[name] = 0
-        self.workers[actor.run.remote()] = (name, actor)
+    def _turn(self) -> bool:
+        """One look at everybody; whether training has ended."""
+        polls = [ref for ref in (self._vocabulary, self._wanted) if ref is not None]
+        futures = [*polls, *self.workers.futures, *self.trainers.futures]
+        done, _ = ray.wait(futures, timeout=WATCH_SECONDS)
+        for ref in done:
+            if ref == self._vocabulary:
+                self._start_training()
+            elif ref == self._wanted:
+                wanted = self.controller.result(ref)
+                self._wanted = self.controller.send("wanted", wanted)
+                self.workers.resize(wanted)
+            elif ref in self.workers.futures:
+                self.workers.ended(ref)
+            elif self.trainers.ended(ref):
+                if self.controller.ask("training_over"):
+                    return True
+                self.trainers.start()
+        self._check(self._clock.elapsed())
+        self._show()
+        return self.stopping and self._vocabulary is not None  # nothing has been trained yet
 
-    def _start_trainers(self, vocabulary: Any) -> None:
-        self.view.message(
-            f"draft vocabulary: {len(vocabulary)} of {vocabulary.vocab_size} tokens, {vocabulary.coverage:.1%} of what "
-            "was counted; starting the trainer"
-        )
-        for rank, actor in enumerate(self.actors.trainers(vocabulary)):
-            self.trainers[actor.run.remote(self.controller)] = rank
+    def _start_training(self) -> None:
+        vocabulary = self.controller.result(self._vocabulary)
+        self._vocabulary = None
+        if self.trainers.vocabulary is None:
+            self.view.message(
+                f"draft vocabulary: {len(vocabulary)} of {vocabulary.vocab_size} tokens, {vocabulary.coverage:.1%} of "
+                "what was counted"
+            )
+        self.trainers.vocabulary = vocabulary
+        self.trainers.start()
 
-    def _worker_ended(self, ref: ray.ObjectRef) -> None:
-        name, actor = self.workers.pop(ref)
-        try:
-            ray.get(ref)
-            return  # it was told that it is no longer needed
-        except ray.exceptions.RayError as error:
-            reason = _root_cause(error)
-        reports = {w.worker: w.samples for w in ray.get(self.controller.status.remote()).workers}
-        self._fruitless = 0 if reports.get(name, 0) else self._fruitless + 1
-        ray.kill(actor)
-        ray.get(self.controller.worker_lost.remote(name))
-        if self._fruitless >= MAX_FRUITLESS_STARTS:
-            raise RunFailed(f"{name} cannot work: {reason} (log: {self.actors.log_path(name)})")
-        self.view.message(f"{name} died ({reason}; log: {self.actors.log_path(name)}); starting another")
-        self._start_worker()
-
-    def _trainer_ended(self, ref: ray.ObjectRef) -> None:
-        rank = self.trainers.pop(ref)
-        try:
-            ray.get(ref)
-        except ray.exceptions.RayError as error:
-            where = self.actors.log_path(f"trainer-{rank}")
-            raise RunFailed(
-                f"trainer rank {rank} failed: {_root_cause(error)} (log: {where}); "
-                f"continue with: torchspec resume {self.prepared.run_dir}"
-            ) from None
-
-    def _look(self) -> None:
-        """Refresh the view, pass on messages and a pending interrupt, check the store's master."""
+    def _check(self, elapsed: float) -> None:
+        """Look for those that are silent, and for a wish to stop."""
+        require_node()
+        if self._pulse.hangs(elapsed):
+            raise ControllerLost("hangs", hung=True)
+        fault = self.store.fault(elapsed)
+        if fault is not None:
+            self.view.message(f"{fault}; starting it again")
+            self.controller.ask("store_away")
+            self.store.repair()
+            self.controller.ask("store_back")
+        self.workers.check(elapsed)
         if self.interrupts.count and not self.stopping:
             self.stopping = True
-            ray.get(self.controller.request_stop.remote("interrupted"))
-        if not self.master.alive():
-            raise RunFailed(
-                f"the store's master died (log: {self.prepared.run_dir}/logs/mooncake_master.log); "
-                f"continue with: torchspec resume {self.prepared.run_dir}"
-            )
-        try:
-            status: RunStatus = ray.get(self.controller.status.remote())
-        except ray.exceptions.RayError as error:
-            raise RunFailed(
-                f"the controller failed: {_root_cause(error)}; continue with: torchspec resume {self.prepared.run_dir}"
-            ) from None
+            self.controller.ask("request_stop", "interrupted")
+        self.trainers.check(elapsed)
+
+    def _show(self) -> None:
+        """Refresh the view with the controller's last answer."""
+        status: RunStatus | None = self._pulse.answer
+        if status is None or status is self._status:
+            return
+        self._status = status
         self.stopping = self.stopping or status.phase == "stopping"
         for text in new_messages(self._messages_seen, status.messages):
             self.view.message(text)
         self._messages_seen = list(status.messages)
         self.view.status(status)
-        self.trackers.log(status, ray.get(self.controller.steps_since.remote(self.trackers.steps_seen)))
+        self.trackers.log(status, self.controller.ask("steps_since", self.trackers.steps_seen))
+
+    def _restart_trainers(self, reason: str) -> None:
+        self.trainers.kill()
+        self._restarts.count(self._step(), reason)
+        self.view.message(f"{reason}; the group starts again from the last checkpoint")
+        self.trainers.start()
+
+    def _restart_controller(self, lost: ControllerLost) -> None:
+        self.trainers.kill()
+        self._restarts.count(self._step(), f"the controller {lost}")
+        self.view.message(f"the controller {lost}; it starts again from the last checkpoint")
+        if self.store.fault(0.0) is not None:
+            self.store.repair()
+        self.controller.revive(lost, len(self.workers))
+        self._messages_seen, self.trackers.steps_seen = [], 0
+        self._listen()
+        self.workers.reconnect()
+        if self.stopping:
+            self.controller.ask("request_stop", "it was asked for before the controller died")
+
+    def _listen(self) -> None:
+        """Ask the controller what it may take a while to answer."""
+        self._vocabulary = self.controller.send("draft_vocab")
+        self._wanted = self.controller.send("wanted", None)
+        self._pulse = Pulse(lambda: self.controller.send("status").future(), self._patience)
+
+    def _step(self) -> int:
+        return 0 if self._status is None else self._status.step
 
 
 def new_messages(seen: list[str], now: tuple[str, ...]) -> list[str]:
@@ -151,11 +183,3 @@ def new_messages(seen: list[str], now: tuple[str, ...]) -> list[str]:
         if seen[len(seen) - overlap :] == list(now[:overlap]):
             return list(now[overlap:])
     raise AssertionError("an overlap of nothing always fits")
-
-
-def _root_cause(error: ray.exceptions.RayError) -> str:
-    """One line for a person: the remote exception itself, or how its process ended."""
-    cause = getattr(error, "cause", None)
-    if cause is None:
-        return "its process ended" if isinstance(error, ray.exceptions.ActorDiedError) else type(error).__name__
-    return " ".join(f"{type(cause).__name__}: {cause}".split())[:400]

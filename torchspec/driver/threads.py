@@ -22,7 +22,7 @@ class ThreadPlan:
 
 def plan_threads(config: Config, cores: int, on_gpu: bool) -> ThreadPlan:
     """Share ``cores`` among the processes of both pools; numbers in the config are taken as they are."""
-    processes = config.inference.workers + config.training.world_size
+    processes = config.inference.most_workers + config.training.world_size
     fair = max(1, cores // processes)
     if on_gpu:
         fair = min(fair, 8)  # a GPU process needs its cores for launching and copying only

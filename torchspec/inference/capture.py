@@ -41,6 +41,7 @@ from torchspec.inference.capture_protocol import (
     Message,
     Parent,
     captured_key,
+    captured_sharding,
     encode_failed,
 )
 from torchspec.inference.capture_writer import CaptureWriter
@@ -81,7 +82,7 @@ def _start_for_parent(_result: None, worker: TpModelWorker, *_args: Any, **_kwar
         return
     config = CaptureConfig.from_json(os.environ[ENVIRONMENT_VARIABLE])
     parent = Parent(config.socket)
-    writer = CaptureWriter(config.endpoint, config.buffer_bytes, config.sharding)
+    writer = CaptureWriter(config.endpoint, config.buffer_bytes)
     hello = start(worker, writer, parent.expect)
     parent.say({"type": "hello", **asdict(hello)})
 
@@ -195,7 +196,8 @@ class Capture:
         read = [*req.origin_input_ids, *req.output_ids[: req.finished_len][:-1]]
         if pending.filled >= len(read) and not isinstance(req.finished_reason, FINISH_ABORT):
             del self._pending[piece.key]
-            self._expect(piece.key, self._writer.write(piece.key, pending.buffer, read))
+            sharding = captured_sharding(req.rid)
+            self._expect(piece.key, self._writer.write(piece.key, pending.buffer, read, sharding))
 
     def _allocate(self, piece: Piece) -> SampleBuffer | None:
         """A slot for as many tokens as the request can come to."""

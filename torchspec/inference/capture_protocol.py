@@ -8,10 +8,11 @@ the user's environment, and the same message travels in the reply to the request
     {"type": "hello", "aux_layers": [..], "num_layers": .., "hidden_size": .., "dtype": ..}
     {"stored": true, "key": .., "tensors": {suffix: {"shape": [..], "dtype": ..}}, "bytes": .., "put_seconds": ..,
      "usp_sharded": false}     or true, and "ulysses_size", "ring_size", "layout", "ttt_length"; shapes are global
-    {"stored": false, "key": .., "reason": .., "no_room": ..}
+    {"stored": false, "key": .., "reason": .., "no_room": .., "no_store": ..}
 
-A request is captured when its id says so. Ids end in a colon because SGLang aborts by prefix, and no id may be
-another's prefix.
+A request is captured when its id says so: ``capture:KEY:``, or ``capture:KEY:2x1-zigzag-7:`` for a sample to be split
+over 2 Ulysses ranks times 1 ring rank with the halo of 7 TTT steps. Ids end in a colon because SGLang aborts by prefix,
+and no id may be another's prefix.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ from torchspec.store.endpoint import StoreEndpoint
 
 ENVIRONMENT_VARIABLE = "TORCHSPEC_CAPTURE"
 CAPTURE_PREFIX = "capture:"
-_CAPTURE_RID = re.compile(rf"{CAPTURE_PREFIX}([^:]+):")
+_CAPTURE_RID = re.compile(
+    rf"{CAPTURE_PREFIX}(?P<key>[^:]+):(?:(?P<ulysses>\d+)x(?P<ring>\d+)-(?P<layout>\w+)-(?P<ttt>\d+):)?"
+)
 
 Message = dict[str, Any]
 
@@ -42,8 +45,6 @@ class CaptureConfig:
     socket: str
     endpoint: StoreEndpoint
     buffer_bytes: int
-    sharding: ShardFormula | None = None
-    """Store each sequence-parallel rank's shard of a sample by itself."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self) | {"endpoint": self.endpoint.to_json()})
@@ -51,8 +52,7 @@ class CaptureConfig:
     @classmethod
     def from_json(cls, text: str) -> CaptureConfig:
         told = json.loads(text)
-        sharding = None if told["sharding"] is None else ShardFormula(**told["sharding"])
-        return cls(told["socket"], StoreEndpoint.from_json(told["endpoint"]), told["buffer_bytes"], sharding)
+        return cls(told["socket"], StoreEndpoint.from_json(told["endpoint"]), told["buffer_bytes"])
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,15 +93,27 @@ class Parent:
         outcome.add_done_callback(lambda done: self.say(done.result()))
 
 
-def capture_rid(key: str) -> str:
-    """The request id that asks for a capture under ``key``."""
-    return f"{CAPTURE_PREFIX}{key}:"
+def capture_rid(key: str, sharding: ShardFormula | None = None) -> str:
+    """The request id that asks for a capture under ``key``, stored shard by shard if ``sharding`` says how."""
+    rid = f"{CAPTURE_PREFIX}{key}:"
+    if sharding is None:
+        return rid
+    return f"{rid}{sharding.ulysses_size}x{sharding.ring_size}-{sharding.layout}-{sharding.ttt_length}:"
 
 
 def captured_key(rid: str) -> str | None:
     """The store key of a capture request, ``None`` for any other."""
     match = _CAPTURE_RID.fullmatch(rid)
-    return None if match is None else match[1]
+    return None if match is None else match["key"]
+
+
+def captured_sharding(rid: str) -> ShardFormula | None:
+    """How the sample of a capture request is to be split; ``None`` if its id does not say."""
+    match = _CAPTURE_RID.fullmatch(rid)
+    if match is None or match["layout"] is None:
+        return None
+    layout: Any = match["layout"]
+    return ShardFormula(int(match["ulysses"]), int(match["ring"]), layout, int(match["ttt"]))
 
 
 def encode_captured(key: str, captured: Captured) -> Message:
@@ -118,9 +130,14 @@ def encode_captured(key: str, captured: Captured) -> Message:
     }
 
 
-def encode_failed(key: str, reason: str, no_room: bool = False) -> Message:
-    """The message that there is no sample under ``key``; ``no_room`` if only the store's memory is to blame."""
-    return {"stored": False, "key": key, "reason": reason, "no_room": no_room}
+def encode_failed(key: str, reason: str, no_room: bool = False, no_store: bool = False) -> Message:
+    """The message that there is no sample under ``key``.
+
+    Args:
+        no_room: only the store's memory is to blame.
+        no_store: only the store is, which does not answer.
+    """
+    return {"stored": False, "key": key, "reason": reason, "no_room": no_room, "no_store": no_store}
 
 
 def decode_captured(message: Message) -> Captured:

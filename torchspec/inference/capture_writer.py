@@ -17,7 +17,7 @@ from torchspec.contracts import TensorSpec
 from torchspec.inference.capture_protocol import Captured, Message, encode_captured, encode_failed
 from torchspec.parallel.shards import ShardFormula
 from torchspec.store.endpoint import StoreEndpoint
-from torchspec.store.errors import StoreError, StoreFull
+from torchspec.store.errors import StoreError, StoreFull, StoreUnavailable
 from torchspec.store.hidden_state_store import HiddenStateStore, SampleBuffer
 from torchspec.store.usp import put_usp_shards
 
@@ -28,20 +28,24 @@ _THREADS = 2
 class CaptureWriter:
     """Owns the store client of one scheduler process."""
 
-    def __init__(self, endpoint: StoreEndpoint, buffer_bytes: int, sharding: ShardFormula | None):
+    def __init__(self, endpoint: StoreEndpoint, buffer_bytes: int):
         self.store = HiddenStateStore(endpoint, buffer_bytes)
-        self._sharding = sharding
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="capture-writer")
 
-    def write(self, key: str, buffer: SampleBuffer, token_ids: list[int]) -> Future[Message]:
+    def write(
+        self, key: str, buffer: SampleBuffer, token_ids: list[int], sharding: ShardFormula | None
+    ) -> Future[Message]:
         """Store the first ``len(token_ids)`` rows of a buffer in the background. It is the writer's from here on.
+
+        Args:
+            sharding: store each sequence-parallel rank's shard by itself; None: the whole sample.
 
         Returns:
             Future of the message that says what came of it.
         """
-        return self._threads.submit(self._write, key, buffer.head(len(token_ids)), token_ids)
+        return self._threads.submit(self._write, key, buffer.head(len(token_ids)), token_ids, sharding)
 
-    def _write(self, key: str, buffer: SampleBuffer, token_ids: list[int]) -> Message:
+    def _write(self, key: str, buffer: SampleBuffer, token_ids: list[int], sharding: ShardFormula | None) -> Message:
         views = buffer.views
         fault = find_fault(views["hs"], views["lhs"])
         if fault is not None:
@@ -54,15 +58,13 @@ class CaptureWriter:
         }
         started = time.perf_counter()
         try:
-            num_bytes = self._put(key, buffer).result()
+            if sharding is None:
+                num_bytes = self.store.put(key, buffer).result()
+            else:
+                num_bytes = put_usp_shards(self.store, key, buffer, sharding).result()
         except StoreError as error:
-            return encode_failed(key, str(error), no_room=isinstance(error, StoreFull))
-        return encode_captured(key, Captured(specs, num_bytes, time.perf_counter() - started, self._sharding))
-
-    def _put(self, key: str, buffer: SampleBuffer) -> Future[int]:
-        if self._sharding is None:
-            return self.store.put(key, buffer)
-        return put_usp_shards(self.store, key, buffer, self._sharding)
+            return encode_failed(key, str(error), isinstance(error, StoreFull), isinstance(error, StoreUnavailable))
+        return encode_captured(key, Captured(specs, num_bytes, time.perf_counter() - started, sharding))
 
 
 def find_fault(hs: Tensor, lhs: Tensor) -> str | None:

@@ -49,6 +49,7 @@ from torchspec.store.slot_pool import align
 
 T = TypeVar("T")
 
+_LOOK_SECONDS = 1.0
 _HELLO_SECONDS = 10.0
 """The plugin says hello while SGLang starts, so by then it is there or it will never be."""
 
@@ -67,6 +68,10 @@ class CaptureError(EngineError):
 
 class NoRoom(CaptureError):
     """The store has no hole large enough now. The prompt is not to blame."""
+
+
+class NoStore(CaptureError):
+    """The store does not answer. The prompt is not to blame."""
 
 
 class SampleTooLarge(ValueError):
@@ -102,6 +107,8 @@ class EngineConfig:
     mem_fraction_static: float | None = None
     """Default: SGLang's on a GPU; on a CPU a half, which leaves room for whatever else starts at the same time."""
     trust_remote_code: bool = False
+    hang_seconds: float = 15.0
+    """An engine one of whose processes has been stopped for so long is taken for dead."""
     extra_args: Mapping[str, Any] = field(default_factory=dict)
     """More arguments of ``sglang.Engine``; they win over the ones above."""
 
@@ -145,20 +152,18 @@ class TargetEngine:
         config: The engine.
         endpoint: The store that captures go to.
         buffer_bytes: Registered host memory of the plugin; bounds the bytes of samples under way.
-        sharding: How samples are split among the ranks that share them, if they are.
 
     Raises:
         EngineError: SGLang did not start, or the capture plugin did not load.
     """
 
-    def __init__(
-        self, config: EngineConfig, endpoint: StoreEndpoint, buffer_bytes: int, sharding: ShardFormula | None = None
-    ):
+    def __init__(self, config: EngineConfig, endpoint: StoreEndpoint, buffer_bytes: int):
+        self._config = config
         self._started = time.time()
         self._folder = Path(tempfile.mkdtemp(prefix="torchspec-"))
         self._engine: Any = None
         try:
-            capture = CaptureConfig(str(self._folder / "capture"), endpoint, buffer_bytes, sharding)
+            capture = CaptureConfig(str(self._folder / "capture"), endpoint, buffer_bytes)
             with socket.socket(socket.AF_UNIX) as listener:
                 listener.bind(capture.socket)
                 listener.listen(1)
@@ -172,14 +177,23 @@ class TargetEngine:
         self._room = _Budget(buffer_bytes)
         self._captures: dict[str, asyncio.Future[Captured]] = {}
         self._death: asyncio.Future[None] | None = None
-        self._listener: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
 
     async def answer(
-        self, key: str, input_ids: Sequence[int], max_new_tokens: int, temperature: float, top_p: float, seed: int
+        self,
+        key: str,
+        input_ids: Sequence[int],
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        seed: int,
+        sharding: ShardFormula | None = None,
     ) -> Answered:
         """Let the target continue ``input_ids``, and store the states of all tokens but the last under ``key``.
 
-        ``key`` must be unique.
+        Args:
+            key: unique.
+            sharding: how to split the sample among the ranks that share it; None: store it whole.
 
         Raises:
             SampleTooLarge: the longest possible sample does not fit into the plugin's buffer.
@@ -198,23 +212,23 @@ class TargetEngine:
         async with self._room.taken(size):
             stored = self._captures[key] = asyncio.get_running_loop().create_future()
             try:
-                reply = await self._generate(capture_rid(key), input_ids, sampling)
+                reply = await self._generate(capture_rid(key, sharding), input_ids, sampling)
                 captured = await self._or_death(stored)
             finally:
                 del self._captures[key]
         return Answered(list(reply["output_ids"]), reply["meta_info"]["finish_reason"]["type"], captured)
 
-    async def capture(self, key: str, input_ids: Sequence[int]) -> Captured:
+    async def capture(self, key: str, input_ids: Sequence[int], sharding: ShardFormula | None = None) -> Captured:
         """Store the states of ``input_ids`` under ``key``. See :meth:`answer`."""
-        return (await self.answer(key, input_ids, 1, 0.0, 1.0, 0)).captured
+        return (await self.answer(key, input_ids, 1, 0.0, 1.0, 0, sharding)).captured
 
     def stop(self) -> None:
         """End the engine's processes and remove what they leave behind.
 
         Await your captures first: one that is under way is lost.
         """
-        if self._listener is not None:
-            self._listener.cancel()
+        for task in self._tasks:
+            task.cancel()
         self._socket.close()
         self._shut_down()
 
@@ -244,10 +258,20 @@ class TargetEngine:
         tokenizer_manager.auto_create_handle_loop()  # sets signal handlers, too
         tokenizer_manager._subprocess_watchdog.stop()  # would send us SIGQUIT
         _ignore_sigquit()
-        for pid in self._engine.get_all_child_pids():
+        pids = self._engine.get_all_child_pids()
+        for pid in pids:
             descriptor = os.pidfd_open(pid)
             loop.add_reader(descriptor, self._on_death, pid, descriptor)
-        self._listener = loop.create_task(self._listen())
+        self._tasks = [loop.create_task(self._listen()), loop.create_task(self._watch_for_stops(pids))]
+
+    async def _watch_for_stops(self, pids: Sequence[int]) -> None:
+        """A process that somebody has stopped (SIGSTOP) does not end, and would be waited for without end."""
+        processes = [psutil.Process(pid) for pid in pids]
+        looks = 0
+        while looks < self._config.hang_seconds / _LOOK_SECONDS:
+            await asyncio.sleep(_LOOK_SECONDS)
+            looks = looks + 1 if any(_is_stopped(process) for process in processes) else 0
+        self._declare_dead(f"an SGLang process has been stopped for {self._config.hang_seconds:.0f} s")
 
     def _on_death(self, pid: int, descriptor: int) -> None:
         asyncio.get_running_loop().remove_reader(descriptor)
@@ -286,7 +310,7 @@ class TargetEngine:
             if message["stored"]:
                 future.set_result(decode_captured(message))
             else:
-                kind = NoRoom if message["no_room"] else CaptureError
+                kind = NoRoom if message["no_room"] else NoStore if message["no_store"] else CaptureError
                 future.set_exception(kind(message["reason"]))
         self._declare_dead("SGLang's scheduler process ended: the capture plugin closed its socket")
 
@@ -359,6 +383,13 @@ def _await_hello(listener: socket.socket) -> tuple[socket.socket, Hello]:
     assert message.pop("type") == "hello"
     connection.setblocking(False)
     return connection, Hello(**message)
+
+
+def _is_stopped(process: psutil.Process) -> bool:
+    try:
+        return process.status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _ignore_sigquit() -> None:

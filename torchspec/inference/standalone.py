@@ -16,6 +16,7 @@ from torchspec.inference.capture_protocol import (
     Captured,
     Message,
     captured_key,
+    captured_sharding,
     encode_captured,
     encode_failed,
 )
@@ -78,7 +79,7 @@ class StandaloneConfig:
         """
         if not rid.startswith(CAPTURE_PREFIX):
             return
-        if captured_key(rid) is None:
+        if captured_key(rid) is None or captured_sharding(rid) is not None:
             raise ValueError(f"rid={rid!r} must be '{CAPTURE_PREFIX}KEY:' with a KEY that has no colon in it")
         if sampling.get("n", 1) != 1:
             raise ValueError(f"n={sampling['n']} must be 1 for the captured request {rid!r}")

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.tokenizer_manager import ReqState, TokenizerManager
     from sglang.srt.server_args import ServerArgs
 
+    from torchspec.parallel.shards import ShardFormula
     from torchspec.store.hidden_state_store import SampleBuffer
 
 _MANAGER = "sglang.srt.managers.tokenizer_manager.TokenizerManager"
@@ -102,14 +103,19 @@ def _start(config: StandaloneConfig, start: Callable[..., object], _result: None
     from sglang.srt.runtime_context import get_parallel
 
     if get_parallel().tp_rank == 0:
-        writer = NewKeysWriter(config.endpoint, config.buffer_bytes, config.sharding)
+        writer = StandaloneWriter(config)
         start(scheduler.tp_worker, writer, scheduler.output_streamer.expect)
 
 
-class NewKeysWriter(CaptureWriter):
-    """Users choose the keys here, and may choose one twice: Mooncake would keep the old bytes and report success."""
+class StandaloneWriter(CaptureWriter):
+    """Splits all samples alike. Users choose the keys, and may choose one twice: Mooncake would keep the old bytes and
+    report success."""
 
-    def _write(self, key: str, buffer: SampleBuffer, token_ids: list[int]) -> Message:
+    def __init__(self, config: StandaloneConfig):
+        super().__init__(config.endpoint, config.buffer_bytes)
+        self._sharding = config.sharding
+
+    def _write(self, key: str, buffer: SampleBuffer, token_ids: list[int], _: ShardFormula | None) -> Message:
         try:
             taken = self.store.exists(key, (shard_suffix(0, "ids"),))  # rank 0 always has the first token
         except StoreError as error:
@@ -118,7 +124,7 @@ class NewKeysWriter(CaptureWriter):
         if taken:
             self.store.release(buffer)
             return encode_failed(key, "there is a sample under this key, which must be new for each request")
-        return super()._write(key, buffer, token_ids)
+        return super()._write(key, buffer, token_ids, self._sharding)
 
 
 def _release_replies(_result: None, scheduler: Scheduler, _requests: list[Any]) -> None:

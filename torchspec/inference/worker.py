@@ -4,7 +4,8 @@
 
 The worker keeps ``max_concurrency`` samples in its engine's continuous batch. It asks for more as soon as one is done
 and never waits for a whole batch. It keeps no state that anybody would miss: when it dies, its leases are given to
-another worker, and what it has published lies in the store.
+another worker, and what it has published lies in the store. While the controller is away it goes on with what it has;
+the next one throws away what it did not ask for.
 """
 
 from __future__ import annotations
@@ -17,18 +18,28 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import ray
 from transformers import AutoTokenizer
 
 from torchspec.config.schema import AnswerConfig, InferenceConfig
 from torchspec.contracts import Answer, FailureKind, Lease, SampleRef, WorkerReport, pack_mask
 from torchspec.inference.capture_protocol import Captured
-from torchspec.inference.engine import EngineConfig, EngineDied, EngineError, NoRoom, SampleTooLarge, TargetEngine
-from torchspec.parallel.shards import ShardFormula
+from torchspec.inference.engine import (
+    EngineConfig,
+    EngineDied,
+    EngineError,
+    NoRoom,
+    NoStore,
+    SampleTooLarge,
+    TargetEngine,
+)
 from torchspec.store.endpoint import StoreEndpoint
 
 CAPTURES_WHILE_ANSWERING = 2
 """SGLang prefers prefill to decode: without this bound, samples that only need a prefill would starve the answers that
 the front of the line waits for."""
+
+_CONTROLLER_PAUSE_SECONDS = 0.5
 
 
 class Unanswerable(Exception):
@@ -45,7 +56,6 @@ class InferenceWorker:
         endpoint: The run's store.
         inference: Concurrency and buffer size.
         answer: How the target answers.
-        sharding: How the run splits samples, if it does.
     """
 
     def __init__(
@@ -56,7 +66,6 @@ class InferenceWorker:
         endpoint: StoreEndpoint,
         inference: InferenceConfig,
         answer: AnswerConfig,
-        sharding: ShardFormula | None = None,
     ):
         self._name, self._controller, self._answer = name, controller, answer
         self._max_concurrency = inference.max_concurrency
@@ -64,8 +73,9 @@ class InferenceWorker:
         self._report = WorkerReport(name)
         self._answering = self._capturing = 0
         self._turn = asyncio.Condition()
+        self._in_hand: set[str] = set()
         assert inference.buffer_bytes is not None, "resolved before the run starts"
-        self._engine = TargetEngine(engine, endpoint, inference.buffer_bytes, sharding)
+        self._engine = TargetEngine(engine, endpoint, inference.buffer_bytes)
 
     async def run(self) -> None:
         """Work until the controller has no more leases for this worker, then stop the engine.
@@ -101,19 +111,42 @@ class InferenceWorker:
                 samples.update(asyncio.create_task(self._serve(lease)) for lease in leases)
                 more, asking = bool(leases), None
 
+    async def ping(self) -> bool:
+        """A sign of life."""
+        return True
+
     async def _lease(self, count: int) -> list[Lease]:
-        return await self._controller.lease.remote(self._name, count, self._report)
+        """Up to ``count`` leases. If an answer is lost on its way, what it held is lost, too, and must go back."""
+        try:
+            leases: list[Lease] = await self._controller.lease.remote(self._name, count, self._report)
+        except ray.exceptions.ActorUnavailableError:
+            leases = await self._insist("lease", count, self._report, tuple(self._in_hand))
+        self._in_hand.update(lease.key for lease in leases)
+        return leases
 
     async def _serve(self, lease: Lease) -> None:
         """Turn one lease into a published sample, or into a failure with a reason."""
         try:
             ref, answer = await self._produce(lease)
+            await self._insist("publish", ref, answer)
         except EngineDied:
             raise
         except (EngineError, SampleTooLarge, Unanswerable) as error:
-            await self._controller.fail.remote(self._name, lease.sample, lease.key, str(error), _kind(error))
-            return
-        await self._controller.publish.remote(self._name, ref, answer)
+            await self._insist("fail", lease.sample, lease.key, str(error), _kind(error))
+        finally:
+            self._in_hand.discard(lease.key)
+
+    async def _insist(self, method: str, *args: Any) -> Any:
+        """Call the controller, again and again while it is being restarted.
+
+        Raises:
+            RayActorError: there is no controller any more.
+        """
+        while True:
+            try:
+                return await getattr(self._controller, method).remote(self._name, *args)
+            except ray.exceptions.ActorUnavailableError:
+                await asyncio.sleep(_CONTROLLER_PAUSE_SECONDS)
 
     async def _produce(self, lease: Lease) -> tuple[SampleRef, Answer | None]:
         input_ids, loss_mask, answer = np.frombuffer(lease.input_ids, "<i4").tolist(), lease.loss_mask, None
@@ -124,7 +157,7 @@ class InferenceWorker:
         else:
             read = 0
             async with self._capture_turn():
-                captured = await self._engine.capture(lease.key, input_ids)
+                captured = await self._engine.capture(lease.key, input_ids, lease.sharding)
         num_tokens = len(input_ids) + read
         self._count(
             samples=1,
@@ -156,6 +189,7 @@ class InferenceWorker:
                 self._answer.temperature,
                 self._answer.top_p,
                 lease.seed,
+                lease.sharding,
             )
         finally:
             self._answering -= 1
@@ -189,4 +223,6 @@ def _kind(error: Exception) -> FailureKind:
     """Who is to blame, and so what the controller does about it."""
     if isinstance(error, Unanswerable | SampleTooLarge):
         return "final"
+    if isinstance(error, NoStore):
+        return "no_store"
     return "no_room" if isinstance(error, NoRoom) else "retry"

@@ -13,6 +13,7 @@ Keys must be unique for each attempt: Mooncake answers a put on an existing key 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -150,6 +151,16 @@ class HiddenStateStore:
             error = error_for(code, "remove", name)
             if code < 0 and not isinstance(error, MissingObject):
                 raise error
+
+    def remove_all(self, prefix: str) -> None:
+        """Free every object whose name starts with ``prefix``. The master looks at all names: not for every day.
+
+        Raises:
+            StoreUnavailable: the master does not answer.
+        """
+        code = self._client.remove_by_regex(f"^{re.escape(prefix)}", True)
+        if code < 0:
+            raise error_for(code, "remove", f"{prefix}*")
 
     def exists(self, key: str, suffixes: Iterable[str]) -> bool:
         """Whether all of ``{key}_{suffix}`` are stored.

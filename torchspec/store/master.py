@@ -57,17 +57,42 @@ class MooncakeMaster:
                 protocol=protocol,
                 local_hostname=host,
             )
-            self._process = ChildProcess(_command(self.endpoint), log_path)
-            if self._becomes_ready():
+            if self._start(log_path):
                 return
-            self._process.stop()
-        raise StoreUnavailable(f"the store's master does not start; {log_path} ends with\n{self._process.log_tail()}")
+        raise self._failure()
+
+    def restart(self) -> None:
+        """End the process, if it has not ended by itself, and start another at the same addresses.
+
+        It knows nothing of what was stored. Nodes and clients find it by themselves.
+
+        Raises:
+            StoreUnavailable: it does not come up (quotes its log).
+        """
+        self._process.stop()
+        for _ in range(_START_ATTEMPTS):
+            if self._start(self._process.log_path):
+                return
+        raise self._failure()
 
     def alive(self) -> bool:
         return self._process.alive()
 
     def stop(self) -> None:
         self._process.stop()
+
+    def _start(self, log_path: Path) -> bool:
+        self._process = ChildProcess(_command(self.endpoint), log_path)
+        ready = self._becomes_ready()
+        if not ready:
+            self._process.stop()
+        return ready
+
+    def _failure(self) -> StoreUnavailable:
+        process = self._process
+        return StoreUnavailable(
+            f"the store's master does not start; {process.log_path} ends with\n{process.log_tail()}"
+        )
 
     def _becomes_ready(self) -> bool:
         """Whether the child itself came to listen on both ports.

@@ -6,6 +6,8 @@ anonymous memory (nothing in ``/dev/shm``) and its pages are touched when object
 
 from __future__ import annotations
 
+import threading
+
 from torchspec.store.client import connect
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.errors import error_for
@@ -27,6 +29,10 @@ class StoreNode:
         if code < 0:
             raise error_for(code, "ping", "the store")
         return True
+
+    def hold(self) -> None:
+        """Never returns: the end of this call is the end of the node."""
+        threading.Event().wait()
 
     def close(self) -> None:
         """Withdraw the memory; the objects in it are gone."""

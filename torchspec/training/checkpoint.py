@@ -56,16 +56,6 @@ class CheckpointInfo:
     version: int = VERSION
 
 
-def checkpoints_root(run_dir: Path) -> Path:
-    return run_dir / "checkpoints"
-
-
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None before the first."""
-    pointer = checkpoints_root(run_dir) / "latest"
-    return pointer.resolve() if pointer.exists() else None
-
-
 def checkpoint_kind(folder: Path) -> Literal["checkpoint", "huggingface"]:
     """Whether ``folder`` is one of our sharded checkpoints or a draft exported in Hugging Face format.
 

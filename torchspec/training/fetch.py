@@ -5,7 +5,8 @@
 
 One thread does all of it, a bounded number of steps ahead; it blocks in the controller's long-polls and never polls
 itself. Whether a step goes ahead is decided by the controller for all ranks at once, so a lost object never lets one
-rank train what another skips. Errors reach the step loop with the future of the step they belong to.
+rank train what another skips. A store that does not answer may have lost what it held: that is the same. Errors reach
+the step loop with the future of the step they belong to.
 
 Where samples are split among ranks that share them, each rank reads the objects of its own shard and no other, and
 lays its segments out as the windows that the attention backend plans for (``parallel/shards.py``). Masks and lengths
@@ -28,16 +29,19 @@ import ray
 import torch
 from torch import Tensor
 
-from torchspec.contracts import RankBatch, SampleId, SampleRef
+from torchspec.contracts import RankBatch, RankId, SampleId, SampleRef
 from torchspec.models.eagle3 import Eagle3Batch
 from torchspec.parallel.shards import Segment
-from torchspec.store.errors import MissingObject, SizeMismatch
+from torchspec.store.errors import MissingObject, SizeMismatch, StoreUnavailable
 from torchspec.store.geometry import SampleGeometry
 from torchspec.store.hidden_state_store import HiddenStateStore
 from torchspec.store.usp import segment_rows, shard_suffix, shard_tensors
 
 IDLE_TOKENS = 8
 """Length of the one all-padding row that a rank without samples trains on, to take part in the collectives."""
+
+MAX_ROUNDS = 10
+"""A step whose samples are lost so often in a row has ranks that cannot reach the store."""
 
 MicroBatches = tuple[tuple[SampleRef, ...], ...]
 Windows = dict[str, list[Tensor]]
@@ -80,7 +84,7 @@ class SampleFetcher:
             for ref, views in zip(refs, places, strict=True):
                 try:
                     self._copy(ref, views, held)
-                except (MissingObject, SizeMismatch):
+                except (MissingObject, SizeMismatch, StoreUnavailable):
                     missing.add(ref.sample)
             batches.append(batch)
         return batches, missing
@@ -149,7 +153,7 @@ class SampleFetcher:
 class StepStream:
     """The steps of a run for one rank, in order, fetched ahead of the step loop."""
 
-    def __init__(self, controller: Any, rank: int, fetcher: SampleFetcher, prefetch_steps: int, heldout: bool):
+    def __init__(self, controller: Any, rank: RankId, fetcher: SampleFetcher, prefetch_steps: int, heldout: bool):
         self._controller, self._rank, self._fetcher = controller, rank, fetcher
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fetch")
         # held-out samples are captured before all others: taking them first frees the store for training
@@ -179,7 +183,8 @@ class StepStream:
             return None
         held: Rows = {}
         seconds = 0.0
-        while True:
+        missing: set[SampleId] = set()
+        for _ in range(MAX_ROUNDS):
             started = time.perf_counter()
             micro_batches, missing = self._fetcher.fetch(batch.micro_batches, held)
             seconds += time.perf_counter() - started
@@ -187,6 +192,8 @@ class StepStream:
             if replacement is None:
                 return FetchedStep(batch, micro_batches, seconds)
             batch = replacement
+        names = ", ".join(map(str, sorted(missing)))
+        raise MissingObject(f"step {batch.step}: samples were lost {MAX_ROUNDS} times in a row, here {names or 'none'}")
 
     def _fetch_heldout(self) -> list[Eagle3Batch]:
         held: Rows = {}

@@ -13,6 +13,16 @@ from pathlib import Path
 PARTIAL = ".tmp"
 
 
+def checkpoints_root(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None before the first."""
+    pointer = checkpoints_root(run_dir) / "latest"
+    return pointer.resolve() if pointer.exists() else None
+
+
 def step_folder(root: Path, step: int) -> Path:
     return root / f"step_{step:06d}"
 

@@ -27,7 +27,7 @@ import torch.distributed as dist
 import yaml
 
 from torchspec.config.schema import Config
-from torchspec.contracts import StepReport
+from torchspec.contracts import RankId, StepReport
 from torchspec.export.hf import export_draft
 from torchspec.hardware import pick_device
 from torchspec.models.eagle3 import Eagle3Batch, Eagle3Output
@@ -39,7 +39,6 @@ from torchspec.training.checkpoint import (
     CONFIG_FILE,
     LEDGER_FILE,
     CheckpointInfo,
-    checkpoints_root,
     read_info,
     restore_checkpoint,
     save_checkpoint,
@@ -48,7 +47,7 @@ from torchspec.training.checkpoint import (
 from torchspec.training.fetch import FetchedStep, SampleFetcher, StepStream
 from torchspec.training.metrics import StepSums, summarise
 from torchspec.training.optimizer import build_optimizer
-from torchspec.training.rotation import point, rotate, step_folder
+from torchspec.training.rotation import checkpoints_root, point, rotate, step_folder
 from torchspec.training.schedule import learning_rate
 from torchspec.training.setup import build_draft, compile_or_stay_eager, usp_backend
 from torchspec.training.step import add_gradients, reduce_gradients
@@ -64,6 +63,8 @@ class TrainerSpec:
     """What a rank is made from. Only ``rank`` differs between the ranks of a run."""
 
     config: Config
+    generation: int
+    """Of the training group (``contracts.RankId``)."""
     rank: int
     """Ranks with the same ``rank // training.sp_size`` share samples; ``rank % training.sp_size`` is the shard."""
     world_size: int
@@ -91,6 +92,7 @@ class Trainer:
     def __init__(self, spec: TrainerSpec):
         config, training = spec.config, spec.config.training
         self.spec, self.config = spec, config
+        self.rank = RankId(spec.generation, spec.rank)
         torch.set_num_threads(spec.threads)
         self.device = torch.device(pick_device(training.device, "training.device"))
         join_ranks(spec.rank, spec.world_size, spec.address, spec.port, self.device)
@@ -121,8 +123,8 @@ class Trainer:
             TrainingDiverged: the loss or the gradients are not finite; names the step. Nothing was saved from it.
             CheckpointError: a checkpoint could not be saved.
         """
-        rank, config = self.spec.rank, self.config
-        sp_rank = rank % config.training.sp_size
+        rank, config = self.rank, self.config
+        sp_rank = rank.rank % config.training.sp_size
         fetcher = SampleFetcher(self.store, self.spec.geometry, sp_rank, pin_memory=self.device.type == "cuda")
         heldout = config.evaluation.heldout is not None
         with closing(StepStream(controller, rank, fetcher, config.controller.prefetch_steps, heldout)) as stream:
@@ -133,13 +135,17 @@ class Trainer:
                     break
                 batch = fetched.batch
                 report = self._train(fetched, wait_seconds=time.perf_counter() - started)
-                ray.get(controller.step_done.remote(rank, batch.step, report if rank == 0 else None))
+                ray.get(controller.step_done.remote(rank, batch.step, report if rank.rank == 0 else None))
                 score = self._evaluate(controller, stream.heldout()) if batch.evaluate else None
                 if batch.checkpoint:
                     self._save(controller, score)
             if self.step > self.saved_step:  # stopped between two checkpoints
                 self._save(controller, None)
         self.store.close()
+
+    def ping(self) -> bool:
+        """A sign of life, beside :meth:`run`."""
+        return True
 
     # ---- one optimizer step ----
 
@@ -214,7 +220,7 @@ class Trainer:
             split="heldout",
         )
         if self.spec.rank == 0:
-            ray.get(controller.heldout_done.remote(report))
+            ray.get(controller.heldout_done.remote(self.rank, report))
         return metrics.accept_length
 
     def _save(self, controller: Any, score: float | None) -> None:
@@ -224,7 +230,7 @@ class Trainer:
         folder = step_folder(root, self.step)
         files = {}
         if spec.rank == 0:
-            files[LEDGER_FILE] = ray.get(controller.ledger_snapshot.remote(self.step))
+            files[LEDGER_FILE] = ray.get(controller.ledger_snapshot.remote(self.rank, self.step))
             files[CONFIG_FILE] = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
         state = training_state(self.parameters, self.optimizer, self.draft_ids)
         save_checkpoint(folder, state, CheckpointInfo(self.step, spec.aux_layers, score), files)
@@ -234,7 +240,7 @@ class Trainer:
             for pointer in ("latest", *(["best"] if best else [])):
                 point(root, pointer, folder)
             rotate(root, config.checkpoint.keep)
-            ray.get(controller.committed.remote(self.step, str(folder), best))
+            ray.get(controller.committed.remote(self.rank, self.step, str(folder), best))
         if config.checkpoint.export:
             weights = gather_weights(self.parameters)
             if spec.rank == 0:

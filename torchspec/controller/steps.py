@@ -1,0 +1,190 @@
+"""One generation of training ranks on its way through the steps.
+
+    ledger --assign--> step --split--> a batch for each rank --fetched?--> go --step_done--> trained
+
+A group forms steps a little ahead of its ranks. Whether a step goes ahead is decided once for all ranks, when each has
+said what it could not fetch. A group that is closing forms no more steps: every rank ends after the same one, saves,
+and the next generation, of whatever size, goes on from there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from torchspec.config.schema import Config, TrainingConfig
+from torchspec.contracts import HELDOUT_EPOCH, RankBatch, SampleId
+from torchspec.controller.batching import MicroBatches, split_batch
+from torchspec.controller.ledger import Ledger
+from torchspec.controller.sync import FetchRound, Signal
+
+Lose = Callable[[Ledger, int, set[SampleId]], None]
+"""Told of the samples of a step that the store has lost."""
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """What the driver starts a generation of ranks from."""
+
+    generation: int
+    training: TrainingConfig
+    """With the sizes of this group."""
+    resume: Path | None
+    """The checkpoint to go on from; None: the beginning."""
+
+
+class GroupEnded(Exception):
+    """A rank of an earlier generation has called; it is no longer needed."""
+
+
+class TrainingGroup:
+    """See the module's docstring.
+
+    Args:
+        config: the run's, with the sizes of this group.
+        closing: end as soon as the ranks ask for a step.
+        lose: see :data:`Lose`; it leads to new references sooner or later, which :meth:`advance` notices.
+    """
+
+    def __init__(
+        self, generation: int, config: Config, ledger: Ledger, heldout: Ledger, closing: bool, lose: Lose
+    ) -> None:
+        self.generation, self.training, self.closing = generation, config.training, closing
+        self._config, self._ledger, self._heldout, self._lose = config, ledger, heldout, lose
+        self._next_step = [ledger.trained_step + 1] * self.training.world_size
+        self._batches: dict[int, list[RankBatch]] = {}
+        self._rounds: dict[int, FetchRound] = {}
+        self._acks: dict[int, set[int]] = {}
+        self._asking = 0  # ranks that wait for a step
+        self._over = self._heldout_told = False
+        self._seen = ledger.trained_step
+        self._changed = Signal()
+
+    def close(self) -> None:
+        """Form no more steps: ranks end after those they already have."""
+        self.closing = True
+        self._changed.fire()
+
+    def end(self) -> None:
+        """The group is gone: whatever its ranks still wait for ends with :class:`GroupEnded`."""
+        self._over = True
+        self._changed.fire()
+
+    @property
+    def starved(self) -> bool:
+        """Whether training waits for samples: some rank asks for a step, and there is none formed and untrained."""
+        return self._asking > 0 and not self._batches
+
+    def advance(self) -> None:
+        """Form every step that can be formed, complete every round that waits for lost samples, and tell the ranks of
+        that: of a sample alone nobody is told, there may be many ranks."""
+        news = self._ledger.trained_step != self._seen or self._ledger.exhausted
+        self._seen = self._ledger.trained_step
+        ahead = self._ledger.trained_step + self._config.controller.prefetch_steps
+        while not self.closing and max(self._batches, default=self._ledger.trained_step) < ahead:
+            step = self._ledger.assign()
+            if step is None:
+                break
+            self._batches[step] = self._rank_batches(step)
+            news = True
+        if not self.closing:  # some ranks may already have been told that there will be no held-out batches
+            self._heldout.assign()
+        if not self._heldout_told and (self._heldout.steps or self._heldout.exhausted):
+            self._heldout_told = news = True
+        for step, round_ in list(self._rounds.items()):
+            ledger, number = (self._heldout, 1) if step == HELDOUT_EPOCH else (self._ledger, step)
+            if round_.complete and all(r.state == "assigned" for r in ledger.step_records(number)):
+                del self._rounds[step]
+                if ledger is self._ledger:
+                    self._batches[step] = self._rank_batches(step)
+                round_.decide(self._batches.get(step, []))
+                news = True
+        if news:
+            self._changed.fire()
+
+    async def next_batch(self, rank: int) -> RankBatch | None:
+        """The next step's work for ``rank``, as soon as it is complete. None: no step follows in this generation."""
+        step = self._next_step[rank]
+        while step not in self._batches:
+            if self.closing or self._ledger.exhausted:
+                return None
+            self._asking += 1
+            try:
+                await self._wait()
+            finally:
+                self._asking -= 1
+        self._next_step[rank] += 1
+        return self._batches[step][self._group(rank)]
+
+    async def fetched(self, rank: int, step: int, missing: Iterable[SampleId]) -> RankBatch | None:
+        """See ``Controller.fetched``."""
+        outcome = await self._report(rank, step, self._ledger, step, missing)
+        return None if outcome is None else outcome[self._group(rank)]
+
+    def done(self, rank: int, step: int) -> bool:
+        """``rank`` has made ``step``; whether it was the last of them."""
+        acks = self._acks.setdefault(step, set())
+        acks.add(rank)
+        if len(acks) < self.training.world_size:
+            return False
+        del self._acks[step], self._batches[step]
+        return True
+
+    async def trained(self, step: int) -> None:
+        """Returns when all ranks have made ``step``."""
+        while self._ledger.trained_step < step:
+            await self._wait()
+
+    async def heldout_batches(self, rank: int) -> MicroBatches:
+        """See ``Controller.heldout_batches``."""
+        while not (self._heldout.steps or self._heldout.exhausted):
+            if self.closing:
+                return ()
+            await self._wait()
+        if not self._heldout.steps:
+            return ()
+        return self._split(self._heldout, 1)[self._group(rank)]
+
+    async def heldout_fetched(self, rank: int, missing: Iterable[SampleId]) -> bool:
+        """Whether all ranks hold their held-out samples now."""
+        return await self._report(rank, HELDOUT_EPOCH, self._heldout, 1, missing) is None
+
+    async def _report(
+        self, rank: int, name: int, ledger: Ledger, step: int, missing: Iterable[SampleId]
+    ) -> list[RankBatch] | None:
+        round_ = self._rounds.setdefault(name, FetchRound(self.training.world_size))
+        round_.report(rank, missing)
+        if round_.complete:
+            if round_.missing:
+                self._lose(ledger, step, round_.missing)
+            else:
+                del self._rounds[name]
+                round_.decide(None)
+                self._changed.fire()
+        while not round_.decided:
+            await self._wait()
+        return round_.outcome
+
+    async def _wait(self) -> None:
+        await self._changed.wait()
+        if self._over:
+            raise GroupEnded(f"generation {self.generation} of the training group has ended")
+
+    def _rank_batches(self, step: int) -> list[RankBatch]:
+        evaluation = self._config.evaluation
+        last = self._ledger.is_last(step)
+        checkpoint = last or step % self._config.checkpoint.every_steps == 0
+        evaluate = evaluation.heldout is not None and (checkpoint or step % evaluation.every_steps == 0)
+        return [
+            RankBatch(step=step, micro_batches=micro_batches, checkpoint=checkpoint, evaluate=evaluate, last=last)
+            for micro_batches in self._split(self._ledger, step)
+        ]
+
+    def _split(self, ledger: Ledger, step: int) -> list[MicroBatches]:
+        refs = [r.ref for r in ledger.step_records(step) if r.ref is not None]
+        return split_batch(refs, self.training.dp_size, self.training.micro_batch_size)
+
+    def _group(self, rank: int) -> int:
+        """The data-parallel group of ``rank``: the ranks that share its samples, neighbours in number."""
+        return rank // self.training.sp_size

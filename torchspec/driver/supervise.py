@@ -1,0 +1,52 @@
+"""Signs of life: notices what neither works nor ends."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+LONGEST_TURN = 2.0
+"""Seconds that pass between two looks count up to here; of a longer gap, who knows who has slept."""
+
+
+class AwakeClock:
+    """Seconds that this process has been awake for. A suspended machine or a stopped session makes nobody look hung."""
+
+    def __init__(self) -> None:
+        self._last = time.monotonic()
+
+    def elapsed(self) -> float:
+        """Since the last call."""
+        now = time.monotonic()
+        passed, self._last = now - self._last, now
+        return min(passed, LONGEST_TURN)
+
+
+class Pulse:
+    """Asks something for a sign of life again and again, and counts the seconds of silence.
+
+    Args:
+        ask: puts one question; the answer, or an error, comes with its future.
+        patience: seconds of silence after which it is taken for hung.
+        first: seconds until the first answer, while it starts; default: ``patience``.
+    """
+
+    def __init__(self, ask: Callable[[], Future[Any]], patience: float, first: float | None = None):
+        self._ask, self._patience = ask, patience
+        self._limit = patience if first is None else first
+        self._question = ask()
+        self._silence = 0.0
+        self.answer: Any = None
+        """The last one."""
+
+    def hangs(self, elapsed: float) -> bool:
+        """Whether it has been silent for too long, ``elapsed`` seconds after the last look."""
+        self._silence += elapsed
+        if self._question.done():
+            if self._question.exception() is None:
+                self.answer = self._question.result()
+                self._silence, self._limit = 0.0, self._patience
+            self._question = self._ask()
+        return self._silence >= self._limit

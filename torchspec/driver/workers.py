@@ -1,0 +1,100 @@
+"""The driver's half of the inference pool: starts workers, drains them, replaces those that die or hang."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from torchspec.config.schema import RecoveryConfig
+from torchspec.driver.actors import ActorFactory
+from torchspec.driver.controller import ControllerLine
+from torchspec.driver.failure import RunFailed, root_cause
+from torchspec.driver.supervise import Pulse
+from torchspec.driver.view import View
+
+MAX_FRUITLESS_STARTS = 2
+"""An inference pool whose workers die so many times in a row without a single sample will never work."""
+
+
+@dataclass
+class Worker:
+    name: str
+    actor: Any
+    pulse: Pulse
+    draining: bool = False
+    verdict: str = ""
+    """Why it was killed."""
+
+
+class Workers:
+    """The actors of the pool. A worker that dies loses nothing: the controller gives its leases to others."""
+
+    def __init__(self, actors: ActorFactory, controller: ControllerLine, recovery: RecoveryConfig, view: View):
+        self._actors, self._controller, self._recovery, self._view = actors, controller, recovery, view
+        self._workers: dict[ray.ObjectRef, Worker] = {}
+        self._wanted = self._fruitless = 0
+
+    def __len__(self) -> int:
+        return len(self._workers)
+
+    @property
+    def futures(self) -> list[ray.ObjectRef]:
+        return list(self._workers)
+
+    def resize(self, wanted: int) -> None:
+        """Come to have ``wanted`` workers: start some, or let the youngest finish what they have and end."""
+        self._wanted = wanted
+        staying = [worker for worker in self._workers.values() if not worker.draining]
+        for _ in range(wanted - len(staying)):
+            self._start()
+        for worker in staying[wanted:]:
+            worker.draining = True
+            self._controller.ask("drain", worker.name)
+            self._view.message(f"{worker.name} finishes what it has, then ends")
+
+    def reconnect(self) -> None:
+        """Tell a controller that knows nothing."""
+        for worker in self._workers.values():
+            if worker.draining:
+                self._controller.ask("drain", worker.name)
+
+    def ended(self, ref: ray.ObjectRef) -> None:
+        """The worker of a future has ended.
+
+        Raises:
+            RunFailed: none of them gets anything done.
+        """
+        worker = self._workers[ref]
+        log = self._actors.log_path(worker.name)
+        try:
+            ray.get(ref)
+        except ray.exceptions.RayError as error:
+            reason = worker.verdict or root_cause(error)
+            reports = {w.worker: w.samples for w in self._controller.ask("status").workers}
+            self._controller.ask("worker_lost", worker.name)
+            self._fruitless = 0 if reports.get(worker.name, 0) else self._fruitless + 1
+            if self._fruitless >= MAX_FRUITLESS_STARTS:
+                raise RunFailed(f"{worker.name} cannot work: {reason} (log: {log})") from None
+            replaced = "" if worker.draining else "; starting another"
+            self._view.message(f"{worker.name} died ({reason}; log: {log}){replaced}")
+        else:
+            self._controller.ask("worker_left", worker.name)
+            if worker.draining:
+                self._view.message(f"{worker.name} has ended")
+        ray.kill(worker.actor)
+        del self._workers[ref]
+        self.resize(self._wanted)
+
+    def check(self, elapsed: float) -> None:
+        """Kill those that hang: their futures end."""
+        for worker in self._workers.values():
+            if not worker.verdict and worker.pulse.hangs(elapsed):
+                worker.verdict = "it gave no sign of life"
+                ray.kill(worker.actor)
+
+    def _start(self) -> None:
+        name, actor = self._actors.worker(self._controller.actor)
+        pulse = Pulse(lambda: actor.ping.remote().future(), self._recovery.hang_seconds, self._recovery.start_seconds)
+        self._workers[actor.run.remote()] = Worker(name, actor, pulse)
