@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,3 +21,28 @@ def target_path() -> Path:
     cache = CACHE.expanduser()
     build(cache / MODEL, cache / "wheels")
     return cache / MODEL
+
+
+@dataclass(frozen=True)
+class UndisturbedRun:
+    folder: Path
+    output: str
+    started: float
+
+
+@pytest.fixture(scope="session")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory, target_path: Path, worker_id: str) -> UndisturbedRun:
+    """An online run that nothing happens to: made once, whichever of pytest's processes asks first."""
+    from tests.online import run_to_end, write_config
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "undisturbed"
+    folder.mkdir(exist_ok=True)
+    output, started = folder / "output.txt", folder / "started.txt"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not output.exists():
+            started.write_text(repr(time.time()))
+            text = run_to_end(folder, "train", write_config(folder, target_path)).text
+            output.write_text(text)
+    return UndisturbedRun(folder / "run", output.read_text(), float(started.read_text()))

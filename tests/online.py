@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -97,6 +98,56 @@ def processes_of(run_dir: Path, name: str = "") -> list[psutil.Process]:
             if name in described:
                 found.append(process)
     return found
+
+
+ROLES = {
+    "worker": "ray::InferenceWorker",
+    "engine": "sglang::scheduler",
+    "detokenizer": "sglang::detokenizer",
+    "trainer": "ray::Trainer",
+    "controller": "ray::Controller",
+    "node": "ray::StoreNode",
+    "master": "mooncake_master",
+}
+"""What the processes of a run's parts are called."""
+
+
+def part_of(run_dir: Path, role: str) -> list[psutil.Process]:
+    """The processes that play ``role``, the oldest first; an actor that starts is called by its name, too."""
+    wanted = ROLES[role].removeprefix("ray::")
+    found = [p for p in processes_of(run_dir, wanted) if wanted in _title(p)]
+    return sorted(found, key=lambda process: process.create_time())
+
+
+def signal_part(run_dir: Path, role: str, number: signal.Signals = signal.SIGKILL) -> None:
+    """Send a signal to the first process that plays ``role``."""
+    part_of(run_dir, role)[0].send_signal(number)
+
+
+def _title(process: psutil.Process) -> str:
+    """What the process calls itself; a program's name without its folder."""
+    try:
+        command = process.cmdline()
+    except psutil.Error:
+        return ""
+    return Path(command[0]).name if command else ""
+
+
+def losses(run_dir: Path) -> list[float]:
+    """The loss of each step, as the last generation of ranks to make it had it."""
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    last = {record["step"]: record["loss"] for record in records if record["split"] == "train"}
+    return [last[step] for step in sorted(last)]
+
+
+def steps_done(run_dir: Path) -> int:
+    """The last step that counts, so far."""
+    return max(journal(run_dir), default=0)
+
+
+def sorted_batches(batches: dict[int, list[SampleId]]) -> dict[int, list[SampleId]]:
+    """Comparable: ranks have no order among each other."""
+    return {step: sorted(batch) for step, batch in batches.items()}
 
 
 def wait_until_gone(run_dir: Path, seconds: float = 60) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from pathlib import Path
@@ -13,9 +12,14 @@ from tests.online import (
     Command,
     journal,
     ledger_snapshot,
+    losses,
+    part_of,
     processes_of,
     run_to_end,
     seeded_batches,
+    signal_part,
+    sorted_batches,
+    steps_done,
     wait_until_gone,
     write_config,
 )
@@ -23,20 +27,15 @@ from torchspec.controller.journal import read_lines
 from torchspec.controller.verify import verify_run
 from torchspec.inference.leftovers import find_shared_memory_leftovers
 
+EXPECTED = sorted_batches(seeded_batches())
+
 
 def trained(run_dir: Path) -> dict:
-    return {step: sorted(batch) for step, batch in journal(run_dir).items()}
+    return sorted_batches(journal(run_dir))
 
 
-EXPECTED = {step: sorted(batch) for step, batch in seeded_batches().items()}
-
-
-def steps_done(run_dir: Path) -> int:
-    return max(journal(run_dir), default=0)
-
-
-def resumed(run_dir: Path) -> bool:
-    return any(record["event"] == "resumed" for record in read_lines(run_dir / "ledger.jsonl"))
+def count(run_dir: Path, event: str) -> int:
+    return sum(record["event"] == event for record in read_lines(run_dir / "ledger.jsonl"))
 
 
 @pytest.fixture
@@ -47,8 +46,11 @@ def commands():
         command.process.kill()
 
 
-def test_a_run_through_every_kind_of_death_trains_what_it_would_have_trained(commands, tmp_path, target_path):
-    """An engine is killed, then the driver; the resumed run is interrupted; the next one finishes."""
+def test_a_run_through_every_kind_of_death_trains_what_it_would_have_trained(
+    commands, tmp_path, target_path, undisturbed
+):
+    """An engine, a training rank, the controller, the store's master and the driver are killed; the resumed run is
+    interrupted; the next one finishes."""
     run_dir, started = tmp_path / "run", time.time()
 
     def start(*arguments: str) -> Command:
@@ -56,21 +58,30 @@ def test_a_run_through_every_kind_of_death_trains_what_it_would_have_trained(com
         return commands[-1]
 
     first = start("train", write_config(tmp_path, target_path), "inference.workers=2")
-    first.wait_for(lambda: steps_done(run_dir) >= 1, "step 1")
-    os.kill(processes_of(run_dir, "sglang::scheduler")[0].pid, signal.SIGKILL)
-    first.wait_for(lambda: "starting another" in first.text and steps_done(run_dir) >= 4, "step 4")
-    assert processes_of(run_dir, "mooncake_master")
+
+    def kill(role: str, after: int, generations: int) -> None:
+        """Kill it once step ``after`` is made, and wait until the run has so many generations of ranks."""
+        first.wait_for(lambda: steps_done(run_dir) >= after and part_of(run_dir, role), f"step {after}")
+        signal_part(run_dir, role)
+        first.wait_for(lambda: count(run_dir, "group") == generations, f"generation {generations} after {role}")
+
+    kill("engine", 1, 1)
+    kill("trainer", 2, 2)
+    first.wait_for(lambda: "starting another" in first.text, "another worker")
+    kill("controller", 4, 3)
+    kill("master", 4, 3)
+    first.wait_for(lambda: "the store is back" in first.text and steps_done(run_dir) >= 7, "step 7")
     first.process.send_signal(signal.SIGKILL)
     wait_until_gone(run_dir)
     saved = ledger_snapshot(run_dir)["step"]
-    assert saved in (3, 6)
+    assert saved in (6, 9)
 
     second = start("resume", run_dir)
-    second.wait_for(lambda: resumed(run_dir) and steps_done(run_dir) > saved, f"step {saved + 1}")
+    second.wait_for(lambda: count(run_dir, "group") == 4 and steps_done(run_dir) > saved, f"step {saved + 1}")
     second.process.send_signal(signal.SIGINT)
     assert second.wait() == 0, second.text
     stopped_at = steps_done(run_dir)
-    assert saved < ledger_snapshot(run_dir)["step"] == stopped_at < len(EXPECTED)
+    assert saved < ledger_snapshot(run_dir)["step"] == stopped_at
     assert trained(run_dir) == {step: batch for step, batch in EXPECTED.items() if step <= stopped_at}
     assert processes_of(run_dir) == []
 
@@ -80,6 +91,7 @@ def test_a_run_through_every_kind_of_death_trains_what_it_would_have_trained(com
     snapshot = ledger_snapshot(run_dir)
     assert snapshot["cursor"] == snapshot["shape"]["prompts"] * snapshot["shape"]["epochs"]
     verdict = verify_run(run_dir)
-    assert verdict.violations == () and verdict.finished and verdict.resumes == 2
+    assert verdict.violations == () and verdict.finished
+    assert losses(run_dir) == pytest.approx(losses(undisturbed.folder), rel=1e-4)
     assert processes_of(run_dir) == []
     assert find_shared_memory_leftovers(started) == []
