@@ -12,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
+from torchspec.monitor.latency import EMPTY, Histogram
 from torchspec.parallel.shards import ShardFormula
 
 HELDOUT_EPOCH = -1
@@ -112,8 +113,21 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
+class SampleTiming:
+    """How long a worker needed for one sample. Durations, because the clocks of two machines differ."""
+
+    queue_seconds: float
+    """From the lease's arrival to the engine's taking it on."""
+    compute_seconds: float
+    """In the engine: prefill, and decode where there was an answer to write."""
+    hold_seconds: float
+    """From the last token to the start of the put: checks, and puts that were before it."""
+    put_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerReport:
-    """Counters of one inference worker, sent along with every lease request."""
+    """Counters of one inference worker since it began to ask for leases."""
 
     worker: str
     samples: int = 0
@@ -122,7 +136,54 @@ class WorkerReport:
     answer_tokens: int = 0
     put_bytes: int = 0
     put_seconds: float = 0.0
+    """Of all puts; they overlap each other and the engine's work."""
     busy_seconds: float = 0.0
+    """With at least one lease in hand."""
+    seconds: float = 0.0
+    """Since it began. ``seconds - busy_seconds`` was spent waiting for a lease with empty hands."""
+    engine_seconds: float = 0.0
+    """With at least one request in the engine; the rest of ``busy_seconds`` was spent on puts alone."""
+    failures: int = 0
+    """Leases that came to nothing."""
+    leases: int = 0
+    """In hand now."""
+    put_histogram: Histogram = EMPTY
+    """Latencies of puts (``monitor/latency.py``)."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankReport:
+    """Counters of one training rank since it joined. Seconds of the step loop but for ``get_seconds``."""
+
+    rank: int
+    step: int = 0
+    """The last step it has made."""
+    steps: int = 0
+    tokens: int = 0
+    """Of its own samples; those that share a sample count it once."""
+    seconds: float = 0.0
+    """Since it joined: the sum of the parts below and little else."""
+    wait_seconds: float = 0.0
+    """For the next step's samples, the wait that goes on now included."""
+    forward_seconds: float = 0.0
+    backward_seconds: float = 0.0
+    reduce_seconds: float = 0.0
+    """Adding up over the ranks and clipping; a rank that is ahead waits for the others here."""
+    optimizer_seconds: float = 0.0
+    pause_seconds: float = 0.0
+    """Held-out evaluations, checkpoints and exports."""
+    get_seconds: float = 0.0
+    """Fetching samples from the store, in the background, ahead of the step loop."""
+    get_bytes: int = 0
+    get_histogram: Histogram = EMPTY
+    """Latencies of gets, one a sample."""
+    queue_depth: int = 0
+    """Steps fetched and waiting for the step loop."""
+    doing: Literal["waiting", "training", "paused"] = "waiting"
+    flops: float = 0.0
+    """Floating-point operations of the draft, forward and backward (``training/flops.py``)."""
+    peak_flops: float | None = None
+    """A second, of its device; None where it is not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +235,7 @@ class RunStatus:
 
     run: str
     phase: str
-    """counting-vocabulary, training, stopping or finished."""
+    """counting-vocabulary, training, stopping, stopped or finished."""
     step: int
     total_steps: int
     epoch: int

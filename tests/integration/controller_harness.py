@@ -57,6 +57,7 @@ def make_spec(
             "every_steps": 2,
             **overrides.pop("evaluation", {}),
         },
+        "monitor": overrides.pop("monitor", {}),
     }
     return ControllerSpec(
         config=parse_config(tree),

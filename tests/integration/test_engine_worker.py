@@ -38,6 +38,7 @@ class Desk:
         self._open: set[str] = set()
         self.published: dict[str, tuple[Any, Any]] = {}
         self.failed: dict[str, tuple[str, str]] = {}
+        self.timings: list[Any] = []
 
     async def lease(self, worker: str, max_count: int, report: Any) -> list[Lease]:
         given, self._leases = self._leases[: min(max_count, 2)], self._leases[min(max_count, 2) :]
@@ -47,16 +48,17 @@ class Desk:
             await asyncio.sleep(0.05)
         return given
 
-    async def publish(self, worker: str, ref: Any, answer: Any) -> None:
+    async def publish(self, worker: str, ref: Any, answer: Any, timing: Any) -> None:
         self._open.remove(ref.key)
         self.published[ref.key] = ref, answer
+        self.timings.append(timing)
 
     async def fail(self, worker: str, sample: SampleId, key: str, reason: str, kind: str) -> None:
         self._open.remove(key)
         self.failed[key] = reason, kind
 
-    async def outcome(self) -> tuple[dict, dict, int]:
-        return self.published, self.failed, self._most
+    async def outcome(self) -> tuple[dict, dict, int, list]:
+        return self.published, self.failed, self._most, self.timings
 
 
 def lease(key: str, row: int, input_ids: list[int], max_new_tokens: int) -> Lease:
@@ -94,8 +96,9 @@ def outcome(store: RunningStore, target_path: Path, prompts: list[list[int]]) ->
         desk = Desk.remote(leases)  # type: ignore[attr-defined]
         worker = ray.remote(InferenceWorker).remote("w0", desk, engine, store.endpoint, inference, AnswerConfig())
         ray.get(worker.run.remote())
-        report = ray.get(worker.__ray_call__.remote(lambda self: self._report))
-        yield *ray.get(desk.outcome.remote()), report
+        report = ray.get(worker.__ray_call__.remote(lambda self: self._report()))
+        published, failed, most, timings = ray.get(desk.outcome.remote())
+        yield published, failed, most, (report, timings)
     finally:
         ray.shutdown()
 
@@ -154,10 +157,14 @@ def test_what_cannot_be_served_fails_with_a_reason(outcome) -> None:  # type: ig
 
 
 def test_the_worker_keeps_several_samples_in_flight_and_counts_them(outcome) -> None:  # type: ignore[no-untyped-def]
-    published, _, most, report = outcome
+    published, _, most, (report, timings) = outcome
     assert most == 4
     tokens = [ref.num_tokens for ref, _ in published.values()]
     assert (report.samples, report.tokens) == (7, sum(tokens))
     assert report.answer_tokens == sum(len(answer.token_ids) for _, answer in published.values() if answer)
     assert report.put_bytes == sum(ref.num_bytes for ref, _ in published.values())
-    assert report.put_seconds > 0 and report.busy_seconds > 0
+    assert report.put_seconds == pytest.approx(sum(t.put_seconds for t in timings)) and report.put_seconds > 0
+    assert sum(report.put_histogram) == 6 and report.failures == 1 and report.leases == 0
+    assert 0 < report.engine_seconds <= report.busy_seconds <= report.seconds
+    assert all(min(t.queue_seconds, t.hold_seconds) >= 0 and t.compute_seconds > 0 for t in timings)
+    assert max(t.compute_seconds for t in timings) <= report.engine_seconds

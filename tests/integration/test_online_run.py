@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import urllib.request
+from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -11,6 +14,7 @@ from tests.online import (
     EPOCHS,
     PROMPTS,
     STEPS,
+    Command,
     journal,
     ledger_snapshot,
     processes_of,
@@ -20,6 +24,8 @@ from tests.online import (
 )
 from torchspec.export.hf import validate_export
 from torchspec.inference.leftovers import find_shared_memory_leftovers
+from torchspec.monitor.snapshot import read_latest
+from torchspec.monitor.views import events_view, sample_view, samples_view
 
 
 def metric(run_dir, split, name):
@@ -30,6 +36,34 @@ def metric(run_dir, split, name):
 @pytest.fixture
 def run(undisturbed):
     return undisturbed.folder, undisturbed.output, undisturbed.started
+
+
+def watch(command: Command) -> dict[str, Any]:
+    """What the run's page is told while the run goes on, once there are ranks."""
+    command.wait_for(lambda: "page: http" in command.text, "page")
+    base = re.search(r"page: (http://127\.0\.0\.1:\d+/)", command.text)[1]  # type: ignore[index]
+
+    def ask(path: str) -> bytes:
+        with urllib.request.urlopen(base + path, timeout=30) as answer:
+            return answer.read()
+
+    command.wait_for(lambda: (json.loads(ask("api/run"))["snapshot"] or {"ranks": []})["ranks"] != [], "rank")
+    return {
+        "run": json.loads(ask("api/run")),
+        "metrics": ask("metrics").decode(),
+        "store": ask("metrics/store").decode(),
+    }
+
+
+def check_page(live: dict[str, Any]) -> None:
+    view = live["run"]
+    assert view["live"] and view["config"]["run"]["name"] == "shared"
+    (worker,), ranks = view["snapshot"]["workers"], view["snapshot"]["ranks"]
+    assert worker["report"]["samples"] > 0 and worker["report"]["put_bytes"] > 0 and worker["doing"] != "gone"
+    assert all(rank["report"]["seconds"] > 0 for rank in ranks)
+    assert all(rank["mfu"] is None for rank in ranks), "a CPU's peak is not known"
+    assert 'torchspec_live{run="shared"} 1.0' in live["metrics"]
+    assert "master_allocated_bytes" in live["store"]
 
 
 def test_every_sample_is_trained_once_in_the_seeded_order(run):
@@ -72,6 +106,26 @@ def test_what_a_person_gets(run):
     assert (run_dir / "rejected.jsonl").read_text() == ""
 
 
+def test_the_ended_run_can_be_seen(run):
+    run_dir, text, _ = run
+    latest = read_latest(run_dir)
+    assert latest.point.phase == "finished" and latest.point.step == STEPS
+    assert latest.point.captured_samples >= PROMPTS * EPOCHS and latest.point.trained_samples == PROMPTS * EPOCHS
+    assert latest.point.get_bytes > 0 and latest.point.rank_forward_seconds > 0
+    kinds = [event["kind"] for event in events_view(run_dir)["events"]]
+    assert "worker_started" in kinds and kinds.count("checkpoint") == 4 and kinds[-1] == "finished"
+    sample = sample_view(run_dir, samples_view(run_dir)["samples"][0]["sample"])
+    answers = {a["id"]: a["text"] for a in map(json.loads, (run_dir / "answers.jsonl").read_text().splitlines())}
+    assert answers[sample["id"].split(" (")[0]].startswith(sample["answer"].strip())
+    assert sum(sample["mask"]) == len(sample["mask"]) - sample["prompt_tokens"]
+    durations = {moment: at for moment, at, _ in sample["timeline"]}
+    assert durations["computing"] < durations["computed"] <= durations["putting"] < durations["stored"]
+    status = run_to_end(run_dir.parent, "status", run_dir)
+    assert "over the whole run" in status.text and f"step {STEPS}/{STEPS}" in status.text
+    token = (run_dir / "ui_token").read_text()
+    assert token not in text, "no secret in a log"
+
+
 def test_nothing_is_left_behind(run):
     run_dir, _, started = run
     assert processes_of(run_dir) == []
@@ -80,8 +134,6 @@ def test_nothing_is_left_behind(run):
 
 
 def test_the_run_is_not_started_over_by_mistake(run, target_path):
-    from tests.online import Command
-
     run_dir, _, _ = run
     again = Command(run_dir.parent, "train", run_dir.parent / "run.yaml")
     assert again.wait() == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -12,7 +14,10 @@ import pytest
 import ray
 import torch
 from trainer_harness import (
+    AUX_LAYERS,
+    DRAFT_IDS,
     GEOMETRY,
+    HIDDEN,
     TTT,
     Bench,
     ScriptedController,
@@ -22,10 +27,13 @@ from trainer_harness import (
     run_script,
     running_bench,
 )
+from transformers import AutoConfig
 
-from torchspec.contracts import RankId
+from torchspec.contracts import RankId, unpack_mask
 from torchspec.controller.batching import split_batch
+from torchspec.models.eagle3_config import Eagle3Config
 from torchspec.training.fetch import SampleFetcher, StepStream
+from torchspec.training.flops import draft_flops
 
 
 @pytest.fixture(scope="module")
@@ -142,3 +150,37 @@ def test_what_one_rank_misses_is_replaced_for_all(bench: Bench) -> None:
         ("fetched", 1, 1, (lost.sample,)),
     ]
     ray.kill(controller)
+
+
+def test_each_rank_says_where_its_time_goes_and_profiles_its_steps(bench: Bench, tmp_path: Path) -> None:
+    refs = put_samples(bench.client, [20, 9, 14, 16], prefix="clocked")
+    config = make_config(
+        bench.target,
+        tmp_path / "run",
+        training={"dp_size": 2, "micro_batch_size": 1},
+        monitor={"profile_steps": [2, 3], "peak_flops": 1e9},
+    )
+    outcome = run_script(
+        config, bench.endpoint, [Step(refs, checkpoint=number == 4) for number in range(1, 6)], world=2
+    )
+    assert outcome.errors == []
+    for rank, report in sorted(outcome.ranks.items()):
+        assert (report.rank, report.step, report.steps) == (rank, 5, 5)
+        parts = ("wait", "forward", "backward", "reduce", "optimizer", "pause")
+        seconds = {part: getattr(report, f"{part}_seconds") for part in parts}
+        assert all(value > 0 for value in seconds.values()), seconds
+        assert 0.7 * report.seconds < sum(seconds.values()) <= 1.01 * report.seconds, (seconds, report.seconds)
+        assert sum(report.get_histogram) == 10, "two samples in each of five steps"
+        assert 0 < report.get_seconds < report.seconds and report.peak_flops == 1e9
+        with gzip.open(tmp_path / "run" / "profile" / f"rank-{rank}.json.gz") as file:
+            names = [event.get("name", "") for event in json.load(file)["traceEvents"]]
+        assert any("aten::mm" in name for name in names)
+    ranks = outcome.ranks.values()
+    assert sum(report.tokens for report in ranks) == 5 * 59
+    per_token = 4 * (len(AUX_LAYERS) + 1) * HIDDEN + 4  # float32 states, int32 ids
+    assert sum(report.get_bytes for report in ranks) == 5 * 59 * per_token
+    target = AutoConfig.from_pretrained(bench.target)
+    draft = Eagle3Config.from_target(target, len(DRAFT_IDS))
+    scored = [sum(unpack_mask(ref.loss_mask, ref.num_tokens)) for ref in refs]
+    expected = sum(draft_flops(draft, ref.num_tokens, n, TTT) for ref, n in zip(refs, scored, strict=True))
+    assert sum(report.flops for report in ranks) == pytest.approx(5 * expected)

@@ -19,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from torchspec.config.load import parse_config
 from torchspec.config.schema import Config
-from torchspec.contracts import RankBatch, RankId, SampleId, SampleRef, StepReport, pack_mask
+from torchspec.contracts import RankBatch, RankId, RankReport, SampleId, SampleRef, StepReport, pack_mask
 from torchspec.controller.batching import split_batch
 from torchspec.parallel.shards import ShardFormula
 from torchspec.processes import free_port
@@ -144,6 +144,7 @@ class ScriptedController:
         self.decisions: dict[int, asyncio.Event] = {}
         self.log: list[tuple[Any, ...]] = []
         self.reports: list[StepReport] = []
+        self.ranks: dict[int, RankReport] = {}
 
     def _batch(self, rank: int, number: int, refs: Sequence[SampleRef]) -> RankBatch:
         step = self.steps[number]
@@ -190,8 +191,11 @@ class ScriptedController:
     async def heldout_done(self, _: RankId, report: StepReport) -> None:
         self.reports.append(report)
 
-    async def told(self) -> tuple[list[tuple[Any, ...]], list[StepReport]]:
-        return self.log, self.reports
+    async def rank_report(self, _: RankId, report: RankReport) -> None:
+        self.ranks[report.rank] = report
+
+    async def told(self) -> tuple[list[tuple[Any, ...]], list[StepReport], dict[int, RankReport]]:
+        return self.log, self.reports, self.ranks
 
 
 class Rank(Trainer):
@@ -219,6 +223,8 @@ class Outcome:
     weights: dict[str, Tensor] = field(default_factory=dict)
     draws: list[float] = field(default_factory=list)
     errors: list[Exception] = field(default_factory=list)
+    ranks: dict[int, RankReport] = field(default_factory=dict)
+    """The last word of each rank about itself."""
 
     @property
     def losses(self) -> list[float]:
@@ -274,7 +280,7 @@ def run_script(
         if not outcome.errors:
             outcome.weights = ray.get([rank.weights.remote() for rank in ranks], timeout=60)[0]
             outcome.draws = ray.get(ranks[0].draw.remote())
-        outcome.log, outcome.reports = ray.get(controller.told.remote())
+        outcome.log, outcome.reports, outcome.ranks = ray.get(controller.told.remote())
     finally:
         for actor in [*ranks, controller]:
             ray.kill(actor)

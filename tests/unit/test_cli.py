@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from tests.simulation.pipeline import Simulation
+from tests.simulation.run_folder import SCENARIOS, RunFolder
 from torchspec.cli.arguments import find_run
 from torchspec.cli.main import main
 from torchspec.cli.quickstart import unused_name
@@ -63,6 +66,8 @@ def test_version_and_help() -> None:
         "resume",
         "plan",
         "status",
+        "ui",
+        "trace",
         "stop",
         "verify",
         "export",
@@ -144,9 +149,12 @@ def test_a_run_that_is_over_cannot_be_asked(
     folder.mkdir(parents=True)
     save_config(load_config(recipe), folder / "config.yaml")
     assert find_run("old") == find_run("runs/old") == folder
-    for arguments in (["status", "old"], ["stop", "old"], ["scale", "old", "--inference", "2"]):
+    for arguments in (["stop", "old"], ["scale", "old", "--inference", "2"]):
         assert run(monkeypatch, *arguments) == 2
         assert "is not running now" in capsys.readouterr().err
+    for name, reason in (("status", "has no metrics"), ("trace", "no sample")):
+        assert run(monkeypatch, name, "old") == 2
+        assert reason in capsys.readouterr().err
     assert run(monkeypatch, "scale", "old") == 2
     assert "--inference K, --dp D, --sp N" in capsys.readouterr().err
 
@@ -170,6 +178,25 @@ def test_verify_says_how_far_a_run_is_proven_and_names_what_is_not(
     journal.write({"event": "trained", "step": 2, "end": 4, "samples": [[0, third], [0, second]]})
     assert run(monkeypatch, "verify", "old") == 1
     assert f"line 3: step 2 trains a second time e0p{second}" in capsys.readouterr().out
+
+
+def test_the_status_of_a_run_that_was_killed_says_which_side_was_slow_and_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    folder = tmp_path / "killed"
+    simulation = Simulation(SCENARIOS["inference-bound"])
+    RunFolder(folder, simulation).follow(200)
+    assert run(monkeypatch, "status", str(folder)) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"step {simulation.ranks.step}/" in text and "worker-1" in text
+    assert "inference is the bottleneck" in text and "2 more inference workers would balance" in text
+    assert "torchspec resume" in text
+    assert run(monkeypatch, "status", "--json", str(folder)) == 0
+    known = json.loads(capsys.readouterr().out)
+    assert known["verdict"]["side"] == "inference" and known["live"] is False and known["step"] == simulation.ranks.step
+    assert run(monkeypatch, "trace", str(folder)) == 0
+    assert json.loads((folder / "trace.json").read_text())["traceEvents"]
 
 
 def test_resume_stays_in_the_runs_folder(

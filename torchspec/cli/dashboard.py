@@ -41,7 +41,13 @@ LEDGER_STYLES = {
     "rejected": "red",
 }
 """Ledger states from finished to untouched; the bar shows them in this order."""
-PHASE_STYLES = {"training": "green", "finished": "green", "stopping": "yellow", "failed": "bold red"}
+PHASE_STYLES = {
+    "training": "green",
+    "finished": "green",
+    "stopped": "yellow",
+    "stopping": "yellow",
+    "failed": "bold red",
+}
 SPARKS = "▁▂▃▄▅▆▇█"
 LEAST_EVENTS = 3
 LEAST_SPARKS = 6

@@ -68,6 +68,7 @@ def show_evaluation(
     from torchspec.evaluation.evaluate import run_evaluation
     from torchspec.evaluation.render import render
     from torchspec.evaluation.serving import ServingError
+    from torchspec.monitor.recorder import record_evaluation
 
     started = time.monotonic()
 
@@ -79,6 +80,9 @@ def show_evaluation(
     except ServingError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+    run_dir = run_of(draft)
+    if run_dir is not None:
+        record_evaluation(run_dir, result)
     Console().print(render(result))
 
 
@@ -90,7 +94,12 @@ def target_of(draft: Path) -> str:
     """
     from torchspec.config.load import load_config
 
-    for folder in draft.absolute().parents:
-        if (folder / "config.yaml").is_file():
-            return load_config(folder / "config.yaml").target.path
-    raise ValueError(f"{draft} lies in no run's folder, so name the target: torchspec eval {draft} --target FOLDER")
+    run_dir = run_of(draft)
+    if run_dir is None:
+        raise ValueError(f"{draft} lies in no run's folder, so name the target: torchspec eval {draft} --target FOLDER")
+    return load_config(run_dir / "config.yaml").target.path
+
+
+def run_of(draft: Path) -> Path | None:
+    """The run's folder around ``draft``, if there is one."""
+    return next((folder for folder in draft.absolute().parents if (folder / "config.yaml").is_file()), None)

@@ -29,6 +29,8 @@ for command in (
     train.resume,
     train.plan,
     runs.status,
+    runs.ui,
+    runs.trace,
     runs.scale,
     runs.stop,
     verify.verify,

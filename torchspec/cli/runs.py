@@ -1,32 +1,102 @@
-"""``torchspec status``, ``scale`` and ``stop``: a running run, seen from another terminal."""
+"""``torchspec status``, ``ui``, ``trace``, ``scale`` and ``stop``: a run, running or not, from another terminal."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from torchspec.cli.arguments import Run, find_run
 
+if TYPE_CHECKING:
+    from torchspec.contracts import RunStatus
+
 
 def status(
     run: Run, as_json: Annotated[bool, typer.Option("--json", help="Print everything that is known, as JSON.")] = False
 ) -> None:
-    """Show how a running run is doing."""
+    """Show how a run is doing, or how it ended: which side limits it, by how much, and what to change."""
     import json
     from dataclasses import asdict
 
     from rich.console import Console
 
     from torchspec.cli.dashboard import Dashboard
-    from torchspec.driver.handle import connect
+    from torchspec.cli.tables import verdict_text
+    from torchspec.monitor.bottleneck import judge_run
+    from torchspec.monitor.handle import is_live
 
-    with connect(find_run(run)) as handle:
-        now = handle.status()
+    folder = find_run(run)
+    live = is_live(folder)
+    now, verdict = _status_of(folder, live), judge_run(folder, live)
     if as_json:
-        print(json.dumps(asdict(now), indent=2))
-    else:
-        Console(highlight=False).print(Dashboard(now, now.messages))
+        print(json.dumps({**asdict(now), "live": live, "verdict": asdict(verdict)}, indent=2))
+        return
+    console = Console(highlight=False)
+    console.print(Dashboard(now, now.messages))
+    console.print(verdict_text(verdict))
+    if not live and now.phase not in ("finished", "stopped"):
+        console.print(f"not running now; continue it with: torchspec resume {folder}", style="yellow")
+
+
+def _status_of(folder: Path, live: bool) -> RunStatus:
+    """From the run's files; where monitoring is switched off, from the running run itself."""
+    from torchspec.driver.handle import connect
+    from torchspec.monitor.snapshot import read_latest
+
+    latest = read_latest(folder)
+    if latest is not None:
+        return latest.status
+    if not live:
+        raise ValueError(f"{folder} has ended and has no metrics (monitor.history_seconds was 0?)")
+    with connect(folder) as handle:
+        return handle.status()
+
+
+def ui(
+    run: Run,
+    other: Annotated[str | None, typer.Argument(metavar="[RUN2]", help="Another run, to compare with.")] = None,
+    port: Annotated[int | None, typer.Option(help="Default: 8790, or a free one.", show_default=False)] = None,
+) -> None:
+    """Serve the page of a run on loopback, running or not; Ctrl-C ends it."""
+    import asyncio
+
+    from torchspec.driver.handle import PageControls
+    from torchspec.monitor.server import PageServer, ensure_token
+
+    folders = [find_run(name) for name in (run, other) if name is not None]
+    server = PageServer(folders, PageControls, port)
+    token = ensure_token(folders[0])
+
+    async def serve() -> None:
+        runner = await server.start()
+        try:
+            print(f"{server.url}#token={token}", flush=True)
+            await asyncio.Event().wait()
+        finally:
+            await runner.cleanup()
+
+    asyncio.run(serve())
+
+
+def trace(
+    run: Run,
+    sample: Annotated[
+        str | None, typer.Argument(metavar="[SAMPLE]", help="Like e0p12. Default: all that were followed.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Default: trace.json in the run's folder.", show_default=False)
+    ] = None,
+) -> None:
+    """Write the way of samples through the system as a trace for chrome://tracing or ui.perfetto.dev."""
+    from torchspec.cli.tables import shown
+    from torchspec.monitor.trace import write_trace
+
+    folder = find_run(run)
+    path = out or folder / "trace.json"
+    count = write_trace(folder, sample, path)
+    print(f"{count} sample{'' if count == 1 else 's'} traced in {shown(path)}; open it at https://ui.perfetto.dev")
 
 
 def scale(

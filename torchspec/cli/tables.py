@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torchspec.data.survey import Survey
     from torchspec.driver.plan import Plan
     from torchspec.driver.run import RunSummary
+    from torchspec.monitor import bottleneck
 
 
 def pairs_table(title: str, pairs: dict[str, str]) -> Table:
@@ -141,6 +142,17 @@ def verdict_table(title: str, verdict: Verdict) -> Table:
         figures = count.dataset, count.trained, count.committed, count.rejected, count.left
         table.add_row(str(count.epoch), *(f"{figure:,}" for figure in figures))
     return table
+
+
+def verdict_text(verdict: bottleneck.Verdict) -> Text:
+    """Which side limits a run, in words."""
+    style = {"balanced": "green", None: "dim"}.get(verdict.side, "yellow")
+    text = Text.assemble((verdict.headline, f"bold {style}"), f": {verdict.text}")
+    if verdict.confidence == "low":
+        text.append(" (this has just changed, or changes often)", style="dim")
+    for advice in verdict.advice:
+        text.append(f"\n  - {advice}")
+    return text
 
 
 def shown(path: Path) -> str:

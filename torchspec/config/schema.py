@@ -263,12 +263,26 @@ class RecoveryConfig(Section):
 
 
 class MonitorConfig(Section):
-    tensorboard: bool = True
-    """Write TensorBoard logs into the run's folder."""
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
+    """Where figures go besides the run's folder. TensorBoard's logs lie in that; W&B and MLflow are extras
+    (``torchspec[wandb]``, ``torchspec[mlflow]``) and go where their own environment variables say."""
+    project: str = "torchspec"
+    """Project of W&B, experiment of MLflow."""
     live: Literal["auto", "on", "off"] = "auto"
     """The terminal view while training; ``auto`` shows it on a terminal and prints plain lines elsewhere."""
     every_steps: int = Field(default=10, ge=1)
     """Plain lines: one each so many steps."""
+    history_seconds: float = Field(default=1.0, ge=0)
+    """Write down so often how the run is doing, for the page, ``torchspec top`` and ``status``. 0: never."""
+    profile_steps: tuple[PositiveInt, PositiveInt] | None = None
+    """Profile these steps, first and last, with torch's profiler: a trace of each rank in the run's ``profile``."""
+    ui: bool = True
+    """Serve the run's page on loopback while it runs."""
+    ui_port: int | None = Field(default=None, ge=1, le=65535)
+    """Port of the page. Default: 8790, or a free one where that is taken."""
+    peak_flops: float | None = Field(default=None, gt=0)
+    """Floating-point operations a second of one rank's device, for model FLOPs utilisation. Default: as NVIDIA says for
+    common GPUs in bfloat16; unknown elsewhere, and utilisation is left out."""
 
 
 class Config(Section):
@@ -337,6 +351,13 @@ class Config(Section):
                 f"controller.reorder_window ({self.controller.reorder_window}) is smaller than "
                 f"draft.vocab_prompts ({self.draft.vocab_prompts}): the vocabulary could never be counted"
             )
+        return self
+
+    @model_validator(mode="after")
+    def check_profile(self) -> Config:
+        steps = self.monitor.profile_steps
+        if steps is not None and steps[0] > steps[1]:
+            raise ValueError(f"monitor.profile_steps ({list(steps)}) must be a first and a last step, in this order")
         return self
 
     @property

@@ -46,7 +46,7 @@ class Books:
         self.heldout = Ledger(shape, max(1, heldout), attempts, first_epoch=HELDOUT_EPOCH)
         self.journal = JsonLines(run_dir / "ledger.jsonl")
         self.rejections = JsonLines(run_dir / "rejected.jsonl")
-        self.observer = Observer(run_dir)
+        self.observer = Observer(run_dir, config.monitor.history_seconds)
         self.samples = Samples(
             spec.train, spec.heldout, run_dir / "answers.jsonl", config.answer.reuse, config.run.seed
         )
@@ -100,6 +100,7 @@ class Books:
         self.journal.write({"event": "started", **line, **limits})
         if incarnation > 1:
             self.journal.write({"event": "resumed", "step": self.ledger.committed_step})
+            self.observer.resumed(self.ledger.committed_step)
         await self.objects.connect(self.geometry.suffixes)
         if incarnation > 1:
             await self.objects.remove_all(f"{self._run}/")
@@ -137,14 +138,18 @@ class Books:
             if sample in rejected:
                 self.credits.release(sample)
                 self.rejections.write(self._journal_rejection(rejected[sample]))
-                self.observer.note(f"rejected {self.samples.name(sample)}: {rejected[sample].reason}")
+                self.observer.rejected(sample, self.samples.name(sample), rejected[sample].reason)
         self.count_vocabulary()
         self._changed()
+
+    def formed(self, step: int) -> None:
+        """A group of ranks has formed ``step``."""
+        self.observer.mark(self.ledger.step_records(step), "assigned", f"step {step}")
 
     def lose(self, ledger: Ledger, step: int, samples: set[SampleId]) -> None:
         """The store has lost samples of a formed step: they are captured again."""
         for record in [r for r in ledger.step_records(step) if r.sample in samples]:
-            self.observer.note(f"the store lost {self.samples.name(record.sample)}; it is captured again")
+            self.observer.sample_lost(record, self.samples.name(record.sample))
             ledger.lose(record.sample, record.key)
         self.settle(ledger, samples)
 
@@ -159,8 +164,14 @@ class Books:
         self.ledger.train(step)
         batch = {"step": step, "end": self.ledger.trained_cursor, "samples": [r.sample for r in records]}
         self.journal.write({"event": "trained", **batch})
-        self.observer.trained(len(records), sum(r.ref.num_tokens for r in records if r.ref))
-        self.drop(records, self.room)
+        self.observer.trained(records)
+
+        def freed() -> None:
+            for record in records:
+                self.observer.freed(record, self.samples)
+            self.room()
+
+        self.drop(records, freed)
         self._changed()
 
     def hold_heldout(self) -> None:
@@ -208,7 +219,7 @@ class Books:
             self.journal.write({"event": "committed", "step": step})
         if step < trained:
             self.journal.write({"event": "resumed", "step": step})
-            self.observer.note(f"going back to step {step}: {trained - step} steps are made again")
+            self.observer.note(f"going back to step {step}: {trained - step} steps are made again", step=step)
             for position, rejection in sorted(self.ledger.rejected.items()):
                 if position >= self.ledger.committed_cursor:
                     self._journal_rejection(rejection)

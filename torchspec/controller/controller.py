@@ -17,6 +17,7 @@ and starts one, at first, at another size, or after a rank was lost.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import replace
 from functools import wraps
@@ -30,9 +31,11 @@ from torchspec.contracts import (
     Lease,
     RankBatch,
     RankId,
+    RankReport,
     RunStatus,
     SampleId,
     SampleRef,
+    SampleTiming,
     StepReport,
     WorkerReport,
 )
@@ -83,6 +86,7 @@ class Controller:
         self._begun = asyncio.Event()
         self._stopping = False
         self._finished = False
+        self._ended = asyncio.Event()
         self._work = Signal()
 
     async def begin(self, running: int | None = None) -> None:
@@ -101,6 +105,7 @@ class Controller:
             self.pool = InferencePool(self.config, running)
         await self.books.open(self.config)
         self._observing = asyncio.create_task(self._observe_pools())
+        self._recording = asyncio.create_task(self._record())
         self._begun.set()
 
     async def ping(self) -> bool:
@@ -130,10 +135,12 @@ class Controller:
                 await self._work.wait()
         return []
 
-    async def publish(self, worker: str, ref: SampleRef, answer: Answer | None) -> None:
+    async def publish(
+        self, worker: str, ref: SampleRef, answer: Answer | None, timing: SampleTiming | None = None
+    ) -> None:
         """``worker`` has put a sample in the store, and maybe written its answer. Saying so twice does no harm."""
         await self._begun.wait()
-        await self.leases.publish(ref, answer)
+        await self.leases.publish(ref, answer, timing)
 
     async def fail(self, worker: str, sample: SampleId, key: str, reason: str, kind: FailureKind) -> None:
         """A lease of ``worker`` came to nothing."""
@@ -145,7 +152,7 @@ class Controller:
         """A worker died or was taken away: its leases go back. Returns how many."""
         lost = self.leases.lost(worker)
         self._worker_gone(worker)
-        self.books.observer.note(f"{worker} is gone; {lost} of its leases are pending again")
+        self.books.observer.worker_lost(worker, lost)
         return lost
 
     @after_begin
@@ -155,7 +162,15 @@ class Controller:
 
     def _worker_gone(self, worker: str) -> None:
         self.pool.left(worker)
-        self.books.observer.workers.pop(worker, None)
+        self.books.observer.worker_left(worker)
+
+    async def worker_started(self, worker: str) -> None:
+        """``worker`` is being started; it will ask for leases once its engine is warm."""
+        self.books.observer.worker_started(worker)
+
+    async def worker_report(self, report: WorkerReport) -> None:
+        """What a worker says about itself once a second, whether or not it has anything to do."""
+        self.books.observer.worker_reported(report)
 
     # ---- training ranks ----
 
@@ -172,7 +187,10 @@ class Controller:
 
         Otherwise the step again with new references: what was missing has been captured once more.
         """
-        return await self._group_of(rank).fetched(rank.rank, step, missing)
+        again = await self._group_of(rank).fetched(rank.rank, step, missing)
+        if again is None and rank.rank == 0:
+            self.books.observer.mark(self.books.ledger.step_records(step), "fetched")
+        return again
 
     async def step_done(self, rank: RankId, step: int, report: StepReport | None) -> None:
         """``rank`` has made ``step``. The last rank's call frees the step's samples."""
@@ -192,7 +210,7 @@ class Controller:
         await self._group_of(rank).trained(step)  # another rank's step_done may still be on its way
         self.books.ledger.commit(step)
         self.books.journal.write({"event": "committed", "step": step, "folder": folder})
-        self.books.observer.note(f"checkpoint {folder}" + (" (best so far)" if best else ""))
+        self.books.observer.committed(step, folder, best)
 
     async def heldout_batches(self, rank: RankId) -> MicroBatches:
         """This rank's held-out micro-batches, as soon as all are captured. Empty tuples where it has fewer."""
@@ -208,6 +226,11 @@ class Controller:
     async def heldout_done(self, rank: RankId, report: StepReport) -> None:
         self._group_of(rank)
         self.books.observer.report(report)
+
+    async def rank_report(self, rank: RankId, report: RankReport) -> None:
+        """What a rank says about itself once a second, also while it waits."""
+        if rank.generation == self.books.generation:
+            self.books.observer.telemetry.rank_report(report)
 
     def _group_of(self, rank: RankId) -> TrainingGroup:
         if self._group is None or rank.generation != self._group.generation:
@@ -228,15 +251,17 @@ class Controller:
         """Start a generation of ranks from the newest checkpoint. Those of the one before must be gone."""
         books, training = self.books, self.config.training
         if self._group is not None:
+            books.observer.trainer_ended(broken=not self._group.closing)
             self._group.end()
             books.rewind()
         books.generation += 1
         books.formed_sharding = training.shard_formula
         self._group = TrainingGroup(
-            books.generation, self.config, books.ledger, books.heldout, self._stopping, books.lose
+            books.generation, self.config, books.ledger, books.heldout, self._stopping, books.lose, books.formed
         )
         sizes = {"dp_size": training.dp_size, "sp_size": training.sp_size}
         step = books.ledger.committed_step
+        books.observer.trainer_started(books.generation, **sizes)
         books.journal.write({"event": "group", "generation": books.generation, "step": step, **sizes})
         self._advance()
         return GroupPlan(books.generation, training, latest_checkpoint(self._run_dir))
@@ -251,7 +276,8 @@ class Controller:
         """Have so many inference workers; ``auto``: as many as training needs."""
         self._decide(with_workers(self.config, workers))
         observer = self.books.observer
-        observer.note(f"inference workers: {workers} asked for, {len(observer.workers)} there")
+        message = f"inference workers: {workers} asked for, {len(observer.workers)} there"
+        observer.note(message, "scaled", workers=workers)
         self.pool.ask_for(workers)
 
     @after_begin
@@ -263,7 +289,8 @@ class Controller:
         """
         self._decide(with_sizes(self.config, sizes))
         training = self.config.training
-        self.books.observer.note(f"training goes on with dp_size {training.dp_size} and sp_size {training.sp_size}")
+        message = f"training goes on with dp_size {training.dp_size} and sp_size {training.sp_size}"
+        self.books.observer.note(message, "scaled", dp_size=training.dp_size, sp_size=training.sp_size)
         self.books.split(training.shard_formula)
         if self._group is not None:
             self._group.close()
@@ -290,21 +317,21 @@ class Controller:
     async def store_away(self) -> None:
         """The store does not answer, or has lost a part: no leases until it is back."""
         self.leases.store_away = True
-        self.books.observer.note("the store is away")
+        self.books.observer.note("the store is away", "store_lost")
 
     @after_begin
     async def store_back(self) -> None:
         """The store is there again, and empty. Ranks find out by themselves what they have not fetched yet."""
         self.leases.store_away = False
         self.books.forget(lambda _: False)
-        self.books.observer.note("the store is back, empty: what was in it is captured again")
+        self.books.observer.note("the store is back, empty: what was in it is captured again", "store_back")
         self.books.room()
         self._work.fire()
 
     @after_begin
     async def request_stop(self, reason: str) -> None:
         """No new step, no new sample: ranks end after the steps they already have."""
-        self.books.observer.note(f"stopping after the current step: {reason}")
+        self.books.observer.note(f"stopping after the current step: {reason}", "stopping")
         self._stopping = self.leases.of_steps_only = True
         if self._group is not None:
             self._group.close()
@@ -316,6 +343,9 @@ class Controller:
         self._finished = True
         self._work.fire()
         self._observing.cancel()
+        self._ended.set()
+        self.books.observer.ended(self._phase(), self.books.ledger.trained_step)
+        await self.books.observer.record(await self.status())
         await self.books.close()
 
     @after_begin
@@ -338,7 +368,7 @@ class Controller:
 
     def _phase(self) -> str:
         if self._finished:
-            return "finished"
+            return "stopped" if self._stopping else "finished"
         if self._stopping:
             return "stopping"
         return "training" if self.books.vocabulary.vocab is not None else "counting-vocabulary"
@@ -352,7 +382,16 @@ class Controller:
                 self.pool.look(starved, self.leases.busy)
             move = self.pool.autoscale(training=self._group is not None and not self._group.closing)
             if move is not None:
-                self.books.observer.note(f"inference workers: {move.workers}, because {move.reason}")
+                message = f"inference workers: {move.workers}, because {move.reason}"
+                self.books.observer.note(message, "scaled", workers=move.workers)
+
+    async def _record(self) -> None:
+        """Write a snapshot each ``monitor.history_seconds``, until the run has ended."""
+        observer = self.books.observer
+        while observer.interval and not self._finished:
+            await observer.record(await self.status())
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), observer.interval)
 
     def _advance(self) -> None:
         """Something has changed: let ranks and workers see."""

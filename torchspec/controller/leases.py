@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterable
 from dataclasses import replace
 
-from torchspec.contracts import Answer, FailureKind, Lease, SampleId, SampleRef
+from torchspec.contracts import Answer, FailureKind, Lease, SampleId, SampleRef, SampleTiming
 from torchspec.controller.books import Books
 from torchspec.controller.ledger import Ledger, Record
 
@@ -57,10 +57,12 @@ class Leases:
                     return leases
                 lease = self._lease(ledger, record, worker)
                 if lease is None:
+                    books.observer.blocked(by_credits=True)
                     return leases
                 leases.append(lease)
                 if suspect:
                     return leases
+        books.observer.blocked(by_window=len(leases) < max_count and books.ledger.window_full)
         return leases
 
     def take_back(self, worker: str, in_hand: Iterable[str]) -> None:
@@ -70,7 +72,7 @@ class Leases:
             for record in [r for r in ledger.leased_to(worker) if r.key not in kept]:
                 ledger.give_back(record.sample, record.key)
 
-    async def publish(self, ref: SampleRef, answer: Answer | None) -> None:
+    async def publish(self, ref: SampleRef, answer: Answer | None, timing: SampleTiming | None) -> None:
         """A sample is in the store. Hearing of it twice does no harm."""
         books, ledger = self._books, self._books.of(ref.sample)
         if ledger.is_stored(ref.sample, ref.key):
@@ -84,7 +86,7 @@ class Leases:
             ledger.give_back(ref.sample, ref.key)
         else:
             ledger.store(ref)
-            books.observer.stored(ref.num_tokens)
+            books.observer.stored(ref, timing)
             geometry = replace(books.geometry, sharding=ref.sharding)
             fits = books.credits.reserve(ref.sample, geometry.stored_bytes(ref.num_tokens))
             assert fits, f"{ref.key} is larger than its lease allowed"
@@ -104,13 +106,15 @@ class Leases:
                 await books.objects.remove([displaced])
         else:
             ledger.fail(sample, key, reason, final=kind == "final")
-            books.observer.note(f"{worker} failed {books.samples.name(sample)}: {reason}")
+            books.observer.failed(worker, sample, books.samples.name(sample), reason)
         books.settle(ledger, [sample])
 
     def lost(self, worker: str) -> int:
         """A worker died: its leases go back. Returns how many."""
         books = self._books
-        keys = [record.key for ledger in books.ledgers for record in ledger.leased_to(worker)]
+        held = [record for ledger in books.ledgers for record in ledger.leased_to(worker)]
+        books.observer.mark(held, "failed", f"{worker} died")
+        keys = [record.key for record in held]
         books.objects.remove_twice(keys)
         for ledger in books.ledgers:
             records = ledger.worker_lost(worker, alone=len(keys) == 1)
@@ -125,6 +129,7 @@ class Leases:
             self._make_room(ledger, record)
             return None
         ledger.lease(record, worker, books.key_prefix)
+        books.observer.timelines.leased(record.sample, worker)
         return replace(lease, key=record.key)
 
     def _size(self, record: Record) -> tuple[int, Lease]:

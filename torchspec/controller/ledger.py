@@ -123,6 +123,12 @@ class Ledger:
             return None
         return Record(self._frontier, self.sample_at(self._frontier))
 
+    @property
+    def window_full(self) -> bool:
+        """Whether the reorder window alone keeps :meth:`next_to_lease` from the next position."""
+        waiting = self._retries or self._parked or self._all_steps_assigned()
+        return not waiting and self.trained_cursor + self.reorder_window <= self._frontier < self.end
+
     def is_suspect(self, record: Record) -> bool:
         """Whether it may have killed workers, and is only leased to one that has nothing else."""
         return 0 < record.deaths >= self.max_attempts - 1

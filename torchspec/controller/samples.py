@@ -64,6 +64,16 @@ class Samples:
         )
         return len(ids) + lease.max_new_tokens, lease
 
+    def tokens(self, sample: SampleId) -> tuple[bytes, int | None]:
+        """All token ids of a captured sample, packed little-endian int32, and how many are the answered prompt's.
+
+        None where the conversation came with its answers.
+        """
+        _, lease = self.describe(sample)
+        prompts = self._prompts(sample)
+        answered = prompts.loss_mask(sample.prompt) is None
+        return lease.input_ids, len(prompts.input_ids(sample.prompt)) if answered else None
+
     def _prompts(self, sample: SampleId) -> PromptSet:
         prompts = self._heldout if sample.epoch == HELDOUT_EPOCH else self._train
         assert prompts is not None

@@ -21,6 +21,8 @@ from torchspec.controller.sync import FetchRound, Signal
 
 Lose = Callable[[Ledger, int, set[SampleId]], None]
 """Told of the samples of a step that the store has lost."""
+Formed = Callable[[int], None]
+"""Told of each step that is formed."""
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,22 @@ class TrainingGroup:
     Args:
         config: the run's, with the sizes of this group.
         closing: end as soon as the ranks ask for a step.
+        formed: see :data:`Formed`.
         lose: see :data:`Lose`; it leads to new references sooner or later, which :meth:`advance` notices.
     """
 
     def __init__(
-        self, generation: int, config: Config, ledger: Ledger, heldout: Ledger, closing: bool, lose: Lose
+        self,
+        generation: int,
+        config: Config,
+        ledger: Ledger,
+        heldout: Ledger,
+        closing: bool,
+        lose: Lose,
+        formed: Formed,
     ) -> None:
         self.generation, self.training, self.closing = generation, config.training, closing
-        self._config, self._ledger, self._heldout, self._lose = config, ledger, heldout, lose
+        self._config, self._ledger, self._heldout, self._lose, self._formed = config, ledger, heldout, lose, formed
         self._next_step = [ledger.trained_step + 1] * self.training.world_size
         self._batches: dict[int, list[RankBatch]] = {}
         self._rounds: dict[int, FetchRound] = {}
@@ -88,6 +98,7 @@ class TrainingGroup:
                 break
             self._batches[step] = self._rank_batches(step)
             news = True
+            self._formed(step)
         if not self.closing:  # some ranks may already have been told that there will be no held-out batches
             self._heldout.assign()
         if not self._heldout_told and (self._heldout.steps or self._heldout.exhausted):

@@ -141,6 +141,7 @@ class ActorFactory:
             self._endpoint,
             self._config.inference,
             self._config.answer,
+            self._config.monitor.history_seconds,
         )
         return name, actor
 

@@ -13,6 +13,7 @@ import ray
 
 from torchspec.contracts import RunStatus
 from torchspec.driver.failure import root_cause
+from torchspec.monitor.handle import is_live
 
 
 class RunHandle:
@@ -44,6 +45,33 @@ class RunHandle:
             raise ValueError(f"the run's controller: {root_cause(error)}; try again in a moment") from None
 
 
+class PageControls:
+    """What a page may do to the run in ``run_dir``; it connects for each action, if it has no ``controller`` yet."""
+
+    def __init__(self, run_dir: Path, controller: Any = None):
+        self._run_dir, self._controller = run_dir, controller
+
+    def scale_inference(self, workers: int) -> None:
+        """Raises ValueError: the machine cannot have so many, or the run does not answer."""
+        from torchspec.driver.scale import checked_workers
+
+        with self._handle() as handle:
+            handle.scale_inference(checked_workers(self._run_dir, str(workers)))
+
+    def stop(self, reason: str) -> None:
+        """Raises ValueError: the run does not answer."""
+        with self._handle() as handle:
+            handle.stop(reason)
+
+    @contextmanager
+    def _handle(self) -> Iterator[RunHandle]:
+        if self._controller is not None:
+            yield RunHandle(self._controller)
+        else:
+            with connect(self._run_dir) as handle:
+                yield handle
+
+
 @contextmanager
 def connect(run_dir: Path) -> Iterator[RunHandle]:
     """Connect to the run whose folder is ``run_dir``.
@@ -53,10 +81,9 @@ def connect(run_dir: Path) -> Iterator[RunHandle]:
     """
     if not (run_dir / "config.yaml").exists():
         raise ValueError(f"{run_dir} is not the folder of a run (it has no config.yaml)")
-    path = run_dir / "handle.json"
-    if not path.exists() or not Path(f"/proc/{json.loads(path.read_text())['pid']}").exists():
+    if not is_live(run_dir):
         raise ValueError(f"{run_dir} is not running now; continue it with: torchspec resume {run_dir}")
-    handle = json.loads(path.read_text())
+    handle = json.loads((run_dir / "handle.json").read_text())
     try:
         ray.init(
             address=handle["address"], namespace=handle["namespace"], log_to_driver=False, logging_level=logging.ERROR

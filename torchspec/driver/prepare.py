@@ -17,6 +17,7 @@ from torchspec.driver.plan import Plan, make_plan, resolve_buffer, total_steps
 from torchspec.driver.target import TargetInfo, read_target
 from torchspec.hardware import Device, fast_dtype, pick_device
 from torchspec.inference.sglang_patch import check_patched
+from torchspec.monitor.trackers import check_trackers
 from torchspec.training.rotation import latest_checkpoint
 
 
@@ -52,6 +53,7 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Pre
         ValueError: one line for a person that names what is wrong and how to mend it.
     """
     check_patched()
+    check_trackers(config.monitor)
     device = pick_device(config.training.device, "training.device")
     config = resolve_dtypes(config, device)
     target = read_target(config.target, config.training.shard_formula)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,6 +25,7 @@ from torchspec.driver.actors import ActorFactory
 from torchspec.driver.cluster import start_cluster
 from torchspec.driver.controller import ControllerLine
 from torchspec.driver.failure import RunFailed
+from torchspec.driver.handle import PageControls
 from torchspec.driver.interrupts import Interrupts
 from torchspec.driver.janitor import MARK, Janitor
 from torchspec.driver.prepare import Prepared, prepare
@@ -31,6 +33,8 @@ from torchspec.driver.session import Session
 from torchspec.driver.store import StoreSupervisor
 from torchspec.driver.view import View
 from torchspec.monitor.curves import draw_curves
+from torchspec.monitor.recorder import EventLog
+from torchspec.monitor.server import PageServer, ServerThread, ensure_token
 from torchspec.monitor.trackers import open_trackers
 from torchspec.store.master import MooncakeMaster
 from torchspec.training.rotation import latest_checkpoint
@@ -66,6 +70,7 @@ def train(config: Config, *, resume: bool, view: View) -> RunSummary:
         try:
             status, stopped = session.run()
         except RunFailed as error:
+            EventLog(prepared.run_dir).write(time.time(), "failed", str(error))
             raise RunFailed(f"{error}; continue with: torchspec resume {prepared.run_dir}") from None
     return _summary(prepared, status, stopped, time.monotonic() - started)
 
@@ -101,11 +106,24 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
         controller.ask_at_start("begin")
         save_config(config, run_dir / "config.yaml")
         handle = {"address": address, "namespace": prepared.namespace, "pid": os.getpid()}
+        handle["store_metrics"] = master.endpoint.metrics
         (run_dir / "handle.json").write_text(json.dumps(handle))
         stack.callback((run_dir / "handle.json").unlink, missing_ok=True)
-        trackers = open_trackers(config.monitor, run_dir)
+        if config.monitor.ui:
+            stack.callback(_open_page(config, PageControls(run_dir, controller.actor), view).close)
+        trackers = open_trackers(config.monitor, run_dir, view.message)
         stack.callback(trackers.close)
         yield Session(prepared, actors, controller, store, trackers, view, interrupts)
+
+
+def _open_page(config: Config, controls: PageControls, view: View) -> ServerThread:
+    """The run's page, served by this process. Its token is shown on a terminal, where no log keeps it."""
+    token = ensure_token(config.run_dir)
+    page = ServerThread(PageServer([config.run_dir], lambda _: controls, config.monitor.ui_port))
+    url = page.server.url
+    hint = f"{url}#token={token}" if sys.stdout.isatty() else f"{url} (for its controls: {config.run_dir}/ui_token)"
+    view.message(f"page: {hint}")
+    return page
 
 
 def _summary(prepared: Prepared, status: RunStatus, stopped: bool, seconds: float) -> RunSummary:

@@ -74,6 +74,10 @@ class Captured:
     num_bytes: int
     put_seconds: float
     sharding: ShardFormula | None = None
+    compute_seconds: float = 0.0
+    """From the request to its last token. Filled in by who made the request, like the next one."""
+    hold_seconds: float = 0.0
+    """From there to the start of the put."""
 
 
 class Parent:

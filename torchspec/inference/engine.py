@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -41,6 +41,7 @@ from torchspec.inference.capture_protocol import (
 )
 from torchspec.inference.ending import end_children, end_engine
 from torchspec.inference.leftovers import remove_shared_memory_leftovers
+from torchspec.monitor.stopwatch import Stopwatch
 from torchspec.parallel.shards import ShardFormula
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
@@ -175,6 +176,8 @@ class TargetEngine:
             raise
         self._geometry = SampleGeometry(len(hello.aux_layers), hello.hidden_size, hello.dtype)
         self._room = _Budget(buffer_bytes)
+        self.computing = Stopwatch()
+        """Runs while SGLang has a request."""
         self._captures: dict[str, asyncio.Future[Captured]] = {}
         self._death: asyncio.Future[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -211,11 +214,16 @@ class TargetEngine:
         size = sum(align(tensor_bytes(spec)) for spec in tensors.values())
         async with self._room.taken(size):
             stored = self._captures[key] = asyncio.get_running_loop().create_future()
+            started = time.perf_counter()
             try:
-                reply = await self._generate(capture_rid(key, sharding), input_ids, sampling)
+                with self.computing:
+                    reply = await self._generate(capture_rid(key, sharding), input_ids, sampling)
+                computed = time.perf_counter()
                 captured = await self._or_death(stored)
             finally:
                 del self._captures[key]
+        held = time.perf_counter() - computed - captured.put_seconds
+        captured = replace(captured, compute_seconds=computed - started, hold_seconds=max(0.0, held))
         return Answered(list(reply["output_ids"]), reply["meta_info"]["finish_reason"]["type"], captured)
 
     async def capture(self, key: str, input_ids: Sequence[int], sharding: ShardFormula | None = None) -> Captured:

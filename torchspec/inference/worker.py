@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ import ray
 from transformers import AutoTokenizer
 
 from torchspec.config.schema import AnswerConfig, InferenceConfig
-from torchspec.contracts import Answer, FailureKind, Lease, SampleRef, WorkerReport, pack_mask
+from torchspec.contracts import Answer, FailureKind, Lease, SampleRef, SampleTiming, WorkerReport, pack_mask
 from torchspec.inference.capture_protocol import Captured
 from torchspec.inference.engine import (
     EngineConfig,
@@ -33,6 +33,8 @@ from torchspec.inference.engine import (
     SampleTooLarge,
     TargetEngine,
 )
+from torchspec.monitor.latency import observe
+from torchspec.monitor.stopwatch import Stopwatch
 from torchspec.store.endpoint import StoreEndpoint
 
 CAPTURES_WHILE_ANSWERING = 2
@@ -56,6 +58,7 @@ class InferenceWorker:
         endpoint: The run's store.
         inference: Concurrency and buffer size.
         answer: How the target answers.
+        report_seconds: How often it tells the controller how it is doing, besides asking for leases; 0: never.
     """
 
     def __init__(
@@ -66,11 +69,13 @@ class InferenceWorker:
         endpoint: StoreEndpoint,
         inference: InferenceConfig,
         answer: AnswerConfig,
+        report_seconds: float = 0.0,
     ):
         self._name, self._controller, self._answer = name, controller, answer
         self._max_concurrency = inference.max_concurrency
         self._tokenizer = AutoTokenizer.from_pretrained(engine.model_path, trust_remote_code=engine.trust_remote_code)
-        self._report = WorkerReport(name)
+        self._counts, self._report_seconds = WorkerReport(name), report_seconds
+        self._alive, self._busy = Stopwatch(), Stopwatch()
         self._answering = self._capturing = 0
         self._turn = asyncio.Condition()
         self._in_hand: set[str] = set()
@@ -84,25 +89,23 @@ class InferenceWorker:
             EngineDied: the engine is gone; the controller takes the open leases back.
         """
         samples: set[asyncio.Task[None]] = set()
+        reporting = asyncio.create_task(self._report_regularly())
         try:
-            await self._work(samples)
+            with self._alive:
+                await self._work(samples)
         finally:
-            for task in samples:
+            for task in (reporting, *samples):
                 task.cancel()
             self._engine.stop()
 
     async def _work(self, samples: set[asyncio.Task[None]]) -> None:
         asking: asyncio.Task[list[Lease]] | None = None
-        more, since = True, time.monotonic()
+        more = True
         while more or samples:
             if more and asking is None and len(samples) < self._max_concurrency:
                 asking = asyncio.create_task(self._lease(self._max_concurrency - len(samples)))
             waiting = samples | ({asking} if asking is not None else set())
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-            now = time.monotonic()
-            if samples:
-                self._count(busy_seconds=now - since)
-            since = now
             for task in [task for task in samples if task.done()]:
                 samples.remove(task)
                 task.result()
@@ -118,20 +121,31 @@ class InferenceWorker:
     async def _lease(self, count: int) -> list[Lease]:
         """Up to ``count`` leases. If an answer is lost on its way, what it held is lost, too, and must go back."""
         try:
-            leases: list[Lease] = await self._controller.lease.remote(self._name, count, self._report)
+            leases: list[Lease] = await self._controller.lease.remote(self._name, count, self._report())
         except ray.exceptions.ActorUnavailableError:
-            leases = await self._insist("lease", count, self._report, tuple(self._in_hand))
+            leases = await self._insist("lease", count, self._report(), tuple(self._in_hand))
         self._in_hand.update(lease.key for lease in leases)
         return leases
 
+    async def _report_regularly(self) -> None:
+        while self._report_seconds:
+            with suppress(ray.exceptions.RayError):  # a controller that is away will be back, or ends the run
+                await self._controller.worker_report.remote(self._report())
+            await asyncio.sleep(self._report_seconds)
+
     async def _serve(self, lease: Lease) -> None:
         """Turn one lease into a published sample, or into a failure with a reason."""
+        with self._busy:
+            await self._serve_one(lease)
+
+    async def _serve_one(self, lease: Lease) -> None:
         try:
-            ref, answer = await self._produce(lease)
-            await self._insist("publish", ref, answer)
+            ref, answer, timing = await self._produce(lease)
+            await self._insist("publish", ref, answer, timing)
         except EngineDied:
             raise
         except (EngineError, SampleTooLarge, Unanswerable) as error:
+            self._count(failures=1)
             await self._insist("fail", lease.sample, lease.key, str(error), _kind(error))
         finally:
             self._in_hand.discard(lease.key)
@@ -148,7 +162,8 @@ class InferenceWorker:
             except ray.exceptions.ActorUnavailableError:
                 await asyncio.sleep(_CONTROLLER_PAUSE_SECONDS)
 
-    async def _produce(self, lease: Lease) -> tuple[SampleRef, Answer | None]:
+    async def _produce(self, lease: Lease) -> tuple[SampleRef, Answer | None, SampleTiming]:
+        started = time.perf_counter()
         input_ids, loss_mask, answer = np.frombuffer(lease.input_ids, "<i4").tolist(), lease.loss_mask, None
         if lease.max_new_tokens > 0:
             answer, captured = await self._ask(lease, input_ids)
@@ -166,6 +181,10 @@ class InferenceWorker:
             put_bytes=captured.num_bytes,
             put_seconds=captured.put_seconds,
         )
+        histogram = observe(self._counts.put_histogram, captured.put_seconds)
+        self._counts = replace(self._counts, put_histogram=histogram)
+        waited = time.perf_counter() - started - captured.compute_seconds - captured.hold_seconds - captured.put_seconds
+        timing = SampleTiming(waited, captured.compute_seconds, captured.hold_seconds, captured.put_seconds)
         ref = SampleRef(
             sample=lease.sample,
             key=lease.key,
@@ -176,7 +195,7 @@ class InferenceWorker:
             norm_state="post_norm",  # SGLang's last_hidden_states
             sharding=captured.sharding,
         )
-        return ref, answer
+        return ref, answer, timing
 
     async def _ask(self, lease: Lease, input_ids: list[int]) -> tuple[Answer, Captured]:
         """The target's answer, with the token that ends the turn if it came to one, and its states."""
@@ -215,8 +234,17 @@ class InferenceWorker:
                 self._turn.notify_all()
 
     def _count(self, **more: float) -> None:
-        current = self._report
-        self._report = replace(current, **{name: getattr(current, name) + value for name, value in more.items()})
+        current = self._counts
+        self._counts = replace(current, **{name: getattr(current, name) + value for name, value in more.items()})
+
+    def _report(self) -> WorkerReport:
+        return replace(
+            self._counts,
+            seconds=self._alive.seconds,
+            busy_seconds=self._busy.seconds,
+            engine_seconds=self._engine.computing.seconds,
+            leases=self._busy.count,
+        )
 
 
 def _kind(error: Exception) -> FailureKind:

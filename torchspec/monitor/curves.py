@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchspec.controller.journal import read_lines
+from torchspec.monitor.views import undo
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -49,20 +50,8 @@ def draw_curves(run_dir: Path) -> Path:
 
 
 def read_metrics(path: Path) -> tuple[Series, Series]:
-    """Records of training steps and of held-out evaluations, each by increasing step.
-
-    A resumed run writes steps again: the later record of a step wins, and what came after it before is undone.
-    """
-    train: Series = []
-    heldout: Series = []
-    for record in read_lines(path):
-        own, other = (train, heldout) if record["split"] == "train" else (heldout, train)
-        while own and own[-1]["step"] >= record["step"]:
-            own.pop()
-        while own is train and other and other[-1]["step"] > record["step"]:
-            other.pop()
-        own.append(record)
-    return train, heldout
+    """Records of training steps and of held-out evaluations, each by increasing step."""
+    return undo(list(read_lines(path)))
 
 
 def _draw_both(ax: Axes, title: str, name: str, train: Series, heldout: Series) -> None:

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from torchspec.contracts import RankBatch, RankId, SampleId, SampleRef
 from torchspec.models.eagle3 import Eagle3Batch
+from torchspec.monitor.latency import EMPTY, observe
 from torchspec.parallel.shards import Segment
 from torchspec.store.errors import MissingObject, SizeMismatch, StoreUnavailable
 from torchspec.store.geometry import SampleGeometry
@@ -70,6 +71,7 @@ class SampleFetcher:
     def __init__(self, store: HiddenStateStore, geometry: SampleGeometry, rank: int, pin_memory: bool):
         self.store, self.geometry, self.rank, self.pin_memory = store, geometry, rank, pin_memory
         self.bytes_read = 0
+        self.get_seconds, self.get_histogram = 0.0, EMPTY
 
     def fetch(self, micro_batches: MicroBatches, held: Rows) -> tuple[list[Eagle3Batch], set[SampleId]]:
         """Build every micro-batch, from ``held`` where a sample is there and from the store where not.
@@ -98,6 +100,7 @@ class SampleFetcher:
                 for window, rows in zip(views[suffix], source, strict=True):
                     window.copy_(rows)
         elif specs:
+            started = time.perf_counter()
             buffer = self.store.get(ref.key, specs)
             for suffix, stored in buffer.views.items():
                 windows = views[suffix]
@@ -105,6 +108,9 @@ class SampleFetcher:
                     window.copy_(rows)
                 self.bytes_read += stored.nbytes
             self.store.release(buffer)
+            seconds = time.perf_counter() - started
+            self.get_seconds += seconds
+            self.get_histogram = observe(self.get_histogram, seconds)
         held[ref.key] = views
 
     def _padded(self, refs: tuple[SampleRef, ...]) -> tuple[Eagle3Batch, list[Windows]]:
@@ -169,6 +175,11 @@ class StepStream:
         if step is not None:
             self._ahead.append(self._thread.submit(self._fetch_step))
         return step
+
+    @property
+    def depth(self) -> int:
+        """Steps that are fetched and wait for the step loop."""
+        return sum(future.done() for future in tuple(self._ahead))
 
     def heldout(self) -> list[Eagle3Batch]:
         """This rank's held-out micro-batches, fetched once and kept in memory; empty where there are none."""

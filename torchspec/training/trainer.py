@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ import torch.distributed as dist
 import yaml
 
 from torchspec.config.schema import Config
-from torchspec.contracts import RankId, StepReport
+from torchspec.contracts import RankId, RankReport, StepReport
 from torchspec.export.hf import export_draft
 from torchspec.hardware import pick_device
 from torchspec.models.eagle3 import Eagle3Batch, Eagle3Output
@@ -44,9 +44,12 @@ from torchspec.training.checkpoint import (
     save_checkpoint,
     training_state,
 )
+from torchspec.training.clock import RankClock, reporting
 from torchspec.training.fetch import FetchedStep, SampleFetcher, StepStream
+from torchspec.training.flops import batch_flops, peak_flops
 from torchspec.training.metrics import StepSums, summarise
 from torchspec.training.optimizer import build_optimizer
+from torchspec.training.profile import StepProfiler
 from torchspec.training.rotation import checkpoints_root, point, rotate, step_folder
 from torchspec.training.schedule import learning_rate
 from torchspec.training.setup import build_draft, compile_or_stay_eager, usp_backend
@@ -115,6 +118,8 @@ class Trainer:
             self.step = restore_checkpoint(spec.resume, self.parameters, self.optimizer, self.draft_ids).step
             self.saved_step = self.step
         self.store = HiddenStateStore(spec.endpoint, training.buffer_bytes)
+        peak = config.monitor.peak_flops or peak_flops(self.device, training.dtype)
+        self.clock = RankClock(spec.rank, self.device, peak)
 
     def run(self, controller: Any) -> None:
         """Train what ``controller`` hands out until it says that nothing follows.
@@ -127,18 +132,26 @@ class Trainer:
         sp_rank = rank.rank % config.training.sp_size
         fetcher = SampleFetcher(self.store, self.spec.geometry, sp_rank, pin_memory=self.device.type == "cuda")
         heldout = config.evaluation.heldout is not None
-        with closing(StepStream(controller, rank, fetcher, config.controller.prefetch_steps, heldout)) as stream:
+        stream = StepStream(controller, rank, fetcher, config.controller.prefetch_steps, heldout)
+        told = reporting(controller, rank, lambda: self._report(fetcher, stream), config.monitor.history_seconds)
+        path = self.spec.run_dir / "profile" / f"rank-{rank.rank}.json.gz"
+        profiler = StepProfiler(config.monitor.profile_steps, path, self.device)
+        with closing(stream), told, closing(profiler):
             while True:
                 started = time.perf_counter()
-                fetched = stream.next()
+                with self.clock.doing("waiting"):
+                    fetched = stream.next()
                 if fetched is None:
                     break
-                batch = fetched.batch
-                report = self._train(fetched, wait_seconds=time.perf_counter() - started)
+                batch, waited = fetched.batch, time.perf_counter() - started
+                profiler.before(batch.step)
+                report = self._train(fetched, waited)
+                profiler.after(batch.step)
                 ray.get(controller.step_done.remote(rank, batch.step, report if rank.rank == 0 else None))
-                score = self._evaluate(controller, stream.heldout()) if batch.evaluate else None
-                if batch.checkpoint:
-                    self._save(controller, score)
+                with self.clock.doing("paused"):
+                    score = self._evaluate(controller, stream.heldout()) if batch.evaluate else None
+                    if batch.checkpoint:
+                        self._save(controller, score)
             if self.step > self.saved_step:  # stopped between two checkpoints
                 self._save(controller, None)
         self.store.close()
@@ -147,13 +160,23 @@ class Trainer:
         """A sign of life, beside :meth:`run`."""
         return True
 
+    def _report(self, fetcher: SampleFetcher, stream: StepStream) -> RankReport:
+        return replace(
+            self.clock.report(),
+            get_seconds=fetcher.get_seconds,
+            get_bytes=fetcher.bytes_read,
+            get_histogram=fetcher.get_histogram,
+            queue_depth=stream.depth,
+        )
+
     # ---- one optimizer step ----
 
     def _train(self, fetched: FetchedStep, wait_seconds: float) -> StepReport:
         started = time.perf_counter()
         self.step = fetched.batch.step
         sums = StepSums(len(self.step_weights), self.device)
-        add_gradients(self.draft, fetched.micro_batches, self._forward, sums, self.counts_tokens)
+        with self.clock.span("gradients"):
+            add_gradients(self.draft, fetched.micro_batches, self._timed_forward, sums, self.counts_tokens)
         grad_norm = reduce_gradients(self.draft, sums, self.config.optimizer.clip)
         *totals, norm = torch.cat([sums.flat, grad_norm.view(1)]).tolist()  # waits for the device
         metrics = summarise(totals, self.step_weights)
@@ -165,7 +188,7 @@ class Trainer:
             )
         computed = time.perf_counter()
         rate = self._optimize()
-        return StepReport(
+        report = StepReport(
             **asdict(metrics),
             step=self.step,
             learning_rate=rate,
@@ -175,6 +198,27 @@ class Trainer:
             compute_seconds=computed - started,
             optimizer_seconds=time.perf_counter() - computed,
         )
+        self._count(fetched, report)
+        return report
+
+    def _count(self, fetched: FetchedStep, report: StepReport) -> None:
+        forward, gradients = (self.clock.device_seconds(name) for name in ("forward", "gradients"))
+        training = self.config.training
+        batches = [batch for batch in fetched.micro_batches if batch.lengths_B.sum() > 0]
+        flops = sum(batch_flops(self.draft.config, batch, training.ttt_length) for batch in batches)
+        self.clock.step_made(
+            self.step,
+            tokens=sum(int(batch.lengths_B.sum()) for batch in batches) if self.counts_tokens else 0,
+            forward_seconds=forward,
+            backward_seconds=gradients - forward,
+            reduce_seconds=max(0.0, report.compute_seconds - gradients),
+            optimizer_seconds=report.optimizer_seconds,
+            flops=flops / training.sp_size,
+        )
+
+    def _timed_forward(self, batch: Eagle3Batch) -> Eagle3Output:
+        with self.clock.span("forward"):
+            return self._forward(batch)
 
     def _forward(self, batch: Eagle3Batch) -> Eagle3Output:
         dtype = getattr(torch, self.config.training.dtype)

@@ -1,0 +1,89 @@
+"""Time series in files: bounded, whole after a crash, exact in their rates, followed across rewriting."""
+
+from __future__ import annotations
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from torchspec.monitor.latency import BOUNDS, EMPTY, observe, percentile, since
+from torchspec.monitor.series import Follower, Series, read_series, tail, thin
+
+
+def line(time: float, count: int = 0) -> bytes:
+    return json.dumps({"time": time, "count": count}).encode() + b"\n"
+
+
+def times(records: list[dict]) -> list[float]:
+    return [record["time"] for record in records]
+
+
+def test_a_series_stays_small_keeps_its_ends_and_lies_evenly(tmp_path: Path) -> None:
+    series = Series(tmp_path / "s.jsonl", max_lines=400, recent=50)
+    for i in range(5000):
+        series.append(line(float(i), 3 * i))
+    records = read_series(tmp_path / "s.jsonl")
+    assert 200 <= len(records) < 400
+    assert times(records)[0] == 0 and times(records)[-1] == 4999
+    assert times(records)[-50:] == [float(i) for i in range(4950, 5000)], "the newest lines stay as they are"
+    old = [time for time in times(records) if time < 4500]
+    gaps = [b - a for a, b in pairwise(old)]
+    assert max(gaps) <= 3 * sum(gaps) / len(gaps), "no hole, however often it was thinned"
+    assert all((b["count"] - a["count"]) / (b["time"] - a["time"]) == 3 for a, b in pairwise(records)), "exact rates"
+
+
+def test_thinning_keeps_at_most_so_many() -> None:
+    lines = [line(float(t)) for t in (*range(100), *range(1000, 1100))]
+    for most in (2, 3, 10, 57, 199, 200, 500):
+        kept = thin(lines, most, 1)
+        assert len(kept) <= most and kept[-1] == lines[-1] and kept[0] == lines[0]
+
+
+def test_a_torn_line_is_dropped_and_never_read(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(line(1) + line(2) + b'{"time": 3, "cou')
+    assert times(read_series(path)) == times(tail(path, 0)) == times(Follower(path).read()) == [1, 2]
+    Series(path, 100, 10).append(line(4))
+    assert times(read_series(path)) == [1, 2, 4]
+
+
+@pytest.mark.parametrize("count", [1, 7, 3000])
+def test_the_tail_is_what_reading_all_would_give(tmp_path: Path, count: int) -> None:
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(b"".join(line(float(i)) for i in range(count)))
+    for start in (-1.0, 0.0, count / 2, count - 1.0, count + 5.0):
+        assert times(tail(path, start)) == [t for t in map(float, range(count)) if t >= start]
+    assert tail(tmp_path / "absent", 0) == read_series(tmp_path / "absent") == []
+
+
+def test_a_follower_sees_every_record_once_also_when_the_file_is_rewritten(tmp_path: Path) -> None:
+    path = tmp_path / "s.jsonl"
+    follower = Follower(path)
+    assert follower.read() == []
+    series = Series(path, max_lines=60, recent=20)
+    seen: list[float] = []
+    for i in range(500):
+        series.append(line(float(i)))
+        if i % 7 == 0:
+            seen += times(follower.read())
+    seen += times(follower.read())
+    assert seen == [float(i) for i in range(500)]
+
+
+def test_percentiles_are_within_a_bucket_of_the_truth() -> None:
+    latencies = [0.0005 + 0.0013 * i for i in range(1000)]
+    histogram = EMPTY
+    for seconds in latencies:
+        histogram = observe(histogram, seconds)
+    assert sum(histogram) == 1000
+    for share in (0.01, 0.5, 0.9, 0.99):
+        truth, estimate = latencies[int(share * 1000)], percentile(histogram, share)
+        assert estimate is not None
+        bounds = [0.0, *BOUNDS]
+        slot = next(i for i, bound in enumerate(BOUNDS) if truth <= bound)
+        assert bounds[slot] <= estimate <= BOUNDS[slot]
+    assert percentile(EMPTY, 0.5) is None
+    assert percentile(observe(EMPTY, 1e9), 0.5) == BOUNDS[-1]
+    assert since(histogram, histogram) == EMPTY

@@ -1,0 +1,233 @@
+"""Puts the reports of workers and ranks together to a :class:`Snapshot`, once a second.
+
+Counters of a report only ever grow while its sender lives; the totals over a pool are sums of increases, so they go
+on when a worker is replaced or the trainer starts again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from torchspec.contracts import RankReport, RunStatus, WorkerReport
+from torchspec.controller.rates import WINDOW_SECONDS
+from torchspec.monitor.latency import percentile, since
+from torchspec.monitor.snapshot import SILENT_SECONDS, HistoryPoint, RankState, Snapshot, WorkerDoing, WorkerState
+
+GONE_KEPT = 16
+"""How many workers that are no more stay visible."""
+
+Report = TypeVar("Report", WorkerReport, RankReport)
+
+WORKER_TOTALS = {
+    "answer_tokens": "answer_tokens",
+    "put_bytes": "put_bytes",
+    "put_seconds": "put_seconds",
+    "seconds": "worker_seconds",
+    "busy_seconds": "worker_busy_seconds",
+    "engine_seconds": "worker_engine_seconds",
+}
+RANK_TOTALS = {
+    "get_bytes": "get_bytes",
+    "get_seconds": "get_seconds",
+    "seconds": "rank_seconds",
+    **{f"{part}_seconds": f"rank_{part}_seconds" for part in ("wait", "forward", "backward", "reduce", "optimizer")},
+    "pause_seconds": "rank_pause_seconds",
+}
+"""Field of a report to the counter of :class:`HistoryPoint` that sums it up."""
+
+
+@dataclass
+class Trail:
+    """What one sender has reported lately: pairs of time and report, oldest first."""
+
+    started: float
+    heard: float
+    reports: deque[tuple[float, Any]] = field(default_factory=deque)
+    gone: bool = False
+
+    def add(self, now: float, report: Any) -> None:
+        self.heard = now
+        self.reports.append((now, report))
+        while len(self.reports) > 2 and self.reports[1][0] < now - WINDOW_SECONDS:
+            self.reports.popleft()
+
+    @property
+    def latest(self) -> Any:
+        return self.reports[-1][1]
+
+    @property
+    def earlier(self) -> Any:
+        return self.reports[0][1]
+
+    def change(self, name: str) -> float:
+        """How much a counter has grown over the window."""
+        return getattr(self.latest, name) - getattr(self.earlier, name)
+
+
+class Blocked:
+    """Adds up how long something stood in the way."""
+
+    def __init__(self, clock: Callable[[], float]):
+        self._clock, self._total, self._since = clock, 0.0, None
+
+    _since: float | None
+
+    def set(self, blocked: bool) -> None:
+        now = self._clock()
+        if self._since is not None:
+            self._total += now - self._since
+        self._since = now if blocked else None
+
+    @property
+    def seconds(self) -> float:
+        return self._total + (self._clock() - self._since if self._since is not None else 0.0)
+
+
+class Telemetry:
+    """Reports in, snapshots out.
+
+    Args:
+        clock: seconds since the epoch.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.time):
+        self._clock = clock
+        self.totals: Counter[str] = Counter()
+        """Counters of :class:`HistoryPoint`, by name."""
+        self.credit_blocked, self.window_blocked = Blocked(clock), Blocked(clock)
+        self._workers: dict[str, Trail] = {}
+        self._ranks: dict[int, Trail] = {}
+
+    # ---- what is told ----
+
+    def worker_started(self, name: str) -> None:
+        now = self._clock()
+        self._workers[name] = Trail(now, now)
+
+    def worker_gone(self, name: str) -> None:
+        if name in self._workers:
+            self._workers[name].gone = True
+        gone = [name for name, trail in self._workers.items() if trail.gone]
+        for name in gone[:-GONE_KEPT]:
+            del self._workers[name]
+
+    def is_gone(self, name: str) -> bool:
+        return name in self._workers and self._workers[name].gone
+
+    def worker_report(self, report: WorkerReport) -> bool:
+        """Whether it is this worker's first."""
+        if report.worker not in self._workers:
+            self.worker_started(report.worker)
+        trail = self._workers[report.worker]
+        first = not trail.reports
+        self._add(trail, WorkerReport(report.worker), report, WORKER_TOTALS)
+        return first
+
+    def rank_report(self, report: RankReport) -> None:
+        now = self._clock()
+        trail = self._ranks.setdefault(report.rank, Trail(now, now))
+        if trail.reports and report.seconds < trail.latest.seconds:  # another process has taken its place
+            trail = self._ranks[report.rank] = Trail(now, now)
+        self._add(trail, RankReport(report.rank), report, RANK_TOTALS)
+
+    def ranks_gone(self) -> None:
+        """The trainer has ended, or starts again with another number of ranks."""
+        self._ranks.clear()
+
+    def _add(self, trail: Trail, zero: Report, report: Report, totals: dict[str, str]) -> None:
+        before = trail.latest if trail.reports else zero
+        for name, total in totals.items():
+            self.totals[total] += max(0, getattr(report, name) - getattr(before, name))
+        trail.add(self._clock(), report)
+
+    # ---- what is made of it ----
+
+    def snapshot(self, status: RunStatus) -> Snapshot:
+        now = self._clock()
+        workers = tuple(self._worker(name, now) for name in sorted(self._workers, key=_natural))
+        ranks = tuple(self._rank(rank) for rank in sorted(self._ranks))
+        alive = [w for w in workers if w.doing != "gone"]
+        point = HistoryPoint(
+            time=now,
+            phase=status.phase,
+            step=status.step,
+            samples=status.samples,
+            queue_depth=status.queue_depth,
+            store_bytes=status.store_bytes,
+            store_capacity_bytes=status.store_capacity,
+            credit_bytes=status.credit_bytes,
+            workers=len(alive),
+            workers_waiting=sum(w.doing == "waiting" for w in alive),
+            ranks=len(ranks),
+            ranks_waiting=sum(r.report.doing == "waiting" for r in ranks),
+            credit_blocked_seconds=self.credit_blocked.seconds,
+            window_blocked_seconds=self.window_blocked.seconds,
+            **self.totals,
+        )
+        return Snapshot(status, point, workers, ranks)
+
+    def _worker(self, name: str, now: float) -> WorkerState:
+        trail = self._workers[name]
+        if not trail.reports:
+            return WorkerState(
+                name, "gone" if trail.gone else "starting", trail.started, trail.heard, WorkerReport(name)
+            )
+        latest, seconds = trail.latest, trail.change("seconds")
+        latencies = since(latest.put_histogram, trail.earlier.put_histogram)
+        return WorkerState(
+            name=name,
+            doing=_worker_doing(trail, now),
+            since=trail.started,
+            heard=trail.heard,
+            report=latest,
+            samples_per_s=_ratio(trail.change("samples"), seconds),
+            tokens_per_s=_ratio(trail.change("tokens"), seconds),
+            put_bytes_per_s=_ratio(trail.change("put_bytes"), trail.change("put_seconds")),
+            put_p50_seconds=percentile(latencies, 0.5),
+            put_p99_seconds=percentile(latencies, 0.99),
+            wait_share=_ratio(seconds - trail.change("busy_seconds"), seconds),
+        )
+
+    def _rank(self, rank: int) -> RankState:
+        trail = self._ranks[rank]
+        latest, seconds = trail.latest, trail.change("seconds")
+        latencies = since(latest.get_histogram, trail.earlier.get_histogram)
+        shares = {
+            f"{part}_share": _ratio(trail.change(f"{part}_seconds"), seconds)
+            for part in ("wait", "forward", "backward", "reduce", "optimizer", "pause")
+        }
+        steps = trail.change("steps")
+        return RankState(
+            rank=rank,
+            heard=trail.heard,
+            report=latest,
+            tokens_per_s=_ratio(trail.change("tokens"), seconds),
+            step_seconds=seconds / steps if steps else None,
+            get_bytes_per_s=_ratio(trail.change("get_bytes"), trail.change("get_seconds")),
+            get_p50_seconds=percentile(latencies, 0.5),
+            get_p99_seconds=percentile(latencies, 0.99),
+            mfu=_ratio(trail.change("flops"), seconds * latest.peak_flops) if latest.peak_flops else None,
+            **shares,
+        )
+
+
+def _worker_doing(trail: Trail, now: float) -> WorkerDoing:
+    if trail.gone:
+        return "gone"
+    if now - trail.heard > SILENT_SECONDS:
+        return "silent"
+    return "working" if trail.latest.leases else "waiting"
+
+
+def _natural(name: str) -> tuple[str, int]:
+    """Sorts ``worker-10`` after ``worker-9``."""
+    head, _, number = name.rpartition("-")
+    return head, int(number) if number.isdigit() else 0
+
+
+def _ratio(amount: float, by: float) -> float:
+    return amount / by if by > 0 else 0.0

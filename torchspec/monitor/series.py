@@ -1,0 +1,152 @@
+"""Time series in files of bounded size: appended to once a second for days, quick to read as a whole, easy to follow.
+
+A series is JSON lines that begin with ``{"time":...``. When it has grown to ``max_lines`` it is rewritten: the newest
+lines stay as they are, and of the older ones so many that they lie evenly in time. Counters make that lossless where
+it matters: the mean rate between two lines is exact, however far apart they are.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torchspec.data.files import write_atomically
+
+_TIME = re.compile(rb'{"time":\s*([-+.0-9eE]+)')
+
+
+class Series:
+    """Appends to a series.
+
+    Args:
+        max_lines: when there are so many, half of them go.
+        recent: the newest lines, which stay.
+    """
+
+    def __init__(self, path: Path, max_lines: int, recent: int):
+        assert recent < max_lines // 2
+        self._path, self._max_lines, self._recent = path, max_lines, recent
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = _whole_lines(path.read_bytes()) if path.exists() else []
+        self._count = len(lines)
+        self._replace(lines)  # without a line that a crash has torn
+
+    def append(self, *lines: bytes) -> None:
+        """Add lines, each with its line feed."""
+        with self._path.open("ab") as file:
+            file.write(b"".join(lines))
+        self._count += len(lines)
+        if self._count >= self._max_lines:
+            self._thin()
+
+    def _thin(self) -> None:
+        lines = _whole_lines(self._path.read_bytes())
+        kept = thin(lines, self._max_lines // 2, self._recent)
+        self._replace(kept)
+        self._count = len(kept)
+
+    def _replace(self, lines: Sequence[bytes]) -> None:
+        write_atomically(self._path, lambda file: file.writelines(lines))
+
+
+def thin(lines: Sequence[bytes], most: int, recent: int) -> list[bytes]:
+    """At most ``most`` of the lines: the ``recent`` newest, and older ones evenly in time, the first included."""
+    if len(lines) <= most:
+        return list(lines)
+    old, new = lines[:-recent], lines[-recent:]
+    times = [time_of(line) for line in old]
+    spacing = max(times[-1] - times[0], 1e-9) / (most - recent - 1) if most - recent > 1 else float("inf")
+    kept, due = [], times[0]
+    for line, time in zip(old, times, strict=True):
+        if time >= due:
+            kept.append(line)
+            due += spacing * max(1.0, (time - due) // spacing + 1)
+    return [*kept, *new]
+
+
+def time_of(line: bytes) -> float:
+    match = _TIME.match(line)
+    assert match is not None, f"a line of a series begins with its time: {line[:80]!r}"
+    return float(match[1])
+
+
+class Follower:
+    """Reads what is new in a series or in any file of JSON lines, also across its being rewritten."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        self._inode, self._offset, self._last_time = 0, 0, float("-inf")
+
+    def read(self) -> list[dict[str, Any]]:
+        """Records since the last call; all of them the first time. Nothing where there is no file yet."""
+        after = float("-inf")
+        try:
+            with self._path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_ino != self._inode or status.st_size < self._offset:
+                    self._inode, self._offset, after = status.st_ino, 0, self._last_time
+                file.seek(self._offset)
+                lines = _whole_lines(file.read())
+        except FileNotFoundError:
+            return []
+        self._offset += sum(map(len, lines))
+        records = [r for r in map(json.loads, lines) if r["time"] > after]
+        if records:
+            self._last_time = records[-1]["time"]
+        return records
+
+
+def read_series(path: Path, since: float = float("-inf"), max_points: int | None = None) -> list[dict[str, Any]]:
+    """Records after ``since``, at most ``max_points``: the last, and the others evenly in time."""
+    lines = _whole_lines(path.read_bytes()) if path.exists() else []
+    if since > float("-inf"):
+        lines = [line for line in lines if time_of(line) > since]
+    if max_points is not None:
+        lines = thin(lines, max(2, max_points), 1)
+    return [json.loads(line) for line in lines]
+
+
+def tail(path: Path, since: float, before: bool = False) -> list[dict[str, Any]]:
+    """The newest records, back to ``since``, without reading what is older.
+
+    Args:
+        before: and the one before them.
+    """
+    records = []
+    for line in _backwards(path):
+        older = time_of(line) < since
+        if not older or before:
+            records.append(json.loads(line))
+        if older:
+            break
+    return records[::-1]
+
+
+def _backwards(path: Path, block: int = 1 << 16) -> Iterator[bytes]:
+    """Whole lines, the last first."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        end = file.seek(0, os.SEEK_END)
+        rest = b""
+        while end > 0:
+            start = max(0, end - block)
+            file.seek(start)
+            data = file.read(end - start) + rest
+            lines = data.splitlines(keepends=True)
+            first = 1 if start > 0 else 0
+            rest = lines[0] if first else b""
+            for line in reversed(lines[first:]):
+                if line.endswith(b"\n"):
+                    yield line
+            end = start
+
+
+def _whole_lines(data: bytes) -> list[bytes]:
+    """Without a last line that is still being written."""
+    lines = data.splitlines(keepends=True)
+    return lines[:-1] if lines and not lines[-1].endswith(b"\n") else lines

@@ -1,0 +1,301 @@
+"""The page's server: a run's folder over HTTP on loopback, the page itself, Prometheus, and two controls.
+
+Reading needs no token: whoever reaches loopback on this machine gets figures and texts of the run. Controls need the
+run's token (``ui_token`` in its folder, readable by its owner alone). Requests whose Host is not a name of this machine
+are refused, so a page of a stranger's that resolves its own name to 127.0.0.1 reads nothing; so are controls that come
+from another origin. The server keeps no state: a restart, of it or of what it shows, costs nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import secrets
+import threading
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import urlsplit
+
+from aiohttp import ClientError, ClientSession, ClientTimeout, web
+
+from torchspec.monitor import views
+from torchspec.monitor.handle import is_live
+from torchspec.monitor.prometheus import CONTENT_TYPE, exposition
+from torchspec.monitor.snapshot import read_latest
+
+HOST, DEFAULT_PORT = "127.0.0.1", 8790
+OWN_NAMES = ("127.0.0.1", "localhost", "::1")
+PAGE = Path(__file__).with_name("page")
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-store",
+}
+MAX_WORKERS = 4096
+SCRAPE_SECONDS = 5.0
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Controls(Protocol):
+    """What a page may do to a run. Both raise ValueError, with the reason, where it cannot be done."""
+
+    def scale_inference(self, workers: int) -> None: ...
+    def stop(self, reason: str) -> None: ...
+
+
+class PageServer:
+    """Serves runs.
+
+    Args:
+        folders: the runs' folders, the one of interest first.
+        controls: what acts on each of them.
+        port: to listen on; None for :data:`DEFAULT_PORT`, or a free one where that is taken.
+
+    Raises:
+        ValueError: ``port`` cannot be had.
+    """
+
+    def __init__(self, folders: Sequence[Path], controls: Callable[[Path], Controls], port: int | None = None):
+        self._folders, self._controls = [folder.resolve() for folder in folders], controls
+        self._wanted = port
+        self.port = 0
+        """Where it listens, once :meth:`start` is done."""
+
+    async def start(self) -> web.AppRunner:
+        """Listen. The caller cleans the runner up."""
+        runner = web.AppRunner(self._application(), access_log=None, shutdown_timeout=1.0)
+        await runner.setup()
+        candidates = [self._wanted] if self._wanted is not None else [DEFAULT_PORT, 0]
+        for port in candidates:
+            try:
+                site = web.TCPSite(runner, HOST, port)
+                await site.start()
+                break
+            except OSError as error:
+                if port == candidates[-1]:
+                    await runner.cleanup()
+                    raise ValueError(
+                        f"monitor.ui_port={port} cannot be used on {HOST} ({error.strerror}); choose another port, or "
+                        "leave it out to get a free one"
+                    ) from error
+        self.port = runner.addresses[0][1]
+        return runner
+
+    @property
+    def url(self) -> str:
+        """The page, without the right to control."""
+        return f"http://{HOST}:{self.port}/"
+
+    def _application(self) -> web.Application:
+        application = web.Application(middlewares=[_guard], client_max_size=4096)
+        read = {
+            "/api/run": lambda run, _: views.run_view(run),
+            "/api/history": lambda run, q: views.history_view(run, _number(q, "since"), _count(q, "points")),
+            "/api/entities": lambda run, q: views.entities_view(run, _number(q, "since"), _count(q, "points")),
+            "/api/steps": lambda run, q: views.steps_view(run, _number(q, "since"), _count(q, "points")),
+            "/api/events": lambda run, q: views.events_view(run, _number(q, "since")),
+            "/api/samples": lambda run, _: views.samples_view(run),
+            "/api/update": lambda run, q: views.update_view(run, _since(q)),
+        }
+        for path, view in read.items():
+            application.router.add_get(path, self._reader(view))
+        application.router.add_get("/api/runs", self._runs)
+        application.router.add_get("/api/sample/{sample}", self._sample)
+        application.router.add_post("/api/scale", self._scale)
+        application.router.add_post("/api/stop", self._stop)
+        application.router.add_get("/metrics", self._metrics)
+        application.router.add_get("/metrics/store", self._store_metrics)
+        application.router.add_get("/", _page)
+        application.router.add_static("/", PAGE)
+        return application
+
+    # ---- reading ----
+
+    def _reader(self, view: Callable[[Path, Any], Any]) -> Handler:
+        async def handle(request: web.Request) -> web.Response:
+            return _json(await asyncio.to_thread(view, self._folder(request), request.query))
+
+        return handle
+
+    async def _runs(self, _request: web.Request) -> web.Response:
+        runs = [
+            {"index": i, "name": folder.name, "folder": str(folder), "live": is_live(folder)}
+            for i, folder in enumerate(self._folders)
+        ]
+        return _json(runs)
+
+    async def _sample(self, request: web.Request) -> web.Response:
+        sample = request.match_info["sample"]
+        try:
+            return _json(await asyncio.to_thread(views.sample_view, self._folder(request), sample))
+        except KeyError:
+            raise _refusal(404, f"{sample} is not among the samples that were followed") from None
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        folder = self._folder(request)
+        text = await asyncio.to_thread(lambda: exposition(folder.name, read_latest(folder), is_live(folder)))
+        return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
+
+    async def _store_metrics(self, request: web.Request) -> web.Response:
+        """What the store's master says, under an address that stays the same from run to run."""
+        path = self._folder(request) / "handle.json"
+        try:
+            address = json.loads(path.read_text())["store_metrics"]
+            patience = ClientTimeout(SCRAPE_SECONDS)
+            async with ClientSession(timeout=patience) as session, session.get(f"http://{address}/metrics") as answer:
+                return web.Response(body=await answer.read(), headers={"Content-Type": CONTENT_TYPE})
+        except (OSError, KeyError, ClientError, TimeoutError):
+            raise _refusal(503, "the run's store does not answer") from None
+
+    # ---- controls ----
+
+    async def _scale(self, request: web.Request) -> web.Response:
+        folder, body = await self._controlled(request)
+        workers = body.get("workers")
+        if type(workers) is not int or not 1 <= workers <= MAX_WORKERS:
+            raise _refusal(400, f"workers is {workers!r}, but must be a whole number from 1 to {MAX_WORKERS}")
+        await self._act(folder, lambda controls: controls.scale_inference(workers))
+        return _json({"message": f"the inference pool becomes {workers}"})
+
+    async def _stop(self, request: web.Request) -> web.Response:
+        folder, _ = await self._controlled(request)
+        await self._act(folder, lambda controls: controls.stop("asked from the page"))
+        return _json({"message": "the run stops after its current step and saves a checkpoint"})
+
+    async def _act(self, folder: Path, action: Callable[[Controls], None]) -> None:
+        if not is_live(folder):
+            raise _refusal(409, f"{folder.name} is not running")
+        try:
+            await asyncio.to_thread(lambda: action(self._controls(folder)))
+        except ValueError as error:
+            raise _refusal(409, str(error)) from None
+
+    async def _controlled(self, request: web.Request) -> tuple[Path, dict[str, Any]]:
+        """The run and the request's body, if it may control the run."""
+        origin = request.headers.get("Origin")
+        if origin is not None and urlsplit(origin).netloc != request.host:
+            raise _refusal(403, "controls answer to their own page alone")
+        folder = self._folder(request)
+        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+        if not secrets.compare_digest(given.encode(), _token(folder).encode()):
+            raise _refusal(401, f"the token is missing or wrong; it is in {folder}/ui_token")
+        try:
+            body = await request.json()
+        except json.JSONDecodeError:
+            body = None
+        if not isinstance(body, dict):
+            raise _refusal(400, "the body must be a JSON object")
+        return folder, body
+
+    def _folder(self, request: web.Request) -> Path:
+        index = request.query.get("run", "0")
+        if not index.isdecimal() or int(index) >= len(self._folders):
+            raise _refusal(404, f"run={index}: there are {len(self._folders)} runs here")
+        return self._folders[int(index)]
+
+
+def ensure_token(run_dir: Path) -> str:
+    """The run's token, made the first time; only its owner can read it."""
+    path = run_dir / "ui_token"
+    if not path.exists():
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_urlsafe(24))
+    return path.read_text()
+
+
+class ServerThread:
+    """A :class:`PageServer` on a thread of its own, ready when the constructor returns."""
+
+    def __init__(self, server: PageServer):
+        self.server = server
+        self._ready: asyncio.Future[None] | None = None
+        self._started, self._failure = threading.Event(), None
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="page", daemon=True)
+        self._thread.start()
+        self._started.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    _failure: ValueError | None
+
+    async def _serve(self) -> None:
+        self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
+        try:
+            runner = await self.server.start()
+        except ValueError as error:
+            self._failure = error
+            return
+        finally:
+            self._started.set()
+        await self._end.wait()
+        await runner.cleanup()
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._end.set)
+        self._thread.join()
+
+
+@web.middleware
+async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Names of this machine only; errors as JSON; the same headers on every answer."""
+    try:
+        if urlsplit(f"//{request.host}").hostname not in OWN_NAMES:
+            raise _refusal(403, f"this server is not {request.host}")
+        response = await handler(request)
+    except web.HTTPException as error:
+        error.headers.update(HEADERS)
+        raise
+    response.headers.update(HEADERS)
+    return response
+
+
+async def _page(_request: web.Request) -> web.FileResponse:
+    return web.FileResponse(PAGE / "index.html")
+
+
+def _json(data: Any) -> web.Response:
+    return web.json_response(data)
+
+
+def _refusal(status: int, reason: str) -> web.HTTPException:
+    kinds = {
+        400: web.HTTPBadRequest,
+        401: web.HTTPUnauthorized,
+        403: web.HTTPForbidden,
+        404: web.HTTPNotFound,
+        409: web.HTTPConflict,
+        503: web.HTTPServiceUnavailable,
+    }
+    return kinds[status](text=json.dumps({"error": reason}), content_type="application/json")
+
+
+def _token(folder: Path) -> str:
+    try:
+        return (folder / "ui_token").read_text()
+    except FileNotFoundError:
+        raise _refusal(401, f"{folder.name} has no token, so it cannot be controlled from here") from None
+
+
+def _number(query: Any, name: str) -> float | None:
+    text = query.get(name)
+    if text is None:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        raise _refusal(400, f"{name}={text} is not a number") from None
+
+
+def _count(query: Any, name: str) -> int | None:
+    number = _number(query, name)
+    return None if number is None else max(2, int(number))
+
+
+def _since(query: Any) -> dict[str, float]:
+    names = [name for name in ("history", "entities", "steps", "events") if name in query]
+    return {name: _number(query, name) or 0.0 for name in names}

@@ -1,0 +1,148 @@
+"""How single samples go through the whole system: ``metrics/samples.jsonl``, the inspector's and the trace's source.
+
+    leased -> computing -> computed -> putting -> stored -> assigned -> fetched -> trained -> freed
+       ^---- failed / lost: the sample goes back, and is leased again under another key
+
+Not every sample is kept: about :data:`PER_SECOND`, and of those the newest and some of the older ones.
+"""
+
+from __future__ import annotations
+
+import time
+from base64 import b64encode
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torchspec.contracts import HELDOUT_EPOCH, SampleId, SampleRef, SampleTiming
+from torchspec.monitor.series import Series
+from torchspec.monitor.snapshot import metrics_dir, to_line
+
+PER_SECOND = 2.0
+SAMPLE_LINES, SAMPLE_RECENT = 1200, 500
+
+Moment = Literal[
+    "leased",
+    "computing",
+    "computed",
+    "putting",
+    "stored",
+    "assigned",
+    "fetched",
+    "trained",
+    "freed",
+    "failed",
+    "lost",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRecord:
+    """One sample from its first lease to its end."""
+
+    time: float
+    """When it was freed."""
+    sample: str
+    """``e{epoch}p{prompt}``"""
+    id: str
+    """Its conversation's name in the data."""
+    worker: str
+    step: int
+    attempts: int
+    tokens: int
+    prompt_tokens: int | None
+    """Of the prompt that the target answered; None where the conversation came with its answers."""
+    num_bytes: int
+    timeline: tuple[tuple[Moment, float, str], ...]
+    """What happened, when, and to whom or why (worker, step or reason; else empty)."""
+    token_ids: str
+    """base64 of little-endian int32."""
+    loss_mask: str
+    """base64 of a packed mask (``contracts.pack_mask``)."""
+
+
+@dataclass(slots=True)
+class _Open:
+    timeline: list[tuple[Moment, float, str]]
+    worker: str
+    attempts: int = 1
+
+
+class Timelines:
+    """Follows samples and writes down some of them once they are freed.
+
+    Args:
+        per_second: so many samples at most; 0 for none.
+        clock: seconds since the epoch.
+    """
+
+    def __init__(self, run_dir: Path, per_second: float = PER_SECOND, clock: Callable[[], float] = time.time):
+        self._clock, self._spacing = clock, 1 / per_second if per_second else float("inf")
+        self._file = Series(metrics_dir(run_dir) / "samples.jsonl", SAMPLE_LINES, SAMPLE_RECENT)
+        self._open: dict[SampleId, _Open] = {}
+        self._due = clock() if per_second else float("inf")
+
+    def leased(self, sample: SampleId, worker: str) -> None:
+        """Follow ``sample`` from here on, if it is time for another one. Held-out samples are not followed."""
+        if sample.epoch == HELDOUT_EPOCH:
+            return
+        now = self._clock()
+        followed = self._open.get(sample)
+        if followed is not None:
+            followed.attempts += 1
+            followed.worker = worker
+        elif now >= self._due:
+            self._due = now + self._spacing
+            followed = self._open[sample] = _Open([], worker)
+        else:
+            return
+        followed.timeline.append(("leased", now, worker))
+
+    def published(self, sample: SampleId, timing: SampleTiming | None) -> None:
+        """It is in the store. What its worker measured is laid out backwards from now."""
+        followed = self._open.get(sample)
+        if followed is None:
+            return
+        now = self._clock()
+        if timing is not None:
+            putting = now - timing.put_seconds
+            computed = putting - timing.hold_seconds
+            moments: list[tuple[Moment, float]] = [("computing", computed - timing.compute_seconds)]
+            moments += [("computed", computed), ("putting", putting)]
+            followed.timeline += [(moment, at, "") for moment, at in moments]
+        followed.timeline.append(("stored", now, ""))
+
+    def mark(self, samples: Iterable[SampleId], moment: Moment, detail: str = "") -> None:
+        """The same happened to all of ``samples``."""
+        for sample in samples:
+            if sample in self._open:
+                self._open[sample].timeline.append((moment, self._clock(), detail))
+
+    def forget(self, sample: SampleId) -> None:
+        """It was rejected."""
+        self._open.pop(sample, None)
+
+    def follows(self, sample: SampleId) -> bool:
+        return sample in self._open
+
+    def finish(self, ref: SampleRef, name: str, step: int, token_ids: bytes, prompt_tokens: int | None) -> None:
+        """It has been freed: write it down."""
+        followed = self._open.pop(ref.sample)
+        now = self._clock()
+        followed.timeline.append(("freed", now, ""))
+        record = SampleRecord(
+            time=now,
+            sample=str(ref.sample),
+            id=name,
+            worker=followed.worker,
+            step=step,
+            attempts=followed.attempts,
+            tokens=ref.num_tokens,
+            prompt_tokens=prompt_tokens,
+            num_bytes=ref.num_bytes,
+            timeline=tuple(followed.timeline),
+            token_ids=b64encode(token_ids).decode(),
+            loss_mask=b64encode(ref.loss_mask).decode(),
+        )
+        self._file.append(to_line(record))

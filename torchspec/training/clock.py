@@ -1,0 +1,123 @@
+"""Where the time of one training rank goes, and the thread that tells the controller.
+
+The step loop's own parts (waiting, pausing, optimizer) are host times. Forward and backward are device times: on CUDA
+they lie between events, which are read after the step's one wait for the device, so measuring adds no synchronisation;
+on a CPU the host's clock says the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Literal
+
+import ray
+import torch
+
+from torchspec.contracts import RankId, RankReport
+
+Mark = float | torch.cuda.Event
+
+
+class RankClock:
+    """Counters of a rank. :meth:`report` may be called from another thread."""
+
+    def __init__(self, rank: int, device: torch.device, peak_flops: float | None):
+        self._counts = RankReport(rank, peak_flops=peak_flops)
+        self._cuda = device.type == "cuda"
+        self._began = self._since = time.perf_counter()
+        self._doing: Literal["waiting", "training", "paused"] = "waiting"
+        self._spans: dict[str, list[tuple[Mark, Mark]]] = {}
+
+    @contextmanager
+    def doing(self, what: Literal["waiting", "paused"]) -> Iterator[None]:
+        """Around what is not training."""
+        self._since, self._doing = time.perf_counter(), what
+        try:
+            yield
+        finally:
+            name = "wait_seconds" if what == "waiting" else "pause_seconds"
+            now = time.perf_counter()
+            self._doing = "training"
+            self._add(**{name: now - self._since})
+
+    @contextmanager
+    def span(self, name: str) -> Iterator[None]:
+        """Around work for the device; see :meth:`device_seconds`."""
+        start = self._mark()
+        yield
+        self._spans.setdefault(name, []).append((start, self._mark()))
+
+    def device_seconds(self, name: str) -> float:
+        """Of all spans of this name since the last call. Only after the host has waited for the device."""
+        return sum(_seconds(start, end) for start, end in self._spans.pop(name, []))
+
+    def step_made(self, step: int, **more: float) -> None:
+        """Add a step's parts and the like to the counters."""
+        self._add(steps=1, **more)
+        self._counts = replace(self._counts, step=step)
+
+    def report(self) -> RankReport:
+        """The counters now, with the wait or the pause that goes on."""
+        counts, now = self._counts, time.perf_counter()
+        open_seconds = now - self._since
+        wait = open_seconds if self._doing == "waiting" else 0.0
+        pause = open_seconds if self._doing == "paused" else 0.0
+        return replace(
+            counts,
+            seconds=now - self._began,
+            wait_seconds=counts.wait_seconds + wait,
+            pause_seconds=counts.pause_seconds + pause,
+            doing=self._doing,
+        )
+
+    def _mark(self) -> Mark:
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _add(self, **more: float) -> None:
+        counts = self._counts
+        self._counts = replace(counts, **{name: getattr(counts, name) + value for name, value in more.items()})
+
+
+def _seconds(start: Mark, end: Mark) -> float:
+    if isinstance(start, float):
+        assert isinstance(end, float)
+        return end - start
+    assert isinstance(end, torch.cuda.Event)
+    return start.elapsed_time(end) / 1000
+
+
+@contextmanager
+def reporting(controller: Any, rank: RankId, report: Callable[[], RankReport], interval: float) -> Iterator[None]:
+    """Send ``report()`` to the controller each ``interval`` seconds, and once at the end; never if it is 0.
+
+    A thread of its own, because the step loop is away for long and a rank that waits has something to say, too.
+    """
+    ended = threading.Event()
+
+    def tell() -> None:
+        with contextlib.suppress(ray.exceptions.RayError):  # a controller that is away will be back, or ends the run
+            ray.get(controller.rank_report.remote(rank, report()), timeout=10)
+
+    def loop() -> None:
+        while not ended.wait(interval):
+            tell()
+
+    thread = threading.Thread(target=loop, name="report", daemon=True)
+    if interval:
+        thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        if interval:
+            thread.join()
+            tell()
