@@ -20,6 +20,7 @@ from tests.online import (
     write_config,
 )
 from torchspec.controller.journal import read_lines
+from torchspec.controller.verify import verify_run
 from torchspec.inference.leftovers import find_shared_memory_leftovers
 
 
@@ -78,5 +79,7 @@ def test_a_run_through_every_kind_of_death_trains_what_it_would_have_trained(com
     assert trained(run_dir) == EXPECTED
     snapshot = ledger_snapshot(run_dir)
     assert snapshot["cursor"] == snapshot["shape"]["prompts"] * snapshot["shape"]["epochs"]
+    verdict = verify_run(run_dir)
+    assert verdict.violations == () and verdict.finished and verdict.resumes == 2
     assert processes_of(run_dir) == []
     assert find_shared_memory_leftovers(started) == []

@@ -14,6 +14,7 @@ from torchspec.config.load import parse_config
 from torchspec.contracts import HELDOUT_EPOCH, Answer, Lease, SampleId, SampleRef, WorkerReport, pack_mask, unpack_mask
 from torchspec.controller.controller import Controller, ControllerSpec
 from torchspec.controller.journal import trained_batches
+from torchspec.controller.verify import EpochCount, verify_run
 from torchspec.data.order import epoch_order
 from torchspec.data.prompt_set import PromptSet
 from torchspec.store.geometry import SampleGeometry
@@ -153,6 +154,8 @@ def test_batches_are_the_seeded_order_whoever_works(endpoint, client, tmp_path, 
     line = [SampleId(e, int(p)) for e in range(2) for p in epoch_order(3, e, 10)]
     assert samples(seen) == {i + 1: set(line[4 * i : 4 * i + 4]) for i in range(5)}
     assert {s: set(b) for s, b in trained_batches(tmp_path / "ledger.jsonl").items()} == samples(seen)
+    verdict = verify_run(tmp_path)
+    assert verdict.violations == () and verdict.steps == 5 and sum(e.trained for e in verdict.epochs) == 20
     assert controller.credits.used == 0
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert sorted(a["id"] for a in answers) == sorted(f"p{i}" for i in range(10))
@@ -244,6 +247,8 @@ def test_a_poison_prompt_is_rejected_by_name_and_its_batch_filled_with_the_next(
         rejected = [json.loads(line) for line in (tmp_path / "rejected.jsonl").read_text().splitlines()]
         assert [r["id"] for r in rejected] == [f"p{poison.prompt} (epoch 0)"]
         assert "engine choked" in rejected[0]["reason"]
+        verdict = verify_run(tmp_path)
+        assert verdict.violations == () and verdict.epochs == (EpochCount(0, 6, 5, 5, 1),)
 
     asyncio.run(scenario())
 
@@ -327,6 +332,8 @@ def test_a_stop_ends_all_ranks_at_the_same_step_and_a_resume_goes_on_from_there(
     line = [SampleId(e, int(p)) for e in range(2) for p in epoch_order(3, e, 10)]
     assert set(before).isdisjoint(after)
     assert together == {i + 1: set(line[4 * i : 4 * i + 4]) for i in range(5)}
+    verdict = verify_run(tmp_path)
+    assert verdict.violations == () and (verdict.steps, verdict.resumes) == (5, 1)
 
 
 def test_answers_are_written_once_and_later_epochs_only_prefill(endpoint, client, tmp_path):

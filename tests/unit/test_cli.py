@@ -18,6 +18,8 @@ from torchspec.cli.quickstart import unused_name
 from torchspec.cli.tables import plan_table, summary_table
 from torchspec.config.load import load_config, parse_config, save_config
 from torchspec.config.schema import TrainingConfig
+from torchspec.controller.journal import JsonLines
+from torchspec.data.order import epoch_order
 from torchspec.data.survey import Survey
 from torchspec.driver.plan import Plan
 from torchspec.driver.splits import Split
@@ -55,7 +57,19 @@ def test_version_and_help() -> None:
     version = command("--version")
     assert version.communicate()[0].startswith("torchspec 0.") and version.returncode == 0
     text, _ = command("--help").communicate()
-    for name in ("quickstart", "train", "resume", "plan", "status", "stop", "export", "eval", "config", "doctor"):
+    for name in (
+        "quickstart",
+        "train",
+        "resume",
+        "plan",
+        "status",
+        "stop",
+        "verify",
+        "export",
+        "eval",
+        "config",
+        "doctor",
+    ):
         assert f" {name} " in text
 
 
@@ -95,6 +109,7 @@ def test_ctrl_c_is_exit_code_130(tmp_path: Path) -> None:
         (["resume", "absent"], "no run absent"),
         (["status", "absent"], "no run absent"),
         (["stop", "absent"], "no run absent"),
+        (["verify", "absent"], "no run absent"),
         (["export", "."], "neither a checkpoint"),
         (["eval", "."], "name the target"),
         (["eval", ".", "--target", "x", "--tokens", "0"], "num_draft_tokens is 0"),
@@ -131,6 +146,27 @@ def test_a_run_that_is_over_cannot_be_asked(
     for name in ("status", "stop"):
         assert run(monkeypatch, name, "old") == 2
         assert "is not running now" in capsys.readouterr().err
+
+
+def test_verify_says_how_far_a_run_is_proven_and_names_what_is_not(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    folder = Path("runs/old")
+    folder.mkdir(parents=True)
+    save_config(load_config(recipe), folder / "config.yaml")
+    assert run(monkeypatch, "verify", "old") == 1
+    assert "the journal is empty" in capsys.readouterr().out
+    (first, second, third), others = epoch_order(5, 0, 8)[:3].tolist(), {"max_steps": None, "epochs": 1}
+    shape = {"dataset": "d", "prompts": 8, "batch_size": 2, "seed": 5}
+    journal = JsonLines(folder / "ledger.jsonl")
+    journal.write({"event": "started", **shape, **others})
+    journal.write({"event": "trained", "step": 1, "end": 2, "samples": [[0, first], [0, second]]})
+    assert run(monkeypatch, "verify", "old") == 0
+    assert "proven, so far: 1 steps" in capsys.readouterr().out
+    journal.write({"event": "trained", "step": 2, "end": 4, "samples": [[0, third], [0, second]]})
+    assert run(monkeypatch, "verify", "old") == 1
+    assert f"line 3: step 2 trains a second time e0p{second}" in capsys.readouterr().out
 
 
 def test_resume_stays_in_the_runs_folder(

@@ -42,6 +42,19 @@ def test_leases_follow_the_seeded_order_and_stop_at_the_window():
     assert [r.sample for r in leased] == seeded_line(book.shape)[:6]
 
 
+def test_rejected_samples_take_no_room_in_the_window():
+    """Else a window full of them would never be trained past."""
+    book = ledger(window=6, prompts=30)
+    bad = lease_all(book)[:5]
+    for record in bad:
+        book.fail(record.sample, record.key, "bad", final=True)
+    assert len(lease_all(book)) == 5
+    for record in book.records.values():
+        book.store(ref(record))
+    book.train(book.assign())
+    assert book.trained_cursor == 9 and len(lease_all(book)) == 4
+
+
 def test_a_step_waits_for_the_front_of_the_line():
     book = ledger()
     records = lease_all(book)

@@ -15,6 +15,7 @@ from torchspec.cli.units import human_bytes, human_count, human_seconds
 
 if TYPE_CHECKING:
     from torchspec.config.schema import TrainingConfig
+    from torchspec.controller.verify import Verdict
     from torchspec.data.survey import Survey
     from torchspec.driver.plan import Plan
     from torchspec.driver.run import RunSummary
@@ -128,6 +129,18 @@ def summary_table(summary: RunSummary, target: str) -> RenderableType:
     else:
         commands.append(f"torchspec export {shown(summary.checkpoint or summary.run_dir)}", style="cyan not dim")
     return Group(table, commands)
+
+
+def verdict_table(title: str, verdict: Verdict) -> Table:
+    """Where the samples of each epoch are."""
+    table = _framed(f"{title}: step {verdict.steps:,}, the last checkpoint has {verdict.committed_step:,}")
+    table.add_column("epoch", justify="right")
+    for name in ("data set", "trained", "of these committed", "rejected", "not yet trained"):
+        table.add_column(name, justify="right")
+    for count in verdict.epochs:
+        figures = count.dataset, count.trained, count.committed, count.rejected, count.left
+        table.add_row(str(count.epoch), *(f"{figure:,}" for figure in figures))
+    return table
 
 
 def shown(path: Path) -> str:

@@ -100,6 +100,9 @@ class Controller:
         )
         if spec.ledger_snapshot is not None:
             self.ledger.restore(spec.ledger_snapshot)
+        line = {name: getattr(self.ledger.shape, name) for name in LedgerShape.__dataclass_fields__}
+        limits = {"max_steps": config.training.max_steps, "reorder_window": config.controller.reorder_window}
+        self.journal.write({"event": "started", **line, **limits})
         if spec.resumed:
             self.journal.write({"event": "resumed", "step": self.ledger.committed_step})
         self.credits = Credits(spec.credit_bytes)
@@ -236,8 +239,9 @@ class Controller:
             return
         del self._acks[step]
         records = self.ledger.step_records(step)
-        self.journal.write({"event": "trained", "step": step, "samples": [r.sample for r in records]})
         self.ledger.train(step)
+        batch = {"step": step, "end": self.ledger.trained_cursor, "samples": [r.sample for r in records]}
+        self.journal.write({"event": "trained", **batch})
         del self._batches[step]
         self._observer.trained(len(records), sum(r.ref.num_tokens for r in records if r.ref))
         self._free(records)

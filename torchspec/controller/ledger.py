@@ -95,6 +95,7 @@ class Ledger:
         self._assign_cursor = self.committed_cursor  # first position not considered for a step
         self._assign_step = self.committed_step
         self._orders: dict[int, Any] = {}
+        self._rejected_ahead = 0  # positions from the trained cursor on; they take no room in the window
 
     # ---- the line of positions ----
 
@@ -122,7 +123,8 @@ class Ledger:
             return self.records[self._retries[0]]
         if self._parked:
             return None
-        if self._frontier >= min(self.end, self.trained_cursor + self.reorder_window) or self._all_steps_assigned():
+        window_end = self.trained_cursor + self.reorder_window + self._rejected_ahead
+        if self._frontier >= min(self.end, window_end) or self._all_steps_assigned():
             return None
         return Record(self._frontier, self.sample_at(self._frontier))
 
@@ -214,6 +216,7 @@ class Ledger:
             self._return(record)
             return
         self.rejected[record.position] = Rejection(record.sample, f"{reason} (attempt {record.attempts})")
+        self._rejected_ahead += 1
         self._forget(record.position)
         if record.step:
             self.steps[record.step].positions.remove(record.position)
@@ -256,6 +259,8 @@ class Ledger:
         for record in self.step_records(step):
             assert record.state == "assigned"
             record.state = "trained"
+        passed = range(self.trained_cursor, self.steps[step].end)
+        self._rejected_ahead -= sum(position in self.rejected for position in passed)
         self.trained_step = step
 
     def commit(self, step: int) -> None:

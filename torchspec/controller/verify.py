@@ -1,0 +1,281 @@
+"""Proves from a run's journal alone that nothing was lost, nothing trained twice, and every batch was the seeded one.
+
+    started      the shape of the line of positions (``ledger.py``): data, epochs, batch size, seed
+    resumed      a checkpoint's step: what the journal says of later positions was undone
+    trained      a step's samples in order, and ``end``, the position after the last that it considered
+    rejected     a sample that no step will have
+    committed    a step whose checkpoint is safely in place
+
+The proof replays these on an array with one state a position, and does not share code with the ledger: what it knows
+of the order is the seed. Each step must hold exactly the positions between the last step's ``end`` and its own that
+were not rejected. A journal says nothing of its own missing tail, so the latest checkpoint's ledger is held against it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from torchspec.contracts import HELDOUT_EPOCH, SampleId
+from torchspec.data.order import epoch_order
+
+OPEN, TRAINED, REJECTED = range(3)
+
+FIXED = ("dataset", "prompts", "batch_size", "seed")
+"""What a resume must not change."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpochCount:
+    """Samples of one epoch; ``committed`` of the trained ones are part of a checkpoint."""
+
+    epoch: int
+    dataset: int
+    trained: int
+    committed: int
+    rejected: int
+
+    @property
+    def left(self) -> int:
+        return self.dataset - self.trained - self.rejected
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What a journal proves, or the violations that it shows, each naming its line."""
+
+    epochs: tuple[EpochCount, ...]
+    steps: int
+    committed_step: int
+    resumes: int
+    finished: bool
+    """Every sample is committed or rejected, or ``training.max_steps`` steps are committed."""
+    violations: tuple[str, ...]
+
+    @property
+    def proven(self) -> bool:
+        return not self.violations
+
+
+def verify_run(run_dir: Path) -> Verdict:
+    """Verify ``ledger.jsonl`` of ``run_dir`` against the ledger in its latest checkpoint."""
+    checkpoint = run_dir / "checkpoints" / "latest" / "ledger.json"  # read first: a running run only adds to both
+    snapshot = checkpoint.read_text() if checkpoint.exists() else None
+    journal = run_dir / "ledger.jsonl"
+    return verify(journal.read_text().splitlines(keepends=True) if journal.exists() else [], snapshot)
+
+
+def verify(lines: Sequence[str], snapshot: str | None = None) -> Verdict:
+    """Replay a journal.
+
+    Args:
+        lines: the journal's. A torn last one, which a ``kill -9`` may leave, says nothing and is passed over.
+        snapshot: ``ledger.json`` of the run's latest checkpoint.
+    """
+    replay = _Replay()
+    for number, line in enumerate(lines, 1):
+        if line.endswith("\n"):
+            replay.read(number, line)
+    if replay.shape is None:
+        return Verdict((), 0, 0, 0, False, tuple(replay.violations) or ("the journal is empty",))
+    replay.check_gaps()
+    if snapshot is not None:
+        replay.check_snapshot(json.loads(snapshot))
+    return replay.verdict()
+
+
+class _Replay:
+    def __init__(self) -> None:
+        self.shape: dict[str, Any] | None = None
+        self.violations: list[str] = []
+        self._states = np.zeros(0, dtype=np.uint8)  # one a position
+        self._ends = [0]  # of each step, from 0
+        self._committed_step = self._resumes = 0
+        self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._restarted = False
+        self._line = 0
+
+    def read(self, number: int, line: str) -> None:
+        self._line = number
+        handlers = {
+            "started": self._started,
+            "resumed": self._resumed,
+            "trained": self._trained,
+            "rejected": self._rejected,
+            "committed": self._committed,
+        }
+        try:
+            record = json.loads(line)
+            event = record["event"]
+            if event not in handlers:
+                return
+            if self.shape is None and event != "started":
+                self._wrong(f"{event} before the run has started: the journal's beginning is missing")
+                return
+            if self._restarted and event != "resumed":
+                self._wrong(f"{event} after another start that does not say which step it goes on from")
+            self._restarted = False
+            handlers[event](record)
+        except (ValueError, KeyError, TypeError) as error:
+            self._wrong(f"not a journal's line ({type(error).__name__}: {error})")
+
+    # ---- events ----
+
+    def _started(self, record: dict[str, Any]) -> None:
+        shape = {name: record[name] for name in (*FIXED, "epochs", "max_steps")}
+        if self.shape is not None:
+            self._restarted = True
+            for name in FIXED:
+                if shape[name] != self.shape[name]:
+                    self._wrong(f"started again with {name} {shape[name]!r}, it was {self.shape[name]!r}")
+                    return
+        self.shape = shape
+        positions = shape["prompts"] * shape["epochs"]
+        kept = self._states[:positions]
+        self._states = np.concatenate([kept, np.zeros(positions - len(kept), dtype=np.uint8)])
+
+    def _resumed(self, record: dict[str, Any]) -> None:
+        step = record["step"]
+        self._resumes += 1
+        if not 0 <= step < len(self._ends):
+            self._wrong(f"resumed from step {step}, which the journal has not seen: it ends at {len(self._ends) - 1}")
+            return
+        del self._ends[step + 1 :]
+        self._states[self._ends[-1] :] = OPEN
+        self._committed_step = step
+
+    def _trained(self, record: dict[str, Any]) -> None:
+        step, end, start = record["step"], record["end"], self._ends[-1]
+        if step != len(self._ends):
+            self._wrong(f"step {step} follows step {len(self._ends) - 1}")
+            return
+        if not start <= end <= len(self._states):
+            self._wrong(f"step {step} ends at position {end}, after {start} and of {len(self._states)}")
+            return
+        positions = [self._position(SampleId(*sample)) for sample in record["samples"]]
+        self._check_batch(step, positions, start, end)
+        self._states[[p for p in positions if p is not None]] = TRAINED
+        self._ends.append(end)
+
+    def _check_batch(self, step: int, positions: list[int | None], start: int, end: int) -> None:
+        assert self.shape is not None
+        expected = [p for p in range(start, end) if self._states[p] != REJECTED]
+        for position in positions:
+            if position is not None and self._states[position] != OPEN:
+                done = "trains a second time" if self._states[position] == TRAINED else "trains the rejected"
+                self._wrong(f"step {step} {done} {self._name(position)}")
+        if positions != expected:
+            self._wrong(
+                f"step {step} trains {self._names(positions)} where the seeded order has {self._names(expected)}"
+            )
+        batch, rejected = self.shape["batch_size"], end - start - len(expected)
+        short = batch - len(positions)
+        if short < 0 or (short > rejected and end < len(self._states)):
+            self._wrong(f"step {step} has {len(positions)} samples, of a batch of {batch} and {rejected} rejected")
+
+    def _rejected(self, record: dict[str, Any]) -> None:
+        sample = SampleId(*record["sample"])
+        if sample.epoch == HELDOUT_EPOCH:
+            return
+        position = self._position(sample)
+        if position is None:
+            return
+        if self._states[position] != OPEN:
+            done = "trained" if self._states[position] == TRAINED else "rejected"
+            self._wrong(f"{sample} is rejected, and had been {done}")
+        self._states[position] = REJECTED
+
+    def _committed(self, record: dict[str, Any]) -> None:
+        step = record["step"]
+        if not self._committed_step <= step < len(self._ends):
+            self._wrong(f"a checkpoint of step {step}, after one of {self._committed_step} and {self._steps} steps")
+            return
+        self._committed_step = step
+
+    # ---- the end ----
+
+    def check_gaps(self) -> None:
+        """Every position that a step has passed is trained or rejected."""
+        for position in np.flatnonzero(self._states[: self._ends[-1]] == OPEN):
+            self.violations.append(f"{self._name(int(position))} was lost: neither trained nor rejected")
+
+    def check_snapshot(self, snapshot: dict[str, Any]) -> None:
+        """A checkpoint's ledger and the journal must tell the same story up to the checkpoint's step."""
+        assert self.shape is not None
+        step, cursor = snapshot["step"], snapshot["cursor"]
+        if step > self._steps:
+            self.violations.append(
+                f"the latest checkpoint is of step {step} and the journal ends at step {self._steps}: its tail is "
+                "missing"
+            )
+            return
+        for name in FIXED:
+            if snapshot["shape"][name] != self.shape[name]:
+                self.violations.append(f"the latest checkpoint has {name} {snapshot['shape'][name]!r}")
+        if cursor != self._ends[step]:
+            self.violations.append(f"the latest checkpoint ends at {cursor}, the journal's step {step} at another")
+        saved = [position for position, *_ in snapshot["rejected"]]
+        if saved != np.flatnonzero(self._states[: self._ends[step]] == REJECTED).tolist():
+            self.violations.append(f"the latest checkpoint rejects other samples than the journal up to step {step}")
+
+    def verdict(self) -> Verdict:
+        assert self.shape is not None
+        prompts, committed_end = self.shape["prompts"], self._ends[self._committed_step]
+        counts = []
+        for epoch in range(self.shape["epochs"]):
+            first = epoch * prompts
+            states = self._states[first : first + prompts]
+            trained = states == TRAINED
+            committed = trained[: max(0, committed_end - first)]
+            rejected = int((states == REJECTED).sum())
+            counts.append(EpochCount(epoch, prompts, int(trained.sum()), int(committed.sum()), rejected))
+        done = all(count.left == 0 for count in counts) or self._steps == self.shape["max_steps"]
+        return Verdict(
+            epochs=tuple(counts),
+            steps=self._steps,
+            committed_step=self._committed_step,
+            resumes=self._resumes,
+            finished=done and self._committed_step == self._steps,
+            violations=tuple(self.violations),
+        )
+
+    # ---- small things ----
+
+    @property
+    def _steps(self) -> int:
+        return len(self._ends) - 1
+
+    def _wrong(self, what: str) -> None:
+        self.violations.append(f"line {self._line}: {what}")
+
+    def _position(self, sample: SampleId) -> int | None:
+        """Where the sample stands in the line; None, and a violation, if it is none of the run's."""
+        assert self.shape is not None
+        epoch, prompt = sample
+        if not (0 <= epoch < self.shape["epochs"] and 0 <= prompt < self.shape["prompts"]):
+            self._wrong(f"{sample} is no sample of this run")
+            return None
+        _, rows = self._order(epoch)
+        return epoch * self.shape["prompts"] + int(rows[prompt])
+
+    def _name(self, position: int) -> str:
+        assert self.shape is not None
+        epoch, row = divmod(position, self.shape["prompts"])
+        order, _ = self._order(epoch)
+        return str(SampleId(epoch, int(order[row])))
+
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """The prompt of each row of ``epoch``, and the row of each prompt."""
+        assert self.shape is not None
+        if epoch not in self._orders:
+            order = epoch_order(self.shape["seed"], epoch, self.shape["prompts"])
+            self._orders[epoch] = order, np.argsort(order)
+        return self._orders[epoch]
+
+    def _names(self, positions: Iterable[int | None]) -> str:
+        return "[" + " ".join("?" if p is None else self._name(p) for p in positions) + "]"
