@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torchspec.contracts import SampleRef
 from torchspec.controller.ledger import Ledger, LedgerShape
 from torchspec.controller.verify import EpochCount, Verdict, verify, verify_run
+from torchspec.data.order import epoch_order
 
 PROMPTS, EPOCHS, BATCH = 10, 2, 4
 SHAPE = LedgerShape("data", PROMPTS, EPOCHS, BATCH, 7)
@@ -25,12 +26,17 @@ class Run:
         self.chance, self.shape, self.max_steps = chance, shape, max_steps
         self.events: list[dict] = []
         self.snapshot: str | None = None
+        self.ledger = Ledger(shape, 12, 2, max_steps)
         self.start()
 
-    def start(self, resumed: bool = False) -> None:
+    def start(self, resumed: bool = False, remember: bool = False) -> None:
+        """Go on from the checkpoint; ``remember`` what has been rejected since."""
+        before = self.ledger.rejected if remember else {}
         self.ledger = Ledger(self.shape, 12, 2, self.max_steps)
         if self.snapshot is not None:
             self.ledger.restore(self.snapshot)
+        self.ledger.rejected |= before
+        self.ledger._rejected_ahead = sum(p >= self.ledger.committed_cursor for p in self.ledger.rejected)
         self.known = set(self.ledger.rejected)
         line = {name: getattr(self.shape, name) for name in LedgerShape.__dataclass_fields__}
         self.events.append({"event": "started", **line, "max_steps": self.max_steps, "reorder_window": 12})
@@ -134,13 +140,15 @@ def test_a_run_with_a_limit_of_steps_finishes_there():
     batch=st.integers(1, 5),
     reject=st.sampled_from([0.0, 0.1, 0.5]),
     crashes=st.lists(st.integers(0, 4), max_size=4),
+    remember=st.booleans(),
 )
-def test_whatever_a_ledger_goes_through_is_proven(seed, prompts, epochs, batch, reject, crashes):
-    """Rejections before and after a sample has its step, checkpoints at any step, resumes that undo both."""
+def test_whatever_a_ledger_goes_through_is_proven(seed, prompts, epochs, batch, reject, crashes, remember):
+    """Rejections before and after a sample has its step, checkpoints at any step, resumes that undo both or only
+    steps."""
     run = Run(random.Random(seed), LedgerShape("data", prompts, epochs, batch, seed))
     for steps in crashes:
         run.train(steps, reject)
-        run.start(resumed=True)
+        run.start(resumed=True, remember=remember)
     run.train(reject=reject)
     run.commit()
     verdict = run.verdict()
@@ -369,6 +377,35 @@ def test_a_cut_journal_is_never_proven_against_its_checkpoint_unless_all_of_its_
     verdict = verify(run.lines()[:kept], run.snapshot)
     assert verdict.proven == (kept >= 6)
     assert verdict.finished == (kept >= 7)
+
+
+def test_a_sample_rejected_after_the_checkpoint_may_be_trained_rejected_again_or_passed_over():
+    start = {
+        "event": "started",
+        "dataset": "d",
+        "prompts": 4,
+        "epochs": 1,
+        "batch_size": 2,
+        "seed": 1,
+        "max_steps": None,
+    }
+    line = [int(p) for p in epoch_order(1, 0, 4)]
+    rejected = {"event": "rejected", "sample": [0, line[1]], "reason": "bad"}
+    before = [start, rejected, {"event": "resumed", "step": 0}]
+
+    def judge(*events: dict) -> Verdict:
+        return verify([json.dumps(event) + "\n" for event in (*before, *events)])
+
+    def step(end: int, *rows: int) -> dict:
+        return {"event": "trained", "step": 1, "end": end, "samples": [[0, line[row]] for row in rows]}
+
+    assert judge(step(2, 0, 1)).epochs == (EpochCount(0, 4, 2, 0, 0),)
+    assert judge(step(3, 0, 2)).epochs == (EpochCount(0, 4, 2, 0, 1),)
+    assert judge(rejected, step(3, 0, 2)).epochs == (EpochCount(0, 4, 2, 0, 1),)
+    assert all(judge(*events).proven for events in [(step(2, 0, 1),), (step(3, 0, 2),), (rejected, step(3, 0, 2))])
+    assert "trains the rejected" in judge(rejected, step(2, 0, 1)).violations[0]
+    assert "where the seeded order has" in judge(step(3, 1, 2)).violations[0]
+    assert "had been rejected" in judge(step(3, 0, 2), rejected).violations[0]
 
 
 def test_a_torn_last_line_says_nothing():

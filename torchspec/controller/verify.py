@@ -1,7 +1,7 @@
 """Proves from a run's journal alone that nothing was lost, nothing trained twice, and every batch was the seeded one.
 
     started      the shape of the line of positions (``ledger.py``): data, epochs, batch size, seed
-    resumed      a checkpoint's step: what the journal says of later positions was undone
+    resumed      a checkpoint's step: later steps were undone; a sample rejected later may be tried again, or not
     trained      a step's samples in order, and ``end``, the position after the last that it considered
     rejected     a sample that no step will have
     committed    a step whose checkpoint is safely in place
@@ -24,7 +24,8 @@ import numpy as np
 from torchspec.contracts import HELDOUT_EPOCH, SampleId
 from torchspec.data.order import epoch_order
 
-OPEN, TRAINED, REJECTED = range(3)
+OPEN, TRAINED, REJECTED, REJECTED_BEFORE = range(4)
+"""What is known of a position; the last: rejected after the checkpoint that the run went back to."""
 
 FIXED = ("dataset", "prompts", "batch_size", "seed")
 """What a resume must not change."""
@@ -146,7 +147,8 @@ class _Replay:
             self._wrong(f"resumed from step {step}, which the journal has not seen: it ends at {len(self._ends) - 1}")
             return
         del self._ends[step + 1 :]
-        self._states[self._ends[-1] :] = OPEN
+        undone = self._states[self._ends[-1] :]
+        undone[:] = np.where(np.isin(undone, (REJECTED, REJECTED_BEFORE)), REJECTED_BEFORE, OPEN)
         self._committed_step = step
 
     def _trained(self, record: dict[str, Any]) -> None:
@@ -160,13 +162,20 @@ class _Replay:
         positions = [self._position(SampleId(*sample)) for sample in record["samples"]]
         self._check_batch(step, positions, start, end)
         self._states[[p for p in positions if p is not None]] = TRAINED
+        passed = self._states[start:end]
+        passed[passed == REJECTED_BEFORE] = REJECTED
         self._ends.append(end)
 
     def _check_batch(self, step: int, positions: list[int | None], start: int, end: int) -> None:
         assert self.shape is not None
-        expected = [p for p in range(start, end) if self._states[p] != REJECTED]
-        for position in positions:
-            if position is not None and self._states[position] != OPEN:
+        known = [p for p in positions if p is not None]
+        expected = [
+            p
+            for p in range(start, end)
+            if self._states[p] in (OPEN, TRAINED) or (self._states[p] == REJECTED_BEFORE and p in known)
+        ]
+        for position in known:
+            if self._states[position] in (TRAINED, REJECTED):
                 done = "trains a second time" if self._states[position] == TRAINED else "trains the rejected"
                 self._wrong(f"step {step} {done} {self._name(position)}")
         if positions != expected:
@@ -185,7 +194,7 @@ class _Replay:
         position = self._position(sample)
         if position is None:
             return
-        if self._states[position] != OPEN:
+        if self._states[position] in (TRAINED, REJECTED):
             done = "trained" if self._states[position] == TRAINED else "rejected"
             self._wrong(f"{sample} is rejected, and had been {done}")
         self._states[position] = REJECTED
@@ -232,7 +241,7 @@ class _Replay:
             states = self._states[first : first + prompts]
             trained = states == TRAINED
             committed = trained[: max(0, committed_end - first)]
-            rejected = int((states == REJECTED).sum())
+            rejected = int((states >= REJECTED).sum())
             counts.append(EpochCount(epoch, prompts, int(trained.sum()), int(committed.sum()), rejected))
         done = all(count.left == 0 for count in counts) or self._steps == self.shape["max_steps"]
         return Verdict(
