@@ -159,7 +159,10 @@ class Controller:
         assert fits, f"{ref.key} is larger than its lease allowed"
         self._count_vocab()
         self._advance()
-        self._work.fire()
+        if ref.sample.epoch == HELDOUT_EPOCH:  # maybe the last that was missing
+            self._batch.fire()
+        if self._something_to_lease():  # it holds fewer credits now; nobody is woken in vain, once for each sample
+            self._work.fire()
 
     async def fail(self, worker: str, sample: SampleId, key: str, reason: str, kind: FailureKind) -> None:
         """A lease came to nothing. What may be stored under its key is of no use any more."""
@@ -200,6 +203,14 @@ class Controller:
                 ledger.lease(record, worker, self.config.run.name)
                 leases.append(replace(lease, key=record.key, credit_bytes=size))
         return leases
+
+    def _something_to_lease(self) -> bool:
+        for ledger in (self.heldout, self.ledger):
+            record = ledger.next_to_lease()
+            if record is not None:
+                tokens, _ = self.samples.describe(record.sample)
+                return self.credits.fits(record.sample, self.spec.geometry.stored_bytes(tokens))
+        return False
 
     # ---- training ranks ----
 
@@ -246,6 +257,7 @@ class Controller:
         self._observer.trained(len(records), sum(r.ref.num_tokens for r in records if r.ref))
         self._free(records)
         self._advance()
+        self._batch.fire()
         self._work.fire()
 
     async def ledger_snapshot(self, step: int) -> str:
@@ -330,13 +342,16 @@ class Controller:
     # ---- assembling steps ----
 
     def _advance(self) -> None:
-        """Form every step that can be formed, complete every round that waits for lost samples, tell the ranks."""
+        """Form every step that can be formed, complete every round that waits for lost samples, tell the ranks of a new
+        step: of a sample alone nobody is told, there may be many ranks."""
+        news = False
         ahead = self.ledger.trained_step + self.config.controller.prefetch_steps
         while not self._stopping and max(self._batches, default=self.ledger.trained_step) < ahead:
             step = self.ledger.assign()
             if step is None:
                 break
             self._batches[step] = self._rank_batches(step)
+            news = True
         for step, round_ in list(self._rounds.items()):
             complete = step > 0 and all(r.state == "assigned" for r in self.ledger.step_records(step))
             if round_.complete and complete:
@@ -345,7 +360,8 @@ class Controller:
                 round_.decide(self._batches[step])
         if not self._stopping:  # some ranks may already have been told that there will be no held-out batches
             self.heldout.assign()
-        self._batch.fire()
+        if news:
+            self._batch.fire()
 
     def _rank_batches(self, step: int) -> list[RankBatch]:
         evaluation = self.config.evaluation
@@ -381,6 +397,7 @@ class Controller:
                 self._observer.note(f"rejected {line['id']}: {line['reason']}")
         self._count_vocab()
         self._advance()
+        self._batch.fire()
         self._work.fire()
 
     def _free(self, records: list[Record]) -> None:
@@ -398,6 +415,8 @@ class Controller:
     # ---- the draft's vocabulary ----
 
     def _count_vocab(self) -> None:
+        if self._vocabulary.vocab is not None:
+            return
         rejected = {r.sample for r in self.ledger.rejected.values()}
         if self._vocabulary.update(self.samples.answer, rejected):
             self._batch.fire()

@@ -20,12 +20,15 @@ class Credits:
 
     def reserve(self, holder: Hashable, size: int) -> bool:
         """Reserve ``size`` bytes for ``holder`` in place of what it holds; False if they do not fit."""
-        extra = size - self.held.get(holder, 0)
-        if self.used + extra > self.capacity:
+        if not self.fits(holder, size):
             return False
+        self.used += size - self.held.get(holder, 0)
         self.held[holder] = size
-        self.used += extra
         return True
+
+    def fits(self, holder: Hashable, size: int) -> bool:
+        """Whether :meth:`reserve` would succeed."""
+        return self.used + size - self.held.get(holder, 0) <= self.capacity
 
     def release(self, holder: Hashable) -> None:
         """Give back what ``holder`` has; nothing if it has none."""

@@ -20,8 +20,7 @@ class StoredObjects:
         self._removals: set[asyncio.Task[None]] = set()
 
     async def remove(self, keys: Iterable[str]) -> None:
-        for key in keys:
-            await asyncio.to_thread(self._store.remove, key, self._suffixes)
+        await asyncio.to_thread(self._remove, list(keys))  # one thread for all: a step may free hundreds
 
     def remove_soon(self, keys: Iterable[str], then: Callable[[], None]) -> None:
         """Remove in the background; ``then`` is called when all of them are gone."""
@@ -33,6 +32,10 @@ class StoredObjects:
         task = asyncio.create_task(remove())
         self._removals.add(task)
         task.add_done_callback(self._removals.discard)
+
+    def _remove(self, keys: list[str]) -> None:
+        for key in keys:
+            self._store.remove(key, self._suffixes)
 
     async def close(self) -> None:
         """Wait for what is being removed, then leave the store."""
