@@ -55,9 +55,15 @@ def prompt_set(count: int, name: str = "p") -> PromptSet:
     )
 
 
-def make(endpoint, run_dir: Path, prompts: int = 10, heldout: int = 0, **overrides) -> Controller:
+def make(endpoint, run_dir: Path, **options) -> Controller:
+    return Controller(make_spec(endpoint, run_dir, **options))
+
+
+def make_spec(
+    endpoint, run_dir: Path, prompts: int = 10, heldout: int = 0, name: str = "", **overrides
+) -> ControllerSpec:
     tree = {
-        "run": {"name": f"r{random.getrandbits(32):x}", "seed": 3},
+        "run": {"name": name or f"r{random.getrandbits(32):x}", "seed": 3},
         "target": {"path": "unused"},
         "training": {"batch_size": 4, "epochs": 2, "micro_batch_size": 2, **overrides.pop("training", {})},
         "controller": {"reorder_window": 8, "max_attempts": 3, **overrides.pop("controller", {})},
@@ -69,18 +75,16 @@ def make(endpoint, run_dir: Path, prompts: int = 10, heldout: int = 0, **overrid
             **overrides.pop("evaluation", {}),
         },
     }
-    return Controller(
-        ControllerSpec(
-            config=parse_config(tree),
-            train=prompt_set(prompts),
-            heldout=prompt_set(heldout, "h") if heldout else None,
-            geometry=GEOMETRY,
-            vocab_size=VOCAB,
-            end_token_ids=(0,),
-            endpoint=endpoint,
-            run_dir=run_dir,
-            **{"credit_bytes": 1 << 20, **overrides},
-        )
+    return ControllerSpec(
+        config=parse_config(tree),
+        train=prompt_set(prompts),
+        heldout=prompt_set(heldout, "h") if heldout else None,
+        geometry=GEOMETRY,
+        vocab_size=VOCAB,
+        end_token_ids=(0,),
+        endpoint=endpoint,
+        run_dir=run_dir,
+        **{"credit_bytes": 1 << 20, **overrides},
     )
 
 

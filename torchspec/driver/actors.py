@@ -16,11 +16,11 @@ import ray
 
 from torchspec.controller.controller import Controller, ControllerSpec
 from torchspec.data.draft_vocab import DraftVocab
-from torchspec.driver.janitor import MARK
+from torchspec.driver.janitor import MARK, start_janitor
+from torchspec.driver.placement import Placement
 from torchspec.driver.prepare import Prepared
 from torchspec.inference.engine import EngineConfig
 from torchspec.inference.worker import InferenceWorker
-from torchspec.processes import free_port
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.node import StoreNode
 from torchspec.training.trainer import Trainer, TrainerSpec
@@ -32,11 +32,12 @@ LONG_POLLS = 10_000
 
 
 def logged(base: type[T]) -> type[T]:
-    """``base`` with its output in a file, given as the first argument of the constructor."""
+    """``base`` with its output in a file, given as the first argument of the constructor, and a janitor of its own."""
 
     class Logged(base):  # type: ignore[valid-type, misc]
         def __init__(self, log_path: Path, *args: Any):
             take_over_output(log_path)
+            self._janitor = start_janitor(log_path.stem)
             super().__init__(*args)
 
     Logged.__name__ = Logged.__qualname__ = base.__name__
@@ -59,7 +60,8 @@ def actor_environment(mark: str, threads: int, temp_dir: Path, cache_dir: Path) 
     """Environment variables of an actor and of its children.
 
     SGLang leaves its sockets in the temporary folder, and whatever is killed leaves all it has there: so ``temp_dir``
-    is the run's own, which the janitor removes. What torch compiles is worth keeping beyond the run.
+    is the run's own, which the driver's janitor removes; on a machine that does not have it, it is the usual one. What
+    torch compiles is worth keeping beyond the run.
     """
     return {
         MARK: mark,
@@ -70,18 +72,19 @@ def actor_environment(mark: str, threads: int, temp_dir: Path, cache_dir: Path) 
 
 
 class ActorFactory:
-    """Starts actors of one run, with their temporary files in ``temp_dir``."""
+    """Starts actors of one run, with their temporary files in ``temp_dir`` on the driver's machine."""
 
-    def __init__(self, prepared: Prepared, endpoint: StoreEndpoint, temp_dir: Path):
+    def __init__(self, prepared: Prepared, endpoint: StoreEndpoint, placement: Placement, temp_dir: Path):
         self._prepared, self._config, self._endpoint = prepared, prepared.config, endpoint
-        self._temp_dir = temp_dir
+        self._placement, self._temp_dir = placement, temp_dir
         self._workers = 0
 
     def log_path(self, name: str) -> Path:
         return self._prepared.run_dir / "logs" / f"{name}.log"
 
     def store_node(self) -> Any:
-        return self._start(StoreNode, "store-node", 1, 0, self._endpoint, self._config.store.segment_bytes)
+        place, segment_bytes = self._placement.beside_the_driver(), self._config.store.segment_bytes
+        return self._start(StoreNode, "store-node", 1, 0, self._endpoint, segment_bytes, **place)
 
     def controller(self) -> Any:
         prepared = self._prepared
@@ -98,7 +101,8 @@ class ActorFactory:
             resumed=prepared.resume,
             ledger_snapshot=prepared.ledger_snapshot,
         )
-        return self._start(Controller, "controller", 1, 0, spec, max_concurrency=LONG_POLLS)
+        place = self._placement.beside_the_driver()
+        return self._start(Controller, "controller", 1, 0, spec, max_concurrency=LONG_POLLS, **place)
 
     def worker(self, controller: Any) -> tuple[str, Any]:
         """A new inference worker; its name is never used again."""
@@ -132,22 +136,24 @@ class ActorFactory:
             self._config.inference,
             self._config.answer,
             self._config.training.shard_formula,
+            **self._placement.worker(),
         )
         return name, actor
 
     def trainers(self, vocabulary: DraftVocab) -> list[Any]:
         """One actor a rank, told where to meet."""
         prepared, training = self._prepared, self._config.training
-        port = free_port()
+        threads, gpus = prepared.plan.threads.training, 1 if prepared.on_gpu else 0
+        address, port, places = self._placement.ranks(training.world_size, threads, gpus)
         actors = []
         for rank in range(training.world_size):
             spec = TrainerSpec(
                 config=self._config,
                 rank=rank,
                 world_size=training.world_size,
-                address="127.0.0.1",
+                address=address,
                 port=port,
-                threads=prepared.plan.threads.training,
+                threads=threads,
                 draft_ids=vocabulary.target_ids,
                 aux_layers=prepared.target.aux_layers,
                 geometry=prepared.target.geometry,
@@ -156,8 +162,7 @@ class ActorFactory:
                 run_dir=prepared.run_dir,
                 resume=prepared.resume_from,
             )
-            gpus = 1 if prepared.on_gpu else 0
-            actors.append(self._start(Trainer, f"trainer-{rank}", prepared.plan.threads.training, gpus, spec))
+            actors.append(self._start(Trainer, f"trainer-{rank}", threads, gpus, spec, **places[rank]))
         return actors
 
     def _start(self, cls: type, name: str, threads: int, gpus: int, *args: Any, **options: Any) -> Any:

@@ -55,7 +55,6 @@ class MooncakeMaster:
                 master=f"{host}:{port or free_port(host)}",
                 metrics=f"{host}:{free_port(host)}",
                 protocol=protocol,
-                local_hostname=host,
             )
             self._process = ChildProcess(_command(self.endpoint), log_path)
             if self._becomes_ready():
