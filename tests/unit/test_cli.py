@@ -172,6 +172,22 @@ def test_verify_says_how_far_a_run_is_proven_and_names_what_is_not(
     assert f"line 3: step 2 trains a second time e0p{second}" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("started", [False, True])
+def test_or_resume_continues_what_has_been_started(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, started: bool
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    resumed: list[bool] = []
+    monkeypatch.setattr("torchspec.cli.train.run_training", lambda config, resume: resumed.append(resume))
+    config = load_config(recipe)
+    if started:
+        config.run_dir.mkdir(parents=True)
+        save_config(config, config.run_dir / "config.yaml")
+    assert run(monkeypatch, "train", str(recipe), "--or-resume") == 0
+    assert run(monkeypatch, "train", str(recipe), "--resume") == 0
+    assert resumed == [started, True]
+
+
 def test_resume_stays_in_the_runs_folder(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,9 +55,9 @@ def connect(run_dir: Path) -> Iterator[RunHandle]:
     if not (run_dir / "config.yaml").exists():
         raise ValueError(f"{run_dir} is not the folder of a run (it has no config.yaml)")
     path = run_dir / "handle.json"
-    if not path.exists() or not Path(f"/proc/{json.loads(path.read_text())['pid']}").exists():
+    handle = json.loads(path.read_text()) if path.exists() else None
+    if handle is None or (handle["host"] == socket.gethostname() and not Path(f"/proc/{handle['pid']}").exists()):
         raise ValueError(f"{run_dir} is not running now; continue it with: torchspec resume {run_dir}")
-    handle = json.loads(path.read_text())
     try:
         ray.init(
             address=handle["address"], namespace=handle["namespace"], log_to_driver=False, logging_level=logging.ERROR
