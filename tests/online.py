@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -45,11 +45,11 @@ def write_config(folder: Path, target: Path, name: str = "run") -> Path:
 class Command:
     """A ``torchspec`` command in the background, with its output kept for a failing test to show."""
 
-    def __init__(self, folder: Path, *arguments: str):
+    def __init__(self, folder: Path, *arguments: str, prefix: Sequence[str] = ()):
         self.output = folder / f"output-{time.monotonic_ns()}.txt"
         with self.output.open("w") as file:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "torchspec.cli.main", *map(str, arguments)],
+                [*prefix, sys.executable, "-m", "torchspec.cli.main", *map(str, arguments)],
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,

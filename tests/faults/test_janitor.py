@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from torchspec.driver.actors import actor_environment
@@ -72,6 +73,48 @@ def test_an_actor_that_is_killed_leaves_its_temporary_files_to_the_janitor(drive
     process.stdin.flush()
     process.stdout.readline()
     assert_clean(mark, temp_dir)
+
+
+ACTOR = """
+import os, subprocess, sys, tempfile, time
+from torchspec.driver.janitor import start_janitor
+janitor = start_janitor("worker-0")
+child = subprocess.Popen(["sleep", "600"], start_new_session=True)
+print(child.pid, tempfile.mkdtemp(), os.environ["TMPDIR"], flush=True)
+time.sleep(600)
+"""
+
+
+def test_an_actors_janitor_outlives_it_and_sweeps_its_children_wherever_the_driver_is(tmp_path):
+    """As Ray ends an actor: its direct children first, all of them, then itself."""
+    mark = f"test{os.getpid()}{time.monotonic_ns()}"
+    environment = os.environ | {MARK: mark, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", ACTOR], env=environment, stdout=subprocess.PIPE, text=True) as actor:
+        child, file, folder = actor.stdout.readline().split()
+        assert Path(file).parent == Path(folder) and Path(folder).parent == tmp_path
+        assert set(marked_processes(mark)) == {actor.pid, int(child)}
+        direct = psutil.Process(actor.pid).children()
+        assert [process.pid for process in direct] == [int(child)], "Ray would end its janitor with it"
+        actor.kill()
+    wait_until(lambda: not marked_processes(mark) and not Path(folder).exists())
+
+
+def test_a_new_incarnation_is_left_alone_by_the_janitor_of_the_one_before(tmp_path):
+    mark = f"test{os.getpid()}{time.monotonic_ns()}"
+    environment = os.environ | {MARK: mark, "TMPDIR": str(tmp_path)}
+    pipes = {"stdout": subprocess.PIPE, "text": True}
+    with (
+        subprocess.Popen([sys.executable, "-c", ACTOR], env=environment, **pipes) as old,
+        subprocess.Popen([sys.executable, "-c", ACTOR], env=environment, **pipes) as new,
+    ):
+        _, _, old_folder = old.stdout.readline().split()
+        new_child, _, new_folder = new.stdout.readline().split()
+        old.kill()
+        wait_until(lambda: not Path(old_folder).exists())
+        assert new.poll() is None and Path(new_folder).exists()
+        assert set(marked_processes(mark)) == {new.pid, int(new_child)}
+        new.kill()
+    wait_until(lambda: not marked_processes(mark) and not Path(new_folder).exists())
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import socket
 import time
 from base64 import b64encode
 from dataclasses import asdict, replace
@@ -150,7 +151,7 @@ def main() -> None:
     run.scale(workers)
     run.follow(0.58 * options.seconds, interval)
     if options.live:
-        handle = {"address": "simulated", "namespace": "simulated", "pid": os.getpid()}
+        handle = {"address": "simulated", "namespace": "simulated", "host": socket.gethostname(), "pid": os.getpid()}
         (options.folder / "handle.json").write_text(json.dumps(handle))
         try:
             while True:

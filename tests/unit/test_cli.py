@@ -199,6 +199,22 @@ def test_the_status_of_a_run_that_was_killed_says_which_side_was_slow_and_how_to
     assert json.loads((folder / "trace.json").read_text())["traceEvents"]
 
 
+@pytest.mark.parametrize("started", [False, True])
+def test_or_resume_continues_what_has_been_started(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, started: bool
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    resumed: list[bool] = []
+    monkeypatch.setattr("torchspec.cli.train.run_training", lambda config, resume: resumed.append(resume))
+    config = load_config(recipe)
+    if started:
+        config.run_dir.mkdir(parents=True)
+        save_config(config, config.run_dir / "config.yaml")
+    assert run(monkeypatch, "train", str(recipe), "--or-resume") == 0
+    assert run(monkeypatch, "train", str(recipe), "--resume") == 0
+    assert resumed == [started, True]
+
+
 def test_resume_stays_in_the_runs_folder(
     recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

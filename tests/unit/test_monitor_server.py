@@ -67,7 +67,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     for name, scenario in (("one", "store-bound"), ("two", "balanced")):
         runs.append(RunFolder(folder / name, Simulation(SCENARIOS[scenario])))
         runs[-1].follow(90)
-    (folder / "one" / "handle.json").write_text(json.dumps({"pid": os.getpid()}))
+    (folder / "one" / "handle.json").write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
     controls = Recorded()
     token = ensure_token(folder / "one")
     thread = ServerThread(PageServer([folder / "one", folder / "two"], lambda _: controls, 0))

@@ -18,16 +18,26 @@ Address = Annotated[
     str | None, typer.Option(help="Join this Ray cluster (auto, host:port), do not start one.", show_default=False)
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue the run from its latest checkpoint.")]
+OrResume = Annotated[
+    bool, typer.Option("--or-resume", help="Start the run, or continue it if it has been started: for job schedulers.")
+]
 
 
-def train(config: ConfigFile, overrides: Overrides = None, address: Address = None, resume: Resume = False) -> None:
+def train(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    address: Address = None,
+    resume: Resume = False,
+    or_resume: OrResume = False,
+) -> None:
     """Train a draft as CONFIG says. Ctrl-C once stops with a checkpoint, twice at once."""
     from torchspec.config.load import load_config
 
     changes = list(overrides or [])
     if address is not None:
         changes.append(f"cluster.address={address}")
-    run_training(load_config(config, changes), resume)
+    checked = load_config(config, changes)
+    run_training(checked, resume or (or_resume and (checked.run_dir / "config.yaml").exists()))
 
 
 def resume(run: Run, overrides: Overrides = None) -> None:

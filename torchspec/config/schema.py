@@ -112,8 +112,9 @@ class StoreConfig(Section):
     """Memory of the Mooncake store on one node."""
     protocol: Literal["tcp", "rdma"] = "tcp"
     """Transport between hosts."""
-    host: str = "127.0.0.1"
-    """Address that the master binds. Loopback unless the run spans hosts."""
+    host: str | None = None
+    """Address that the master binds, and so the network that the run uses. Default: loopback, or on a cluster of
+    several machines the address that the driver's node has in it."""
     master_port: int | None = Field(default=None, ge=1, le=65535)
     """Fixed port of the master. Default: a free one."""
 
@@ -245,6 +246,15 @@ class CheckpointConfig(Section):
 class ClusterConfig(Section):
     address: str | None = None
     """An existing Ray cluster (``auto``, ``host:port``). Default: start one on this machine."""
+    nodes: int = Field(default=1, ge=1)
+    """Wait until the existing cluster has so many nodes; with more than one, also until it answers at all."""
+    wait_seconds: float = Field(default=600.0, gt=0)
+    """How long to wait for them."""
+    inference_resource: str | None = None
+    """Ray resource of the nodes that inference workers go to, as in ``ray start --resources='{"torchspec_inference":
+    1}'``. Default: any node."""
+    training_resource: str | None = None
+    """Ray resource of the nodes that training ranks go to. Default: any node."""
     num_cpus: int | None = Field(default=None, ge=1)
     """Cores of the cluster started here. Default: all of the machine's."""
     dashboard: bool = False

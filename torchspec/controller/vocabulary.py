@@ -33,6 +33,7 @@ class VocabularyCount:
         self._path, self._prompts, self._always = path, prompts, always
         self._size = vocab_size if draft_size is None else draft_size
         self._waiting = [s for s in first if prompts.loss_mask(s.prompt) is None]
+        self._unknown = list(self._waiting)
         if path.exists():
             self.vocab = DraftVocab.load(path)
             return
@@ -47,10 +48,11 @@ class VocabularyCount:
         """Build the vocabulary if every sample it waits for is answered or rejected; whether it was built just now."""
         if self.vocab is not None:
             return False
-        answers = {sample: answer(sample) for sample in self._waiting}
-        if any(ids is None and sample not in rejected for sample, ids in answers.items()):
+        while self._unknown and (self._unknown[-1] in rejected or answer(self._unknown[-1]) is not None):
+            self._unknown.pop()
+        if self._unknown:
             return False
-        for ids in answers.values():
+        for ids in map(answer, self._waiting):
             if ids is not None:
                 self._counter.add(np.asarray(ids))
         # What the answers have not shown yet is taken from what the prompts talk about.

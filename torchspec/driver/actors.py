@@ -19,12 +19,12 @@ from torchspec.controller.controller import Controller
 from torchspec.controller.spec import ControllerSpec
 from torchspec.controller.steps import GroupPlan
 from torchspec.data.draft_vocab import DraftVocab
-from torchspec.driver.janitor import MARK
+from torchspec.driver.janitor import MARK, start_janitor
+from torchspec.driver.placement import Placement
 from torchspec.driver.prepare import Prepared
 from torchspec.driver.threads import plan_threads
 from torchspec.inference.engine import EngineConfig
 from torchspec.inference.worker import InferenceWorker
-from torchspec.processes import free_port
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.node import StoreNode
 from torchspec.training.trainer import Trainer, TrainerSpec
@@ -40,11 +40,12 @@ NODE_CALLS = 3
 
 
 def logged(base: type[T]) -> type[T]:
-    """``base`` with its output in a file, given as the first argument of the constructor."""
+    """``base`` with its output in a file, given as the first argument of the constructor, and a janitor of its own."""
 
     class Logged(base):  # type: ignore[valid-type, misc]
         def __init__(self, log_path: Path, *args: Any):
             take_over_output(log_path)
+            self._janitor = start_janitor(log_path.stem)
             super().__init__(*args)
 
     Logged.__name__ = Logged.__qualname__ = base.__name__
@@ -67,7 +68,8 @@ def actor_environment(mark: str, threads: int, temp_dir: Path, cache_dir: Path) 
     """Environment variables of an actor and of its children.
 
     SGLang leaves its sockets in the temporary folder, and whatever is killed leaves all it has there: so ``temp_dir``
-    is the run's own, which the janitor removes. What torch compiles is worth keeping beyond the run.
+    is the run's own, which the driver's janitor removes; on a machine that does not have it, it is the usual one. What
+    torch compiles is worth keeping beyond the run.
     """
     return {
         MARK: mark,
@@ -78,11 +80,11 @@ def actor_environment(mark: str, threads: int, temp_dir: Path, cache_dir: Path) 
 
 
 class ActorFactory:
-    """Starts actors of one run, with their temporary files in ``temp_dir``."""
+    """Starts actors of one run, with their temporary files in ``temp_dir`` on the driver's machine."""
 
-    def __init__(self, prepared: Prepared, endpoint: StoreEndpoint, temp_dir: Path):
+    def __init__(self, prepared: Prepared, endpoint: StoreEndpoint, placement: Placement, temp_dir: Path):
         self._prepared, self._config, self._endpoint = prepared, prepared.config, endpoint
-        self._temp_dir = temp_dir
+        self._placement, self._temp_dir = placement, temp_dir
         self._workers = self._nodes = 0
 
     def log_path(self, name: str) -> Path:
@@ -91,7 +93,7 @@ class ActorFactory:
     def store_node(self) -> Any:
         """A new store node; of those before it none is left."""
         self._nodes += 1
-        options = {"max_concurrency": NODE_CALLS, "incarnation": self._nodes}
+        options = {"max_concurrency": NODE_CALLS, "incarnation": self._nodes, **self._placement.beside_the_driver()}
         return self._start(StoreNode, "store-node", 1, 0, self._endpoint, self._config.store.segment_bytes, **options)
 
     def controller(self) -> Any:
@@ -107,7 +109,8 @@ class ActorFactory:
             credit_bytes=prepared.plan.credit_bytes,
             run_dir=prepared.run_dir,
         )
-        return self._start(Controller, "controller", 1, 0, spec, max_concurrency=LONG_POLLS, max_restarts=-1)
+        options = {"max_concurrency": LONG_POLLS, "max_restarts": -1, **self._placement.beside_the_driver()}
+        return self._start(Controller, "controller", 1, 0, spec, **options)
 
     def worker(self, controller: Any) -> tuple[str, Any]:
         """A new inference worker; its name is never used again."""
@@ -142,6 +145,7 @@ class ActorFactory:
             self._config.inference,
             self._config.answer,
             self._config.monitor.history_seconds,
+            **self._placement.worker(),
         )
         return name, actor
 
@@ -150,7 +154,8 @@ class ActorFactory:
         prepared, training = self._prepared, plan.training
         config = self._config.model_copy(update={"training": training})
         threads = plan_threads(config, prepared.plan.cores, prepared.on_gpu).training
-        port = free_port()
+        gpus = 1 if prepared.on_gpu else 0
+        address, port, places = self._placement.ranks(training.world_size, threads, gpus)
         actors = []
         for rank in range(training.world_size):
             spec = TrainerSpec(
@@ -158,7 +163,7 @@ class ActorFactory:
                 generation=plan.generation,
                 rank=rank,
                 world_size=training.world_size,
-                address="127.0.0.1",
+                address=address,
                 port=port,
                 threads=threads,
                 draft_ids=vocabulary.target_ids,
@@ -169,8 +174,7 @@ class ActorFactory:
                 run_dir=prepared.run_dir,
                 resume=plan.resume,
             )
-            gpus = 1 if prepared.on_gpu else 0
-            options = {"max_concurrency": RANK_CALLS, "incarnation": plan.generation}
+            options = {"max_concurrency": RANK_CALLS, "incarnation": plan.generation, **places[rank]}
             actors.append(self._start(Trainer, f"trainer-{rank}", threads, gpus, spec, **options))
         return actors
 

@@ -2,23 +2,59 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import distribution
 from pathlib import Path
+from typing import Any
 
 import ray
 
-from torchspec.config.schema import Config
+import torchspec
+from torchspec.config.schema import ClusterConfig, Config
 from torchspec.driver.plan import Plan
+from torchspec.network import LOOPBACK, is_loopback
 
 OBJECT_STORE_BYTES = 128 << 20
 """Only metadata goes through Ray; the tensors go through Mooncake."""
+POLL_SECONDS = 1.0
+"""Between two looks at a cluster that is still starting."""
 
 
-def namespace(run_name: str) -> str:
+@dataclass(frozen=True, slots=True)
+class Node:
+    """A node of the cluster: its id and address as Ray knows them, and what it offers."""
+
+    id: str
+    address: str
+    resources: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Cluster:
+    """A cluster that this process is connected to."""
+
+    address: str
+    """Where others connect to it."""
+    host: str
+    """This machine in the network of the run: loopback if the cluster is this machine."""
+    node_id: str
+    """Of the node that this process is on."""
+    nodes: tuple[Node, ...]
+
+    @property
+    def spans_machines(self) -> bool:
+        return not is_loopback(self.host)
+
+
+def namespace(run_dir: Path) -> str:
     """Actors of a run live here, so that several runs share a cluster without touching each other."""
-    return f"torchspec-{run_name}"
+    return f"torchspec-{run_dir.name}-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]}"
 
 
 def node_is_alive() -> bool:
@@ -28,34 +64,83 @@ def node_is_alive() -> bool:
 
 
 @contextmanager
-def start_cluster(config: Config, plan: Plan, temp_dir: Path) -> Iterator[str]:
-    """Connect to ``cluster.address``, or start Ray here; yields the address others can connect to.
+def start_cluster(config: Config, plan: Plan, temp_dir: Path) -> Iterator[Cluster]:
+    """Connect to ``cluster.address``, or start Ray here.
 
     Raises:
         ValueError: no cluster answers at ``cluster.address``.
     """
-    common = {"namespace": namespace(config.run.name), "log_to_driver": False, "logging_level": logging.WARNING}
+    common = {"namespace": namespace(config.run_dir), "log_to_driver": False, "logging_level": logging.WARNING}
     if config.cluster.address is not None:
-        try:
-            ray.init(address=config.cluster.address, **common)
-        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
-            raise ValueError(
-                f"cluster.address {config.cluster.address}: {' '.join(str(error).split())[:200]} (a cluster without a "
-                "token is joined with RAY_AUTH_MODE=disabled)"
-            ) from None
+        _join(config.cluster, runtime_env={"py_modules": pack_code(temp_dir / "code")}, **common)
     else:
         ray.init(
             address="local",
             num_cpus=plan.cores,
             include_dashboard=config.cluster.dashboard,
-            dashboard_host="127.0.0.1",
-            _node_ip_address="127.0.0.1",
+            dashboard_host=LOOPBACK,
+            _node_ip_address=LOOPBACK,
             object_store_memory=OBJECT_STORE_BYTES,
             _temp_dir=str(temp_dir / "ray"),
             **common,
         )
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # the driver tells of deaths itself, in one line
     try:
-        yield ray.get_runtime_context().gcs_address
+        yield _look_around(config.store.host)
     finally:
         ray.shutdown()
+
+
+def _join(config: ClusterConfig, **options: Any) -> None:
+    """Connect to ``config.address`` and wait for its nodes."""
+    deadline = time.monotonic() + config.wait_seconds
+    while not ray.is_initialized():
+        try:
+            ray.init(address=config.address, **options)
+        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+            if config.nodes > 1 and time.monotonic() < deadline and isinstance(error, ConnectionError):
+                time.sleep(POLL_SECONDS)
+                continue
+            raise ValueError(
+                f"cluster.address {config.address}: {' '.join(str(error).split())[:200]} (a cluster without a token is "
+                "joined with RAY_AUTH_MODE=disabled)"
+            ) from None
+    while (alive := len(_alive_nodes())) < config.nodes:
+        if time.monotonic() > deadline:
+            ray.shutdown()
+            raise ValueError(
+                f"the cluster has {alive} nodes after cluster.wait_seconds ({config.wait_seconds:.0f} s), "
+                f"cluster.nodes asks for {config.nodes}"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _alive_nodes() -> list[dict[str, Any]]:
+    return [node for node in ray.nodes() if node["Alive"]]
+
+
+def pack_code(folder: Path) -> list[str]:
+    """Copy this package, and what its installation says of it, to ``folder``; the paths for Ray to ship.
+
+    Every node then runs the driver's code, whatever it has installed, and SGLang finds our plugins there.
+    """
+    installed = distribution("torchspec")
+    code, about = folder / "torchspec", folder / f"torchspec-{installed.version}.dist-info"
+    shutil.copytree(Path(torchspec.__file__).parent, code, ignore=shutil.ignore_patterns("__pycache__"))
+    about.mkdir()
+    for name in ("METADATA", "entry_points.txt"):
+        (about / name).write_text(installed.read_text(name) or "")
+    return [str(code), str(about)]
+
+
+def _look_around(host: str | None) -> Cluster:
+    context = ray.get_runtime_context()
+    nodes = _alive_nodes()
+    own = next(node for node in nodes if node["NodeID"] == context.get_node_id())["NodeManagerAddress"]
+    alone = all(node["NodeManagerAddress"] == own for node in nodes)
+    return Cluster(
+        address=context.gcs_address,
+        host=host or (LOOPBACK if alone else own),
+        node_id=context.get_node_id(),
+        nodes=tuple(Node(node["NodeID"], node["NodeManagerAddress"], node["Resources"]) for node in nodes),
+    )

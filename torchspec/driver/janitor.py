@@ -1,9 +1,10 @@
-"""Cleans up after a driver, however it ended: a child process that outlives it.
+"""Cleans up after a process, however it ended: a janitor that outlives it.
 
-The driver starts the janitor first and keeps a pipe to it open. When the pipe closes - the driver has ended, or was
-killed with ``kill -9`` - the janitor kills every process of this user that still carries the run's mark in its
-environment (Ray, SGLang and Mooncake children inherit it), removes what SGLang left in ``/dev/shm``, and deletes the
-run's temporary folder, where all of them have their temporary files.
+A driver, and each actor on whatever node, starts its janitor first and keeps a pipe to it open. When the pipe closes -
+the process has ended, or was killed with ``kill -9``, or Ray died on its node - the janitor kills every process of this
+user that still carries the mark in its environment (Ray, SGLang and Mooncake children inherit it), removes what SGLang
+left in ``/dev/shm``, and deletes the temporary folder, where all of them have their temporary files. An actor's mark
+begins with its driver's, so that the driver's janitor sweeps the actors of its machine, too.
 
 Standard library only, so that it starts at once and costs little.
 """
@@ -12,46 +13,63 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 from torchspec.inference.leftovers import remove_shared_memory_leftovers
 
 MARK = "TORCHSPEC_RUN_MARK"
-"""Environment variable that every process of a run inherits from its driver."""
+"""Environment variable that every process of a run inherits, from its driver or from an actor."""
 
 
 class Janitor:
-    """The driver's side: start it before anything else, close it after everything else."""
+    """The side of the process that may die: start it before anything else, close it after everything else."""
 
     def __init__(self, mark: str, temp_dir: Path):
         environment = {k: v for k, v in os.environ.items() if k != MARK}  # it must not find itself
-        self._process = subprocess.Popen(
+        starter = subprocess.Popen(
             [sys.executable, "-m", "torchspec.driver.janitor", mark, str(temp_dir), str(time.time())],
             stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             start_new_session=True,  # a Ctrl-C in the terminal is not for it
             env=environment,
         )
+        assert starter.stdin is not None and starter.stdout is not None
+        self._stdin, self._stdout = starter.stdin, starter.stdout
+        starter.wait()
 
     def close(self) -> None:
         """Sweep now, and wait until all is clean."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._stdin.close()
+        self._stdout.read()
+
+
+def start_janitor(name: str) -> Janitor:
+    """Have what this actor leaves behind removed from whatever machine it is on, however it ends.
+
+    Its children get a mark, and it a folder for temporary files, that no other incarnation of it has.
+    """
+    folder = tempfile.mkdtemp(prefix="torchspec-")
+    os.environ[MARK] = f"{os.environ[MARK]}/{name}-{secrets.token_hex(4)}"
+    os.environ["TMPDIR"] = tempfile.tempdir = folder
+    return Janitor(os.environ[MARK], Path(folder))
 
 
 def marked_processes(mark: str) -> list[int]:
-    """PIDs, other than this process, whose environment carries the mark."""
-    needle = f"{MARK}={mark}".encode()
+    """PIDs, other than this process, whose environment carries the mark, or that of an actor of it."""
+    own, of_actors = f"{MARK}={mark}".encode(), f"{MARK}={mark}/".encode()
     pids = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit() and int(entry.name) != os.getpid():
             with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's
-                if needle in (entry / "environ").read_bytes().split(b"\0"):
+                variables = (entry / "environ").read_bytes().split(b"\0")
+                if any(variable == own or variable.startswith(of_actors) for variable in variables):
                     pids.append(int(entry.name))
     return pids
 
@@ -78,7 +96,9 @@ def _is_resource_tracker(pid: int) -> bool:
 
 def main() -> None:
     mark, temp_dir, since = sys.argv[1:]
-    sys.stdin.buffer.read()  # returns when the driver is gone
+    if os.fork():  # Ray may end the children of an actor with it, so this must be nobody's
+        os._exit(0)
+    sys.stdin.buffer.read()  # returns when the process that started it is gone
     sweep(mark, Path(temp_dir), float(since))
 
 

@@ -38,7 +38,7 @@ class Prepared:
 
     @property
     def namespace(self) -> str:
-        return namespace(self.config.run.name)
+        return namespace(self.run_dir)
 
     @property
     def total_steps(self) -> int:

@@ -1,7 +1,7 @@
 """A run from start to end: prepare, start the actors, watch them, stop them, clean up.
 
 prepare        everything that can be wrong with what the user asked for, before anything starts
-launch         janitor -> Ray -> store master -> store node -> controller -> inference workers
+launch         janitor -> Ray, and what its nodes have -> store master -> store node -> controller -> inference workers
 train          once the draft's vocabulary is known: trainer ranks; then watch everybody
 finish         workers leave, files are closed, the cluster goes, the janitor sweeps
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import sys
 import tempfile
 import time
@@ -22,12 +23,14 @@ from torchspec.config.load import save_config
 from torchspec.config.schema import Config
 from torchspec.contracts import RunStatus, StepReport
 from torchspec.driver.actors import ActorFactory
-from torchspec.driver.cluster import start_cluster
+from torchspec.driver.cluster import Cluster, start_cluster
 from torchspec.driver.controller import ControllerLine
 from torchspec.driver.failure import RunFailed
 from torchspec.driver.handle import PageControls
 from torchspec.driver.interrupts import Interrupts
 from torchspec.driver.janitor import MARK, Janitor
+from torchspec.driver.nodes import check_nodes
+from torchspec.driver.placement import Placement, check_room, nodes_of
 from torchspec.driver.prepare import Prepared, prepare
 from torchspec.driver.session import Session
 from torchspec.driver.store import StoreSupervisor
@@ -87,26 +90,34 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
         stack.callback(os.environ.pop, MARK)
         interrupts = stack.enter_context(Interrupts(view.message))
         view.message("starting Ray, the store and the controller")
-        # Stopped after the cluster: a store node that ends without its master waits for it.
+        after_cluster = stack.enter_context(ExitStack())
+        cluster = stack.enter_context(start_cluster(config, prepared.plan, temp_dir))
+        interrupts.install()
+        if config.cluster.address is not None:
+            _check_cluster(prepared, cluster)
         master = MooncakeMaster(
             log_path=run_dir / "logs" / "mooncake_master.log",
-            host=config.store.host,
+            host=cluster.host,
             port=config.store.master_port,
             protocol=config.store.protocol,
         )
-        stack.callback(master.stop)
-        address = stack.enter_context(start_cluster(config, prepared.plan, temp_dir))
-        interrupts.install()
+        after_cluster.callback(master.stop)  # a store node that ends without its master waits for it
         (temp_dir / "actors").mkdir()
-        actors = ActorFactory(prepared, master.endpoint, temp_dir / "actors")
+        placement = Placement(cluster, config.cluster)
+        actors = ActorFactory(prepared, master.endpoint, placement, temp_dir / "actors")
         recovery = config.recovery
         store = StoreSupervisor(master, actors.store_node, config.store.segment_bytes, recovery)
         stack.callback(store.close)
         controller = ControllerLine(actors.controller(), recovery.hang_seconds, recovery.start_seconds)
         controller.ask_at_start("begin")
         save_config(config, run_dir / "config.yaml")
-        handle = {"address": address, "namespace": prepared.namespace, "pid": os.getpid()}
-        handle["store_metrics"] = master.endpoint.metrics
+        handle = {
+            "address": cluster.address,
+            "namespace": prepared.namespace,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "store_metrics": master.endpoint.metrics,
+        }
         (run_dir / "handle.json").write_text(json.dumps(handle))
         stack.callback((run_dir / "handle.json").unlink, missing_ok=True)
         if config.monitor.ui:
@@ -124,6 +135,25 @@ def _open_page(config: Config, controls: PageControls, view: View) -> ServerThre
     hint = f"{url}#token={token}" if sys.stdout.isatty() else f"{url} (for its controls: {config.run_dir}/ui_token)"
     view.message(f"page: {hint}")
     return page
+
+
+def _check_cluster(prepared: Prepared, cluster: Cluster) -> None:
+    """Whether the nodes have room for the run, and all that it needs there.
+
+    Raises:
+        ValueError: one line for each thing that they lack.
+    """
+    config, threads = prepared.config, prepared.plan.threads
+    roles = config.cluster.inference_resource, config.cluster.training_resource
+    gpus = (config.inference.tp_size, 1) if prepared.on_gpu else (0, 0)
+    counts = config.inference.first_workers, config.training.world_size
+    knobs = "cluster.inference_resource", "cluster.training_resource"
+    for knob, role, count, cpus, gpu in zip(
+        knobs, roles, counts, (threads.inference, threads.training), gpus, strict=True
+    ):
+        check_room(cluster, knob, role, count, cpus, gpu)
+    nodes = {node.id: node for role in roles for node in nodes_of(cluster, role)}
+    check_nodes(list(nodes.values()), prepared.run_dir, Path(config.target.path))
 
 
 def _summary(prepared: Prepared, status: RunStatus, stopped: bool, seconds: float) -> RunSummary:

@@ -109,13 +109,21 @@ def switch(root: Path, edits: list[FileEdit], wanted: State) -> list[str]:
     return [edit.path for edit in changed]
 
 
-def check_patched() -> int:
+def our_edits() -> list[FileEdit]:
+    """Those of the repository, for the supported version."""
+    return load_edits(PATCHES / f"v{SUPPORTED_VERSION}")
+
+
+def check_patched(edits: list[FileEdit] | None = None) -> int:
     """Make sure that the installed SGLang is ours to use; returns the number of patched files.
+
+    Args:
+        edits: what it must be patched with, on a machine without the repository. Default: :func:`our_edits`.
 
     Raises:
         PatchError: absent, another version, or not patched.
     """
-    root, edits = find_sglang(), load_edits(PATCHES / f"v{SUPPORTED_VERSION}")
+    root, edits = find_sglang(), our_edits() if edits is None else edits
     unpatched = [edit.path for edit in edits if edit.state(root) == "released"]
     if unpatched:
         raise PatchError(

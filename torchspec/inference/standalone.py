@@ -161,7 +161,7 @@ def _read_endpoint(environ: Mapping[str, str]) -> StoreEndpoint:
         metrics="",  # asked for by those who watch the store's fill level
         metadata=environ.get("MOONCAKE_TE_META_DATA_SERVER", P2P_HANDSHAKE),
         protocol=_read_choice(environ, "MOONCAKE_PROTOCOL", ("tcp", "rdma"), "tcp"),
-        local_hostname=environ.get("MOONCAKE_LOCAL_HOSTNAME", "127.0.0.1"),
+        local_hostname=environ.get("MOONCAKE_LOCAL_HOSTNAME"),
     )
 
 

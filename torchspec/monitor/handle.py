@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 
 
 def is_live(run_dir: Path) -> bool:
-    """Whether the driver of the run in ``run_dir`` is alive on this machine."""
+    """Whether the run in ``run_dir`` has a driver: on this machine one that lives, elsewhere one that has not ended."""
     try:
-        pid = json.loads((run_dir / "handle.json").read_text())["pid"]
+        handle = json.loads((run_dir / "handle.json").read_text())
     except FileNotFoundError:
         return False
-    return Path(f"/proc/{pid}").exists()
+    return handle["host"] != socket.gethostname() or Path(f"/proc/{handle['pid']}").exists()

@@ -11,12 +11,10 @@ gradients are summed over all.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import socket
 from datetime import timedelta
 
-import psutil
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -24,17 +22,18 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
+from torchspec.network import address_towards, interface_of
+
 TIMEOUT = timedelta(minutes=30)
 
 
 def join_ranks(rank: int, world_size: int, address: str, port: int, device: torch.device) -> None:
     """Meet the other ranks at ``address:port``; rank 0 binds it, and nothing wider.
 
-    Collectives of CPU tensors go over gloo, of CUDA tensors over NCCL.
+    Collectives of CPU tensors go over gloo, of CUDA tensors over NCCL, both in the network of ``address``.
     """
-    if ipaddress.ip_address(socket.gethostbyname(address)).is_loopback:
-        # gloo and NCCL choose an interface by the host's name otherwise, which need not be loopback
-        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = _interface_of("127.0.0.1")
+    # They would choose an interface by the host's name otherwise, which need not be one that the others can reach.
+    os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface_of(address_towards(address))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     store = _rendezvous(rank, world_size, address, port)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
@@ -78,9 +77,3 @@ def _rendezvous(rank: int, world_size: int, address: str, port: int) -> TCPStore
     # TCPStore binds all interfaces when left to itself, so it is given a socket that is already bound
     listener = socket.create_server((address, port))
     return TCPStore(address, port, world_size, is_master=True, timeout=TIMEOUT, master_listen_fd=listener.detach())
-
-
-def _interface_of(address: str) -> str:
-    return next(
-        name for name, entries in psutil.net_if_addrs().items() for entry in entries if entry.address == address
-    )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import socket
 import stat
 
 from mooncake.store import MooncakeDistributedStore, ReplicateConfig
 
+from torchspec.network import accept_only_to
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.errors import StoreUnavailable
 
@@ -21,16 +21,14 @@ def connect(endpoint: StoreEndpoint, segment_bytes: int = 0) -> MooncakeDistribu
     Raises:
         StoreUnavailable: the master does not answer or refuses.
     """
-    _probe(endpoint.master)  # setup would try for much longer, and holds the GIL meanwhile
+    towards_master = _probe(endpoint.master)  # setup would try for much longer, and holds the GIL meanwhile
+    address = endpoint.local_hostname or towards_master
     client = MooncakeDistributedStore()
     before = set(os.listdir("/proc/self/fd"))
-    code = client.setup(
-        endpoint.local_hostname, endpoint.metadata, segment_bytes, 0, endpoint.protocol, "", endpoint.master
-    )
+    code = client.setup(address, endpoint.metadata, segment_bytes, 0, endpoint.protocol, "", endpoint.master)
     if code != 0:
         raise StoreUnavailable(f"the store's master at {endpoint.master} refused this client (Mooncake {code})")
-    if ipaddress.ip_address(socket.gethostbyname(endpoint.local_hostname)).is_loopback:
-        _confine_to_loopback({int(fd) for fd in set(os.listdir("/proc/self/fd")) - before})
+    _confine({int(fd) for fd in set(os.listdir("/proc/self/fd")) - before}, socket.gethostbyname(address))
     return client
 
 
@@ -41,19 +39,24 @@ def pinned() -> ReplicateConfig:
     return config
 
 
-def _probe(master: str) -> None:
+def _probe(master: str) -> str:
+    """This process's address in the master's network.
+
+    Raises:
+        StoreUnavailable: the master does not answer.
+    """
     host, port = master.rsplit(":", 1)
     try:
-        socket.create_connection((host, int(port)), timeout=_PROBE_SECONDS).close()
+        with socket.create_connection((host, int(port)), timeout=_PROBE_SECONDS) as connection:
+            return str(connection.getsockname()[0])
     except OSError as error:
         raise StoreUnavailable(f"the store's master does not answer at {master}: {error}") from error
 
 
-def _confine_to_loopback(fds: set[int]) -> None:
-    """Let the listening sockets among ``fds`` accept from this machine only.
+def _confine(fds: set[int], address: str) -> None:
+    """Let the listening sockets among ``fds`` accept what is sent to ``address`` only.
 
-    A client listens for handshakes and for data, always on all interfaces (0.3.13), whatever address it advertises. A
-    socket bound to the loopback *device* gets no packet from any other.
+    A client listens for handshakes and for data, always on all interfaces (0.3.13), whatever address it advertises.
     """
     for fd in fds:
         try:
@@ -64,4 +67,4 @@ def _confine_to_loopback(fds: set[int]) -> None:
             continue
         with duplicate:
             if duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                duplicate.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+                accept_only_to(duplicate, address)

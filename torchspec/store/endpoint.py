@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 P2P_HANDSHAKE = "P2PHANDSHAKE"
 """Mooncake's word for "clients tell each other where their memory is", which needs no metadata server.
@@ -23,12 +23,9 @@ class StoreEndpoint:
     metadata: str = P2P_HANDSHAKE
     protocol: str = "tcp"
     """Transport of the tensors: ``tcp`` or ``rdma``."""
-    local_hostname: str = "127.0.0.1"
-    """Address under which other processes reach the process that connects."""
-
-    def on_host(self, address: str) -> StoreEndpoint:
-        """The same store, seen from the machine that others reach as ``address``."""
-        return replace(self, local_hostname=address)
+    local_hostname: str | None = None
+    """Address under which other processes reach the process that connects. Default: the one it has in the master's
+    network."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

@@ -55,7 +55,6 @@ class MooncakeMaster:
                 master=f"{host}:{port or free_port(host)}",
                 metrics=f"{host}:{free_port(host)}",
                 protocol=protocol,
-                local_hostname=host,
             )
             if self._start(log_path):
                 return

@@ -1,0 +1,218 @@
+"""How much the controller can hand out, and how long a training rank waits for samples that are there.
+
+The controller is the real actor on a real Ray cluster, with the calls that real workers and ranks make: lease,
+publish, next_batch, fetched, step_done. Engines and ranks are simulated; all engines share one process and all ranks
+another. The store's master is a real one. Nothing is ever put, so that each removal is its real call and finds nothing.
+
+    saturated   nobody computes: as many samples a second as the controller can pass on
+    loaded      ranks compute for as long as makes up the given load: their waits, and the CPU the controller takes
+
+    python benchmarks/controller_capacity.py [--seconds N] [--load SAMPLES_PER_SECOND]
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+os.environ.setdefault("RAY_AUTH_MODE", "token")  # read when ray is imported
+
+import ray
+from rich.console import Console
+from rich.table import Table
+
+from torchspec.config.schema import Config
+from torchspec.contracts import Lease, RankId, SampleRef, WorkerReport
+from torchspec.controller.controller import Controller
+from torchspec.controller.spec import ControllerSpec
+from torchspec.data.prompt_set import PromptSet
+from torchspec.driver.actors import LONG_POLLS
+from torchspec.store.endpoint import StoreEndpoint
+from torchspec.store.geometry import SampleGeometry
+from torchspec.store.master import MooncakeMaster
+
+RESULTS = Path(__file__).parent / "results" / "controller_capacity.json"
+POOLS = (1, 4, 16, 64)
+PROMPTS, TOKENS, VOCAB = 20_000, 256, 32_000
+BATCH_PER_RANK = 4
+IN_HAND = 8
+"""Samples that one engine works on at a time."""
+GEOMETRY = SampleGeometry(num_aux=3, hidden_size=4096, dtype="bfloat16")
+
+
+class TimedController(Controller):
+    async def cpu_seconds(self) -> float:
+        return time.process_time()
+
+
+@ray.remote(num_cpus=0, max_concurrency=1000)
+class Engines:
+    """Inference workers whose engines take no time."""
+
+    async def run(self, controller: Any, count: int) -> None:
+        await asyncio.gather(*(self._worker(controller, f"worker-{i}") for i in range(count)))
+
+    async def _worker(self, controller: Any, name: str) -> None:
+        under_way: set[asyncio.Task[None]] = set()
+        while leases := await controller.lease.remote(name, IN_HAND - len(under_way), WorkerReport(name)):
+            under_way |= {asyncio.create_task(self._publish(controller, name, lease)) for lease in leases}
+            if len(under_way) == IN_HAND:
+                _, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
+
+    async def _publish(self, controller: Any, name: str, lease: Lease) -> None:
+        tensors = GEOMETRY.tensors(TOKENS)
+        size = GEOMETRY.stored_bytes(TOKENS)
+        ref = SampleRef(lease.sample, lease.key, TOKENS, lease.loss_mask, tensors, size, "post_norm")
+        await controller.publish.remote(name, ref, None)
+
+
+@ray.remote(num_cpus=0, max_concurrency=1000)
+class Ranks:
+    """Training ranks that compute for a given time, which varies by a tenth."""
+
+    async def run(self, controller: Any, count: int, step_seconds: float) -> list[float]:
+        """Until the controller has no more. Returns how long each rank waited for each batch."""
+        waits = await asyncio.gather(*(self._rank(controller, RankId(1, rank), step_seconds) for rank in range(count)))
+        return [wait for rank_waits in waits for wait in rank_waits]
+
+    async def _rank(self, controller: Any, rank: RankId, step_seconds: float) -> list[float]:
+        waits = []
+        while True:
+            started = time.perf_counter()
+            batch = await controller.next_batch.remote(rank)
+            waits.append(time.perf_counter() - started)
+            if batch is None:
+                return waits[:-1]
+            assert await controller.fetched.remote(rank, batch.step, ()) is None
+            if step_seconds:
+                await asyncio.sleep(step_seconds * random.uniform(0.9, 1.1))
+            await controller.step_done.remote(rank, batch.step, None)
+            if batch.checkpoint and rank.rank == 0:
+                await controller.ledger_snapshot.remote(rank, batch.step)
+                await controller.committed.remote(rank, batch.step, "folder", False)
+
+
+@dataclass(frozen=True)
+class Measured:
+    samples_per_s: float
+    wait_p50_ms: float
+    wait_p99_ms: float
+    controller_cpu: float
+    """Cores."""
+    controller_cpu_ms_per_sample: float
+
+
+def prompts() -> PromptSet:
+    """Answered conversations: nothing waits for the vocabulary."""
+    tokens = np.arange(PROMPTS * TOKENS, dtype=np.int32) % VOCAB
+    return PromptSet(
+        ids=[f"p{i}" for i in range(PROMPTS)],
+        token_ids=tokens,
+        offsets=np.arange(PROMPTS + 1) * TOKENS,
+        packed_masks=np.full(PROMPTS * TOKENS // 8, 0xFF, dtype=np.uint8),
+        room=np.zeros(PROMPTS, dtype=np.int32),
+        rejected=[],
+        content_hash="benchmark",
+    )
+
+
+def spec(run_dir: Path, endpoint: StoreEndpoint, data: PromptSet, pool: int) -> ControllerSpec:
+    batch = BATCH_PER_RANK * pool
+    config = Config.model_validate(
+        {
+            "run": {"name": run_dir.name},
+            "target": {"path": "unused"},
+            "data": {"cache_dir": run_dir},
+            "inference": {"workers": pool},
+            "training": {"dp_size": pool, "batch_size": batch, "epochs": 100},
+            "controller": {"reorder_window": max(256, 4 * batch)},
+        }
+    )
+    return ControllerSpec(config, data, None, GEOMETRY, VOCAB, (0,), endpoint, 1 << 40, run_dir)
+
+
+def measure(endpoint: StoreEndpoint, data: PromptSet, pool: int, step_seconds: float, seconds: float) -> Measured:
+    with tempfile.TemporaryDirectory() as folder:
+        run_dir = Path(folder) / f"run{random.getrandbits(32):x}"
+        controller = (
+            ray.remote(TimedController)
+            .options(num_cpus=0, max_concurrency=LONG_POLLS)
+            .remote(spec(run_dir, endpoint, data, pool))
+        )
+        ray.get(controller.begin.remote())
+        ray.get(controller.open_group.remote())
+        ray.get(controller.draft_vocab.remote())
+        engines, ranks = Engines.remote(), Ranks.remote()
+        working = [engines.run.remote(controller, pool), ranks.run.remote(controller, pool, step_seconds)]
+        time.sleep(2)  # connections, and a full window
+        before, started, cpu = trained(controller), time.perf_counter(), ray.get(controller.cpu_seconds.remote())
+        time.sleep(seconds)
+        cpu = ray.get(controller.cpu_seconds.remote()) - cpu
+        elapsed, samples = time.perf_counter() - started, trained(controller) - before
+        ray.get(controller.request_stop.remote("measured"))
+        waits = ray.get(working[1])
+        ray.get(controller.finish.remote())
+        ray.get(working[0])
+        for actor in (controller, engines, ranks):
+            ray.kill(actor)
+    waits_ms = np.array(waits) * 1e3
+    p50, p99 = np.percentile(waits_ms, [50, 99])
+    return Measured(samples / elapsed, float(p50), float(p99), cpu / elapsed, cpu / max(1, samples) * 1e3)
+
+
+def trained(controller: Any) -> int:
+    counts = ray.get(controller.status.remote()).samples
+    return counts.get("trained", 0) + counts.get("committed", 0)
+
+
+def show(rows: dict[str, dict[int, Measured]], load: float) -> None:
+    table = Table(title=f"Controller, simulated workers and ranks (loaded: {load:g} samples/s)")
+    for column in ("", "workers, ranks", "samples/s", "wait p50, ms", "wait p99, ms", "CPU, cores", "CPU, ms a sample"):
+        table.add_column(column, justify="right")
+    for mode, pools in rows.items():
+        for pool, m in pools.items():
+            waits = ("", "") if mode == "saturated" else (f"{m.wait_p50_ms:.1f}", f"{m.wait_p99_ms:.1f}")
+            figures = (
+                f"{m.samples_per_s:.0f}",
+                *waits,
+                f"{m.controller_cpu:.2f}",
+                f"{m.controller_cpu_ms_per_sample:.2f}",
+            )
+            table.add_row(mode, str(pool), *figures)
+    Console().print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=15.0, help="of each measurement")
+    parser.add_argument("--load", type=float, default=200.0, help="samples a second that loaded ranks take")
+    parser.add_argument("--pools", type=int, nargs="+", default=POOLS)
+    args = parser.parse_args()
+    rows: dict[str, dict[int, Measured]] = {"saturated": {}, "loaded": {}}
+    with tempfile.TemporaryDirectory(prefix="ts") as folder:
+        master = MooncakeMaster(Path(folder) / "master.log")
+        ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", _temp_dir=f"{folder}/ray")
+        data = prompts()
+        for pool in args.pools:
+            for mode, step_seconds in (("saturated", 0.0), ("loaded", BATCH_PER_RANK * pool / args.load)):
+                rows[mode][pool] = measure(master.endpoint, data, pool, step_seconds, args.seconds)
+        ray.shutdown()
+        master.stop()
+    show(rows, args.load)
+    machine = {"cores": os.cpu_count(), "load_samples_per_s": args.load, "batch_per_rank": BATCH_PER_RANK}
+    measured = {mode: {str(pool): asdict(m) for pool, m in pools.items()} for mode, pools in rows.items()}
+    RESULTS.write_text(json.dumps(machine | measured, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

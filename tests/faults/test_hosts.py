@@ -1,0 +1,103 @@
+"""A run across two hosts: SGLang on one, the trainer, the store and the driver on the other."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import signal
+import tempfile
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from hosts import Host, ray_on, two_hosts
+
+from tests.online import Command, journal, processes_of, seeded_batches, wait_until_gone, write_config
+from torchspec.controller.verify import verify_run
+from torchspec.inference.leftovers import find_shared_memory_leftovers
+
+ROLES = ("cluster.inference_resource=torchspec_inference", "cluster.training_resource=torchspec_training")
+TOKEN = secrets.token_hex(32)
+RAYS_OWN = ("raylet", "gcs_server", "ray::", "python", "dashboard")
+
+
+@pytest.fixture(scope="module")
+def hosts():
+    with tempfile.TemporaryDirectory(prefix="ts") as folder, two_hosts() as (head, worker):
+        temp_dir = Path(folder)
+        with (
+            ray_on(head, temp_dir, "head", f"--temp-dir={folder}/ray", roles="training", token=TOKEN),
+            ray_on(worker, temp_dir, "worker", f"{head.address}:6379", roles="inference", token=TOKEN),
+        ):
+            yield head, worker
+
+
+class HostCommand(Command):
+    """A ``torchspec`` command on a host."""
+
+    def __init__(self, host: Host, folder: Path, *arguments: str):
+        os.environ["RAY_AUTH_TOKEN"] = TOKEN
+        try:
+            super().__init__(folder, *arguments, prefix=host.command())
+        finally:
+            del os.environ["RAY_AUTH_TOKEN"]
+
+
+def host_of(process: psutil.Process) -> int:
+    """The inode of its network namespace."""
+    return os.stat(f"/proc/{process.pid}/ns/net").st_ino
+
+
+def test_a_run_across_hosts_loses_nothing_when_its_driver_is_killed_and_leaves_nothing(hosts, tmp_path, target_path):
+    head, worker = hosts
+    started, run_dir = time.time(), tmp_path / "run"
+    arguments = (
+        *("train", write_config(tmp_path, target_path), "--or-resume", "--address", f"{head.address}:6379"),
+        *("cluster.nodes=2", *ROLES),
+    )
+    received = head.received_bytes()
+    first = HostCommand(head, tmp_path, *arguments)
+    try:
+        first.wait_for(lambda: len(journal(run_dir)) >= 4, "step 4")
+        check_places(run_dir, head, worker)
+        check_sockets(head, worker)
+        psutil.Process(first.process.pid).send_signal(signal.SIGKILL)
+        first.process.wait()
+        wait_until_gone(run_dir)
+    finally:
+        first.process.kill()
+    assert find_shared_memory_leftovers(started) == []
+
+    second = HostCommand(head, tmp_path, *arguments)
+    assert second.wait() == 0, second.text
+    verdict = verify_run(run_dir)
+    assert verdict.violations == () and verdict.finished and verdict.resumes == 1
+    assert {s: sorted(b) for s, b in journal(run_dir).items()} == {s: sorted(b) for s, b in seeded_batches().items()}
+    wait_until_gone(run_dir)
+    assert find_shared_memory_leftovers(started) == []
+    assert head.received_bytes() - received > put_bytes(run_dir), "the states have not come over the cable"
+
+
+def check_places(run_dir: Path, head: Host, worker: Host) -> None:
+    namespaces = {host.name: int(host.run("stat", "-L", "-c", "%i", "/proc/self/ns/net")) for host in (head, worker)}
+    for name, host in (("ray::Trainer", head), ("ray::Controller", head), ("mooncake_master", head)):
+        assert {host_of(p) for p in processes_of(run_dir, name)} == {namespaces[host.name]}, name
+    for name in ("ray::InferenceWorker", "sglang::scheduler"):
+        assert {host_of(p) for p in processes_of(run_dir, name)} == {namespaces[worker.name]}, name
+
+
+def check_sockets(head: Host, worker: Host) -> None:
+    """Nothing of ours answers in the other network."""
+    for host, other in ((head, worker), (worker, head)):
+        for (address, port), process in host.listeners().items():
+            assert address in ("127.0.0.1", host.address, "0.0.0.0", "*", "[::]", "[::1]"), (address, process)
+            if address in ("0.0.0.0", "*", "[::]") and not process.startswith(RAYS_OWN):
+                assert not other.reaches(host.other_address, port), f"{process} answers in another network"
+
+
+def put_bytes(run_dir: Path) -> int:
+    """What the engines have stored for the steps that were trained: states of four layers, float32."""
+    tokens = sum(json.loads(line)["tokens"] for line in (run_dir / "metrics.jsonl").read_text().splitlines())
+    return tokens * 4 * 576 * 4

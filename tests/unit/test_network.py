@@ -1,0 +1,56 @@
+"""Addresses of a run's network, and listeners that answer to one of them only."""
+
+from __future__ import annotations
+
+import socket
+
+import psutil
+import pytest
+
+from torchspec.network import LOOPBACK, accept_only_to, address_towards, interface_of, is_loopback
+
+
+def other_address() -> str:
+    """An IPv4 address of this machine that is not loopback."""
+    for entries in psutil.net_if_addrs().values():
+        for entry in entries:
+            if entry.family == socket.AF_INET and not is_loopback(entry.address):
+                return str(entry.address)
+    pytest.skip("this machine has no address but loopback")
+
+
+def can_connect(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=0.5).close()
+    except OSError:
+        return False
+    return True
+
+
+def test_who_talks_to_this_machine_does_so_from_the_same_address():
+    assert address_towards(LOOPBACK) == address_towards("localhost") == LOOPBACK
+    address = other_address()
+    assert address_towards(address) == address
+    assert interface_of(LOOPBACK) == "lo" != interface_of(address)
+
+
+@pytest.mark.parametrize("wanted", ["loopback", "other"])
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_INET6], ids=["ipv4", "dual-stack"])
+def test_a_listener_on_all_interfaces_answers_to_one_address_only(wanted, family):
+    addresses = {"loopback": LOOPBACK, "other": other_address()}
+    host = "" if family == socket.AF_INET else "::"
+    with socket.create_server((host, 0), family=family, dualstack_ipv6=family == socket.AF_INET6) as listener:
+        port = listener.getsockname()[1]
+        assert all(can_connect(address, port) for address in addresses.values())
+        accept_only_to(listener, addresses[wanted])
+        answers = {name for name, address in addresses.items() if can_connect(address, port)}
+        assert answers == {wanted}
+        connection = socket.create_connection((addresses[wanted], port))
+        while True:  # the earlier ones are waiting, too
+            accepted, peer = listener.accept()
+            if peer[1] == connection.getsockname()[1]:
+                break
+        accepted.sendall(b"data")
+        assert connection.recv(4) == b"data"
+        connection.close()
+        accepted.close()

@@ -1,0 +1,98 @@
+"""Which node each actor of a run goes to, and where the training ranks meet.
+
+    driver's node        store master (the driver's child), controller, store node
+    inference_resource   inference workers
+    training_resource    training ranks, packed: neighbours in number are Ulysses ranks, which exchange the most
+
+A role is a custom resource that a node offers (``ray start --resources='{"torchspec_inference": 1}'``); an actor takes
+a sliver of it, so what bounds their number is CPUs and GPUs. Without a role any node will do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from torchspec.config.schema import ClusterConfig
+from torchspec.driver.cluster import Cluster, Node
+from torchspec.network import LOOPBACK, meeting_point
+from torchspec.processes import free_port
+
+SLIVER = 0.001
+PLACEMENT_SECONDS = 120.0
+"""How long training ranks wait for room on their nodes: engines of a run before may just be leaving."""
+
+Options = dict[str, Any]
+"""Of a Ray actor."""
+
+
+class Placement:
+    """Options of actors on ``cluster``."""
+
+    def __init__(self, cluster: Cluster, config: ClusterConfig):
+        self._cluster, self._config = cluster, config
+        self._ranks: PlacementGroup | None = None
+
+    def beside_the_driver(self) -> Options:
+        return {"scheduling_strategy": NodeAffinitySchedulingStrategy(self._cluster.node_id, soft=False)}
+
+    def worker(self) -> Options:
+        return {"resources": _sliver(self._config.inference_resource)}
+
+    def ranks(self, count: int, cpus: int, gpus: int) -> tuple[str, int, list[Options]]:
+        """Room for ``count`` training ranks: rank 0's address, a port that is free there, and the options of each.
+
+        Raises:
+            ValueError: the cluster has no room for them.
+        """
+        if not self._cluster.spans_machines:
+            return LOOPBACK, free_port(), [{"resources": _sliver(self._config.training_resource)}] * count
+        if self._ranks is not None:
+            remove_placement_group(self._ranks)
+        bundle = {"CPU": cpus, "GPU": gpus, **_sliver(self._config.training_resource)}
+        self._ranks = placement_group([{name: amount for name, amount in bundle.items() if amount}] * count)
+        if not self._ranks.wait(PLACEMENT_SECONDS):
+            remove_placement_group(self._ranks)
+            self._ranks = None
+            raise ValueError(
+                f"the cluster has had no room for {count} training ranks (training.dp_size x sp_ulysses_size x "
+                f"sp_ring_size) of {cpus} CPUs and {gpus} GPUs in {PLACEMENT_SECONDS:.0f} s"
+            )
+        places = [PlacementGroupSchedulingStrategy(self._ranks, number) for number in range(count)]
+        find = ray.remote(meeting_point).options(num_cpus=0, scheduling_strategy=places[0])
+        address, port = ray.get(find.remote(self._cluster.host))
+        return address, port, [{"scheduling_strategy": place} for place in places]
+
+
+def nodes_of(cluster: Cluster, role: str | None) -> list[Node]:
+    """Nodes that actors of a role may go to: those with a CPU and, if it has a name, the role's resource."""
+    return [n for n in cluster.nodes if n.resources.get("CPU", 0) >= 1 and (role is None or role in n.resources)]
+
+
+def check_room(cluster: Cluster, knob: str, role: str | None, count: int, cpus: int, gpus: int) -> None:
+    """Raises ValueError: ``count`` actors of a role do not fit on its nodes, even if nothing else runs there."""
+    nodes = nodes_of(cluster, role)
+    if not nodes:
+        raise ValueError(
+            f"no node of the cluster offers the resource {role} of {knob}: start Ray there with "
+            f"--resources='{{\"{role}\": 1}}'"
+        )
+    room = sum(_room(node, cpus, gpus) for node in nodes)
+    if room < count:
+        where = ", ".join(sorted({node.address for node in nodes}))
+        raise ValueError(
+            f"{count} actors of {cpus} CPUs and {gpus} GPUs each do not fit on the nodes of {knob} ({where}): there is "
+            f"room for {room}"
+        )
+
+
+def _room(node: Node, cpus: int, gpus: int) -> int:
+    room = int(node.resources["CPU"] // cpus)
+    return min(room, int(node.resources.get("GPU", 0) // gpus)) if gpus else room
+
+
+def _sliver(role: str | None) -> dict[str, float]:
+    return {} if role is None else {role: SLIVER}

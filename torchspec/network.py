@@ -1,0 +1,70 @@
+"""Which addresses processes of a run use, and who may reach what they listen on. Standard library and psutil only.
+
+A run has one network: the one in which the store's master, or the training ranks' meeting point, has its address. On
+one machine that is loopback.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import ipaddress
+import socket
+import struct
+
+import psutil
+
+from torchspec.processes import free_port
+
+LOOPBACK = "127.0.0.1"
+
+_SO_ATTACH_FILTER = 26  # asm-generic/socket.h
+_NETWORK_HEADER = 0xFFF00000  # SKF_NET_OFF of linux/filter.h
+_LOAD_BYTE, _LOAD_WORD, _SHIFT_RIGHT, _JUMP_IF_EQUAL, _RETURN = 0x30, 0x20, 0x74, 0x15, 0x06
+
+
+def is_loopback(host: str) -> bool:
+    """Whether ``host``, a name or an address, is this machine talking to itself."""
+    return ipaddress.ip_address(socket.gethostbyname(host)).is_loopback
+
+
+def address_towards(host: str) -> str:
+    """This machine's address on the way to ``host``, as ``host`` sees it. Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))
+        return str(probe.getsockname()[0])
+
+
+def meeting_point(host: str) -> tuple[str, int]:
+    """This machine's address on the way to ``host``, and a port that is free on it."""
+    address = address_towards(host)
+    return address, free_port(address)
+
+
+def interface_of(address: str) -> str:
+    """The name of the network interface that has ``address``."""
+    return next(
+        name for name, entries in psutil.net_if_addrs().items() for entry in entries if entry.address == address
+    )
+
+
+def accept_only_to(listener: socket.socket, address: str) -> None:
+    """Let ``listener``, which is bound to all interfaces, see only what is sent to ``address``.
+
+    Packets to any other address of this machine are dropped before a connection could come about, as if nobody
+    listened. For listeners of libraries that cannot be told what to bind; no privilege is needed.
+    """
+    if is_loopback(address):  # a socket bound to the loopback device gets no packet from any other
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+        return
+    wanted = int(ipaddress.IPv4Address(address))
+    program = [  # (code, jump if true, jump if false, operand)
+        (_LOAD_BYTE, 0, 0, _NETWORK_HEADER),
+        (_SHIFT_RIGHT, 0, 0, 4),
+        (_JUMP_IF_EQUAL, 0, 3, 4),  # IP version 4
+        (_LOAD_WORD, 0, 0, _NETWORK_HEADER + 16),
+        (_JUMP_IF_EQUAL, 0, 1, wanted),  # its destination
+        (_RETURN, 0, 0, 0xFFFFFFFF),
+        (_RETURN, 0, 0, 0),
+    ]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
+    listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(program), ctypes.addressof(code)))
