@@ -1,0 +1,213 @@
+// The page: one run at a time (or two compared), asked for once a second, drawn where it is seen.
+
+import { get } from "./api.js";
+import { redrawCharts } from "./chart.js";
+import { Compare } from "./compare.js";
+import { Control } from "./control.js";
+import { h, say } from "./dom.js";
+import { Events } from "./events.js";
+import { Flow } from "./flow.js";
+import { span } from "./format.js";
+import { Ledger } from "./ledger.js";
+import { Pipeline } from "./pipeline.js";
+import { Ranks, Workers } from "./pools.js";
+import { Run } from "./run.js";
+import { Samples } from "./samples.js";
+import { Summary } from "./summary.js";
+import { Training } from "./training.js";
+
+const SECOND = 1000;
+const WAIT = { live: SECOND, over: 5 * SECOND, most: 5 * SECOND };
+const RANGES = [
+  ["5 min", 300],
+  ["30 min", 1800],
+  ["2 h", 7200],
+  ["All", null],
+];
+const CURVES_EVERY = 10 * SECOND,
+  SAMPLES_EVERY = 5 * SECOND;
+
+const by = (id) => document.getElementById(id);
+const views = {
+  summary: new Summary(by("summary")),
+  pipeline: new Pipeline(by("pipeline")),
+  ledger: new Ledger(by("ledger")),
+  control: new Control(by("control"), by("control-open")),
+};
+const panels = {
+  flow: new Flow(by("panel-flow")),
+  training: new Training(by("panel-training")),
+  workers: new Workers(by("panel-workers")),
+  ranks: new Ranks(by("panel-ranks")),
+  events: new Events(by("panel-events")),
+  samples: new Samples(by("panel-samples")),
+  compare: new Compare(by("panel-compare")),
+};
+
+let runs = [],
+  shown = 0,
+  tab = "flow";
+const due = { curves: 0, samples: 0 };
+
+// ---- drawing ----
+
+function draw() {
+  const run = runs[shown];
+  if (!run) return;
+  say(by("run-name"), run.name);
+  by("run-name").title = run.folder;
+  const phase = run.snapshot ? run.snapshot.status.phase.replaceAll("-", " ") : "no data yet";
+  say(by("phase"), run.live ? phase : phase === "finished" ? phase : `${phase} · not running`);
+  by("phase").dataset.live = run.live;
+  document.title = `${run.name} · ${run.verdict?.headline ?? phase} · TorchSpec`;
+  for (const view of Object.values(views)) view.update(run);
+  if (tab === "compare") panels.compare.update(runs);
+  else if (tab !== "samples") panels[tab].update(run);
+}
+
+/** What only some tabs show is asked for while they are seen, less often. */
+async function loadMore() {
+  const run = runs[shown],
+    now = performance.now();
+  if ((tab === "workers" || tab === "ranks") && now >= due.curves) {
+    due.curves = now + CURVES_EVERY;
+    const since = (run.snapshot?.point.time ?? 0) - 1800;
+    const curves = await get("/api/entities", { run: run.index, since, points: 60 });
+    panels.workers.curves = curves.workers;
+    panels.ranks.curves = curves.ranks;
+  }
+  if (tab === "samples" && now >= due.samples) {
+    due.samples = now + SAMPLES_EVERY;
+    await panels.samples.refresh(run);
+  }
+}
+
+// ---- asking ----
+
+let heard = performance.now(),
+  lost = false,
+  timer;
+
+async function poll() {
+  clearTimeout(timer);
+  const asked = tab === "compare" ? runs : runs.slice(shown, shown + 1);
+  try {
+    if (lost || !runs.length) await load();
+    else await Promise.all(asked.map((run) => run.update()));
+    await loadMore();
+    heard = performance.now();
+    lost = false;
+  } catch (error) {
+    lost = true;
+    say(
+      by("connection"),
+      `Connection lost, retrying (for ${span((performance.now() - heard) / 1000)}). What is shown is from before.`,
+    );
+    console.info(`no answer: ${error.message}`);
+  }
+  by("connection").hidden = !lost;
+  document.body.classList.toggle("stale", lost);
+  draw();
+  timer = setTimeout(
+    poll,
+    lost ? Math.min(WAIT.most, SECOND + (performance.now() - heard) / 4) : runs[shown]?.live ? WAIT.live : WAIT.over,
+  );
+}
+
+async function load() {
+  const known = await get("/api/runs");
+  if (known.length !== runs.length) {
+    runs = known.map(({ index }) => new Run(index));
+    runs.forEach((run) => (run.range = range));
+    shown = Math.min(Number(new URLSearchParams(location.search).get("run") ?? 0) || 0, runs.length - 1);
+  }
+  await Promise.all(runs.map((run) => run.load()));
+  switcher();
+}
+
+function now() {
+  due.curves = due.samples = 0;
+  return poll();
+}
+
+// ---- choosing: run, tab, range, theme ----
+
+function switcher() {
+  const bar = by("run-switch");
+  bar.hidden = by("tab-compare").hidden = runs.length < 2;
+  bar.replaceChildren(
+    ...runs.map((run, i) =>
+      segment(run.name, i === shown, () => {
+        shown = i;
+        switcher();
+        now();
+      }),
+    ),
+  );
+}
+
+function segment(text, on, choose) {
+  return h("button", { type: "button", "aria-pressed": String(on), text, on: { click: choose } });
+}
+
+let range = null;
+
+function ranges() {
+  by("range").replaceChildren(
+    ...RANGES.map(([text, seconds]) =>
+      segment(text, seconds === range, async () => {
+        range = seconds;
+        ranges();
+        runs.forEach((run) => (run.range = range));
+        await Promise.all(runs.map((run) => run.loadHistory()));
+        draw();
+      }),
+    ),
+  );
+}
+
+const tabs = [...by("tabs").children];
+
+function choose(button, focus = false) {
+  tab = button.id.replace("tab-", "");
+  for (const other of tabs) {
+    const on = other === button;
+    other.setAttribute("aria-selected", on);
+    other.tabIndex = on ? 0 : -1;
+    by(other.getAttribute("aria-controls")).hidden = !on;
+  }
+  by("range").hidden = !["flow", "compare"].includes(tab);
+  if (focus) button.focus();
+  draw();
+  if (runs.length) now();
+}
+
+tabs.forEach((button) => button.addEventListener("click", () => choose(button)));
+by("tabs").addEventListener("keydown", (event) => {
+  const seen = tabs.filter((button) => !button.hidden),
+    at = seen.indexOf(document.activeElement);
+  const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: seen.length - 1 }[event.key];
+  if (to === undefined) return;
+  event.preventDefault();
+  choose(seen[(to + seen.length) % seen.length], true);
+});
+
+const dark = matchMedia("(prefers-color-scheme: dark)");
+
+function theme(wanted) {
+  const now = wanted ?? (dark.matches ? "dark" : "light");
+  document.documentElement.dataset.theme = now;
+  say(by("theme"), now === "dark" ? "☀ Light" : "☾ Dark");
+  by("theme").onclick = () => {
+    localStorage.setItem("torchspec-theme", now === "dark" ? "light" : "dark");
+    theme(localStorage.getItem("torchspec-theme"));
+  };
+  redrawCharts();
+}
+
+dark.addEventListener("change", () => theme(localStorage.getItem("torchspec-theme")));
+document.addEventListener("visibilitychange", () => document.hidden || now());
+theme(localStorage.getItem("torchspec-theme"));
+ranges();
+choose(tabs[0]);
+poll();

@@ -1,0 +1,124 @@
+// Scaling the inference pool and stopping the run, for who has the token.
+
+import { post, setToken, token } from "./api.js";
+import { h, say } from "./dom.js";
+
+export class Control {
+  constructor(dialog, opener) {
+    this.dialog = dialog;
+    this.workers = h("input", {
+      type: "number",
+      id: "workers",
+      min: 1,
+      max: 1024,
+      step: 1,
+      required: true,
+      inputmode: "numeric",
+    });
+    this.secret = h("input", { type: "password", id: "token", autocomplete: "off", spellcheck: "false" });
+    this.said = h("p", { class: "said", role: "status" });
+    this.stop = h("button", { type: "button", class: "button danger", on: { click: () => this.#stop() } });
+    this.unlocked = h("p", { class: "chart-note" });
+    const close = h("button", { type: "button", class: "button", text: "Close", on: { click: () => dialog.close() } });
+    const scale = h(
+      "form",
+      { on: { submit: (event) => this.#scale(event) } },
+      h("label", { for: "workers", text: "Inference workers" }),
+      h("div", { class: "row" }, this.workers, h("button", { class: "button primary", text: "Scale" })),
+      h("p", {
+        class: "chart-note",
+        text: "New workers take a while to load the target; those taken away hand their samples back.",
+      }),
+    );
+    const unlock = h(
+      "form",
+      { on: { submit: (event) => this.#unlock(event) } },
+      h("label", { for: "token", text: "Token" }),
+      h("div", { class: "row" }, this.secret, h("button", { class: "button", text: "Use" })),
+      this.unlocked,
+    );
+    this.parts = h(
+      "div",
+      { class: "control-parts" },
+      scale,
+      h(
+        "div",
+        {},
+        h("p", { class: "label", text: "Stop the run" }),
+        this.stop,
+        h("p", {
+          class: "chart-note",
+          text: "It ends its step, saves a checkpoint and cleans up; torchspec resume goes on from there.",
+        }),
+      ),
+      unlock,
+    );
+    this.over = h("p", { text: "This run is not running: there is nothing to control." });
+    dialog.append(
+      h("header", {}, h("h2", { id: "control-title", text: "Control" }), close),
+      this.parts,
+      this.over,
+      this.said,
+    );
+    opener.addEventListener("click", () => this.#open());
+  }
+
+  update(run) {
+    this.run = run;
+    this.parts.hidden = !run.live;
+    this.over.hidden = run.live;
+  }
+
+  #open() {
+    this.workers.value = this.run.snapshot?.point.workers || 1;
+    this.#arm(false);
+    this.#state();
+    say(this.said, "");
+    this.dialog.showModal();
+  }
+
+  #state() {
+    say(
+      this.unlocked,
+      token()
+        ? "A token is known in this tab."
+        : "Open the page by the address that the run has printed, or paste the token: it is in the file ui_token in the run's folder.",
+    );
+  }
+
+  #unlock(event) {
+    event.preventDefault();
+    setToken(this.secret.value.trim());
+    this.secret.value = "";
+    this.#state();
+  }
+
+  async #scale(event) {
+    event.preventDefault();
+    await this.#send("/api/scale", { workers: Number(this.workers.value) });
+  }
+
+  /** Asks once more before it stops anything. */
+  async #stop() {
+    if (!this.armed) return this.#arm(true);
+    this.#arm(false);
+    await this.#send("/api/stop", {});
+  }
+
+  #arm(on) {
+    this.armed = on;
+    say(this.stop, on ? "Really stop?" : "Stop");
+  }
+
+  async #send(path, body) {
+    this.said.dataset.level = "idle";
+    say(this.said, "…");
+    try {
+      say(this.said, await post(path, { ...body, run: this.run.index }));
+      this.said.dataset.level = "good";
+    } catch (error) {
+      say(this.said, error.message);
+      this.said.dataset.level = "bad";
+    }
+  }
+}

@@ -1,0 +1,89 @@
+// Charts over time: how fast both pools are, what lies between them, and where the ranks' time goes.
+
+import { Chart } from "./chart.js";
+import { h } from "./dom.js";
+import { bytes, count, percent, rate } from "./format.js";
+import { groupOf } from "./events.js";
+
+const PARTS = [
+  ["rank_forward_share", "forward", "training"],
+  ["rank_backward_share", "backward", "training-2"],
+  ["rank_reduce_share", "reduce", "training-3"],
+  ["rank_optimizer_share", "optimizer", "training-4"],
+  ["rank_pause_share", "evaluate, save", "idle"],
+  ["rank_wait_share", "wait for samples", "limit"],
+];
+const MARKED = { fault: "bad", scaling: "inference" };
+
+export class Flow {
+  constructor(parent) {
+    const grid = h("div", { class: "charts" });
+    parent.append(grid);
+    const marks = () => this.marks;
+    this.marks = [];
+    this.throughput = new Chart(grid, {
+      title: "Throughput",
+      note: "samples/s",
+      format: rate,
+      marks,
+      series: [
+        { label: "inference", colour: "inference" },
+        { label: "training", colour: "training", area: true },
+      ],
+    });
+    this.shares = new Chart(grid, {
+      title: "Where the ranks' time goes",
+      format: percent,
+      range: [0, 1],
+      stacked: true,
+      series: PARTS.map(([, label, colour]) => ({ label, colour })),
+    });
+    this.queue = new Chart(grid, {
+      title: "Queue",
+      note: "samples ready for the next steps",
+      format: count,
+      series: [{ label: "ready", colour: "queue", area: true }],
+    });
+    this.store = new Chart(grid, {
+      title: "Store",
+      format: bytes,
+      series: [
+        { label: "in the store", colour: "store", area: true },
+        { label: "reserved by credits", colour: "store", dash: [3, 3], width: 1.25 },
+        { label: "capacity", colour: "muted", dash: [8, 4], width: 1 },
+      ],
+    });
+    this.workers = new Chart(grid, {
+      title: "Time without work",
+      note: "share of the pool's time",
+      format: percent,
+      range: [0, 1],
+      series: [
+        { label: "workers without a lease", colour: "inference" },
+        { label: "ranks without samples", colour: "training", area: true },
+      ],
+    });
+    this.bandwidth = new Chart(grid, {
+      title: "Through the store",
+      note: "a second",
+      format: bytes,
+      series: [
+        { label: "put", colour: "inference" },
+        { label: "got", colour: "training", area: true },
+      ],
+    });
+  }
+
+  update({ history, events }) {
+    const columns = (...names) => [history.time, ...names.map((name) => history[name] ?? history.time.map(() => null))];
+    this.marks = events
+      .filter((e) => MARKED[groupOf(e.kind)])
+      .map((e) => ({ time: e.time, colour: MARKED[groupOf(e.kind)] }));
+    this.throughput.set(columns("inference_samples_per_s", "training_samples_per_s"));
+    this.shares.set(columns(...PARTS.map(([name]) => name)));
+    this.queue.set(columns("queue_depth"));
+    this.store.set(columns("store_bytes", "credit_bytes", "store_capacity_bytes"));
+    this.workers.set(columns("worker_wait_share", "rank_wait_share"));
+    this.bandwidth.set(columns("put_bytes_per_s", "get_bytes_per_s"));
+  }
+}

@@ -1,0 +1,92 @@
+// What is known of one run: loaded once, then kept up to date by one small request a second.
+
+import { get } from "./api.js";
+
+const POINTS = 1200;
+
+export class Run {
+  constructor(index) {
+    this.index = index;
+    this.name = "";
+    this.live = false;
+    this.config = {};
+    this.meaning = new Map();
+    this.snapshot = this.verdict = this.health = null;
+    this.range = null;
+    this.history = { time: [] };
+    this.steps = { train: empty(), heldout: empty() };
+    this.events = [];
+  }
+
+  /** Everything anew: at first, and after the server was away. */
+  async load() {
+    const about = await get("/api/run", { run: this.index });
+    this.name = about.name;
+    this.folder = about.folder;
+    this.config = about.config;
+    this.meaning = new Map(about.metrics.map((metric) => [`${metric.scope}.${metric.key}`, metric.meaning]));
+    this.#take(about);
+    await Promise.all([this.loadHistory(), this.#loadSteps(), this.#loadEvents()]);
+  }
+
+  /** The last `range` seconds of the run (null: all of it), in as many points as a chart can show. */
+  async loadHistory() {
+    const end = this.snapshot?.point.time ?? 0;
+    const since = this.range === null ? null : end - this.range;
+    this.history = await get("/api/history", { run: this.index, since, points: POINTS });
+  }
+
+  async #loadSteps() {
+    this.steps = await get("/api/steps", { run: this.index, points: POINTS });
+  }
+
+  async #loadEvents() {
+    this.events = (await get("/api/events", { run: this.index })).events;
+  }
+
+  /** What is new since the last call. */
+  async update() {
+    const since = {
+      history: last(this.history.time) ?? 0,
+      events: last(this.events)?.time ?? 0,
+      steps: Math.max(last(this.steps.train.time) ?? 0, last(this.steps.heldout.time) ?? 0),
+    };
+    const fresh = await get("/api/update", { run: this.index, ...since });
+    this.#take(fresh);
+    append(this.history, fresh.history);
+    for (const split of ["train", "heldout"]) append(this.steps[split], fresh.steps[split]);
+    this.events.push(...fresh.events);
+    if (this.range !== null) dropBefore(this.history, (last(this.history.time) ?? 0) - this.range);
+    if (this.history.time.length > 2 * POINTS) await this.loadHistory();
+    if (this.steps.train.time.length > 2 * POINTS) await this.#loadSteps();
+  }
+
+  #take({ live, snapshot, verdict, health }) {
+    Object.assign(this, { live, snapshot, verdict, health });
+  }
+}
+
+export const last = (list) => list[list.length - 1];
+
+function empty() {
+  return { time: [], step: [] };
+}
+
+/** Add rows to columns; a column may itself hold a column for each position. */
+function append(columns, more) {
+  if (!more?.time?.length) return;
+  const before = columns.time.length;
+  for (const [name, values] of Object.entries(more)) {
+    if (values.length && Array.isArray(values[0])) {
+      columns[name] ??= [];
+      values.forEach((part, i) => (columns[name][i] ??= Array(before).fill(null)).push(...part));
+    } else {
+      (columns[name] ??= Array(before).fill(null)).push(...values);
+    }
+  }
+}
+
+function dropBefore(columns, time) {
+  const first = columns.time.findIndex((t) => t >= time);
+  if (first > 0) for (const values of Object.values(columns)) values.splice(0, first);
+}

@@ -1,0 +1,147 @@
+// The sample inspector: what the target read and wrote, which tokens are trained on, and what happened when.
+
+import { get } from "./api.js";
+import { h } from "./dom.js";
+import { bytes, clock, count, duration, plural, span } from "./format.js";
+import { Table } from "./table.js";
+
+const SAYS = {
+  leased: "leased to a worker",
+  computing: "in the engine",
+  computed: "computed",
+  putting: "put begins",
+  stored: "in the store",
+  assigned: "assigned to a step",
+  fetched: "fetched by its ranks",
+  trained: "trained",
+  freed: "freed",
+  failed: "failed",
+  lost: "lost",
+};
+
+export class Samples {
+  constructor(parent) {
+    this.list = h("div", { class: "sample-list" });
+    this.detail = h(
+      "article",
+      { class: "sample panel", "aria-live": "polite" },
+      h("p", {
+        class: "nothing",
+        text: "Choose a sample to see its text, its loss mask and its way through the system.",
+      }),
+    );
+    parent.append(h("div", { class: "samples" }, this.list, this.detail));
+    const column = (name, read, show) => ({ name, value: read, show: (row) => show(read(row)), numeric: true });
+    this.table = new Table(this.list, {
+      caption: "Samples, newest first",
+      key: (row) => row.sample,
+      sort: { name: "freed", down: true },
+      onSelect: (sample) => this.select(sample),
+      columns: [
+        { name: "sample", value: (row) => row.sample, show: (row) => row.sample },
+        { name: "freed", value: (row) => row.time, show: (row) => clock(row.time), numeric: true },
+        column("step", (row) => row.step, count),
+        column("tokens", (row) => row.tokens, count),
+        column("tries", (row) => row.attempts, count),
+        { name: "worker", value: (row) => row.worker, show: (row) => row.worker },
+      ],
+    });
+  }
+
+  /** Reads the list anew; it is only asked for while it is seen. */
+  async refresh(run) {
+    this.run = run;
+    this.table.set((await get("/api/samples", { run: run.index })).samples);
+    if (!this.table.selected && this.table.rows.length) await this.select(this.table.rows[0].sample);
+  }
+
+  async select(sample) {
+    this.table.selected = sample;
+    this.table.set(this.table.rows);
+    this.detail.setAttribute("aria-busy", "true");
+    try {
+      const record = await get(`/api/sample/${encodeURIComponent(sample)}`, { run: this.run.index });
+      if (this.table.selected === sample) this.detail.replaceChildren(...draw(record));
+    } catch (error) {
+      this.detail.replaceChildren(h("p", { class: "nothing", text: `This sample cannot be shown: ${error.message}` }));
+    }
+    this.detail.removeAttribute("aria-busy");
+  }
+}
+
+function draw(record) {
+  const trained = record.mask.reduce((a, b) => a + b, 0);
+  const facts = [
+    ["conversation", record.id],
+    ["worker", record.worker],
+    ["step", count(record.step)],
+    ["size", bytes(record.num_bytes)],
+    ["attempts", count(record.attempts)],
+  ];
+  return [
+    h(
+      "header",
+      {},
+      h("h3", { text: record.sample }),
+      h(
+        "dl",
+        { class: "facts" },
+        ...facts.map(([name, value]) => h("div", {}, h("dt", { text: name }), h("dd", { text: value }))),
+      ),
+    ),
+    ...text("Prompt", record.prompt),
+    ...text("Answer", record.answer),
+    h("h4", { text: "Tokens and loss mask" }),
+    h(
+      "p",
+      { class: "chart-note", text: `${plural(record.tokens, "token")}, the loss is on ${count(trained)} of them: ` },
+      h("span", { class: "token counted", text: "trained on" }),
+      " ",
+      h("span", { class: "token", text: "only read" }),
+    ),
+    h("p", { class: "tokens" }, ...tokens(record)),
+    h("h4", { text: "Its way through the system" }),
+    timeline(record.timeline),
+  ];
+}
+
+function text(title, value) {
+  return value ? [h("h4", { text: title }), h("p", { class: "prose", text: value })] : [];
+}
+
+/** Neighbouring tokens with the same mask lie in one run, so that the boundary between them is easy to see. */
+function tokens({ pieces, mask }) {
+  return pieces.map((piece, i) =>
+    h(
+      "span",
+      { class: mask[i] ? "token counted" : "token", title: `token ${i}${mask[i] ? ", trained on" : ""}` },
+      visible(piece),
+    ),
+  );
+}
+
+const visible = (piece) => piece.replaceAll("\n", "⏎\n") || "∅";
+
+function timeline(moments) {
+  const start = moments[0][1],
+    total = Math.max(1e-9, moments[moments.length - 1][1] - start);
+  return h(
+    "ol",
+    { class: "timeline" },
+    ...moments.map(([name, time, detail], i) => {
+      const next = moments[i + 1]?.[1] ?? time;
+      const bar = h("span", { class: "timeline-bar" });
+      bar.style.marginLeft = `${(100 * (time - start)) / total}%`;
+      bar.style.width = `${(100 * (next - time)) / total}%`;
+      const length = i + 1 < moments.length ? duration(next - time) : "";
+      return h(
+        "li",
+        { class: `moment-${name}` },
+        h("span", { class: "timeline-time", text: i ? `+${duration(time - start)}` : clock(time) }),
+        h("span", { class: "timeline-name", text: detail ? `${SAYS[name]}: ${detail}` : SAYS[name] }),
+        h("span", { class: "timeline-track", "aria-hidden": "true" }, bar),
+        h("span", { class: "timeline-length", text: length }),
+      );
+    }),
+  );
+}

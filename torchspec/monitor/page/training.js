@@ -1,0 +1,104 @@
+// What the draft learns, by step: on training batches and on held-out samples.
+
+import { Chart } from "./chart.js";
+import { h } from "./dom.js";
+import { fixed, rate, scientific } from "./format.js";
+
+const SMOOTH = 0.94;
+
+export class Training {
+  constructor(parent) {
+    this.grid = h("div", { class: "charts" });
+    parent.append(this.grid);
+    const curves = (label) => [
+      { label, colour: "training", faint: true, width: 1, hidden: true },
+      { label, colour: "training", width: 2 },
+      { label: "held out", colour: "draft", dash: [6, 3], width: 2 },
+    ];
+    this.accept = new Chart(this.grid, {
+      x: "step",
+      title: "Accept length",
+      note: "simulated, tokens a verification",
+      format: fixed(2),
+      range: [null, null],
+      series: curves("train"),
+    });
+    this.loss = new Chart(this.grid, {
+      x: "step",
+      title: "Loss",
+      format: fixed(3),
+      axis: rate,
+      range: [null, null],
+      series: curves("train"),
+    });
+    this.rate = new Chart(this.grid, {
+      x: "step",
+      title: "Learning rate",
+      format: scientific,
+      series: [{ label: "learning rate", colour: "training" }],
+    });
+    this.norm = new Chart(this.grid, {
+      x: "step",
+      title: "Gradient norm",
+      note: "before clipping",
+      format: rate,
+      series: [
+        { label: "norm", colour: "training", faint: true, width: 1, hidden: true },
+        { label: "norm", colour: "training", width: 2 },
+      ],
+    });
+  }
+
+  update({ steps: { train, heldout } }) {
+    const positions = train.full_accuracy?.length ?? 0;
+    if (positions && this.positions !== positions) this.#positions(positions);
+    const both = (name) => {
+      const [xs, ys, others] = join(train.step, train[name] ?? [], heldout.step, heldout[name] ?? []);
+      return [xs, ys, smooth(ys), others];
+    };
+    this.accept.set(both("accept_length"));
+    this.loss.set(both("loss"));
+    this.rate.set([train.step, train.learning_rate ?? []]);
+    this.norm.set([train.step, train.grad_norm ?? [], smooth(train.grad_norm ?? [])]);
+    this.accuracy?.set([train.step, ...train.full_accuracy.map(smooth)]);
+  }
+
+  /** The chart of accuracies needs to know how many positions there are. */
+  #positions(count) {
+    this.positions = count;
+    this.accuracy?.remove();
+    const series = Array.from({ length: count }, (_, i) => ({
+      label: `position ${i + 1}`,
+      colour: `position-${Math.min(i, 6)}`,
+    }));
+    this.accuracy = new Chart(this.grid, {
+      x: "step",
+      title: "Accuracy by position",
+      note: "train, right first choices",
+      format: (v) => fixed(1)(v === null ? v : 100 * v) + "%",
+      axis: (v) => `${Math.round(100 * v)}%`,
+      series,
+    });
+    this.loss.figure.after(this.accuracy.figure);
+  }
+}
+
+/** Two curves over one axis of steps, as charts want them. */
+export function join(xs, ys, otherXs, otherYs) {
+  const first = new Map(xs.map((x, i) => [x, ys[i]]));
+  const second = new Map(otherXs.map((x, i) => [x, otherYs[i]]));
+  const all = [...new Set([...xs, ...otherXs])].sort((a, b) => a - b);
+  return [all, all.map((x) => first.get(x) ?? null), all.map((x) => second.get(x) ?? null)];
+}
+
+/** Exponential mean, corrected for its start; a missing value stays one. */
+export function smooth(values) {
+  let sum = 0,
+    weight = 0;
+  return values.map((value) => {
+    if (value === null) return null;
+    sum = SMOOTH * sum + (1 - SMOOTH) * value;
+    weight = SMOOTH * weight + (1 - SMOOTH);
+    return sum / weight;
+  });
+}
