@@ -23,10 +23,10 @@ export async function get(path, parameters = {}) {
   return response.json();
 }
 
-/** POST as JSON with the token; gives the server's message, throws its error. */
-export async function post(path, body) {
+/** POST as JSON with the token, to the run of this number; gives the server's message, throws its error. */
+export async function post(path, run, body) {
   const headers = { "Content-Type": "application/json", Authorization: `Bearer ${token()}` };
-  const response = await fetch(path, { method: "POST", headers, body: JSON.stringify(body) });
+  const response = await fetch(`${path}?run=${run}`, { method: "POST", headers, body: JSON.stringify(body) });
   if (!response.ok) throw new Error(await reason(response));
   return (await response.json()).message;
 }

@@ -24,11 +24,12 @@ const AXES = {
   step: { values: (_, splits) => splits.map(count), show: (x) => `step ${count(x)}` },
 };
 const SECONDS = [1, 5, 10, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400, 172800, 604800];
+const BINARY = Array.from({ length: 50 }, (_, i) => 2 ** i);
 const last = (list) => list[list.length - 1];
 
 /**
  * options: title, note, x ("time" | "elapsed" | "step"), format (of a value), axis (of the axis' values), range
- * ([low, high], each may be null), stacked (shares drawn on top of each other), series: [{label, colour, dash, width,
+ * ([low, high], each may be null), steps ("binary": of bytes), stacked (shares drawn on top of each other), series: [{label, colour, dash, width,
  * area, hidden (from the legend)}], marks: () => [{time, colour}] drawn as ticks along the top.
  */
 export class Chart {
@@ -75,12 +76,12 @@ export class Chart {
   #create() {
     const width = this.area.clientWidth;
     if (width === 0) return; // it lies in a tab that is not shown
-    const { x, axis, range, series, marks, stacked } = this.options;
+    const { x, axis, range, series, marks, stacked, steps } = this.options;
     const grid = { stroke: () => colour("grid"), width: 1 };
     const look = { stroke: () => colour("muted"), font: FONT, ticks: { show: false } };
     const lines = series.map((line, i) => ({
-      stroke: () => colour(stacked ? "panel" : line.colour),
-      width: stacked ? 1 : (line.width ?? 1.75),
+      stroke: () => colour(line.colour),
+      width: line.width ?? (stacked ? 1 : 1.75),
       dash: line.dash,
       fill: stacked ? () => colour(line.colour) : line.area ? () => colour(`${line.colour}-area`) : undefined,
       points: { show: false },
@@ -109,7 +110,14 @@ export class Chart {
             incrs: x === "step" ? undefined : SECONDS,
             size: 28,
           },
-          { ...look, grid, values: (_, splits) => splits.map(axis), space: 34, size: widest },
+          {
+            ...look,
+            grid,
+            values: (_, splits) => splits.map(axis),
+            space: 34,
+            size: widest,
+            incrs: steps === "binary" ? BINARY : undefined,
+          },
         ],
         series: [{}, ...(stacked ? lines.reverse() : lines)],
         hooks: {

@@ -4,7 +4,8 @@ import { Chart } from "./chart.js";
 import { h, reconcile, say } from "./dom.js";
 import { bytes, count, fixed, percent, rate, span } from "./format.js";
 import { last } from "./run.js";
-import { join, smooth } from "./training.js";
+import { smooth, windowMean } from "./smooth.js";
+import { join } from "./training.js";
 
 const mean = (values = []) => {
   const known = values.filter((value) => value !== null);
@@ -76,7 +77,7 @@ export class Compare {
     this.loss.set(both("train", "loss", smooth));
     this.heldout.set(both("heldout", "accept_length", (values) => values));
     const elapsed = (run) => run.history.time.map((time) => Math.round(time - run.history.time[0]));
-    const speed = (run) => run.history.training_samples_per_s ?? [];
+    const speed = (run) => windowMean(run.history.time, run.history.training_samples_per_s ?? []);
     this.throughput.set(join(elapsed(a), speed(a), elapsed(b), speed(b)));
   }
 }

@@ -114,7 +114,7 @@ export class Control {
     this.said.dataset.level = "idle";
     say(this.said, "…");
     try {
-      say(this.said, await post(path, { ...body, run: this.run.index }));
+      say(this.said, await post(path, this.run.index, body));
       this.said.dataset.level = "good";
     } catch (error) {
       say(this.said, error.message);

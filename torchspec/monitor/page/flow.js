@@ -2,16 +2,17 @@
 
 import { Chart } from "./chart.js";
 import { h } from "./dom.js";
-import { bytes, count, percent, rate } from "./format.js";
+import { bytes, count, percent, rate, short } from "./format.js";
 import { groupOf } from "./events.js";
+import { windowMean } from "./smooth.js";
 
 const PARTS = [
   ["rank_forward_share", "forward", "training"],
   ["rank_backward_share", "backward", "training-2"],
   ["rank_reduce_share", "reduce", "training-3"],
   ["rank_optimizer_share", "optimizer", "training-4"],
-  ["rank_pause_share", "evaluate, save", "idle"],
-  ["rank_wait_share", "wait for samples", "limit"],
+  ["rank_pause_share", "pause", "idle"],
+  ["rank_wait_share", "wait", "limit"],
 ];
 const MARKED = { fault: "bad", scaling: "inference" };
 
@@ -25,6 +26,7 @@ export class Flow {
       title: "Throughput",
       note: "samples/s",
       format: rate,
+      axis: short,
       marks,
       series: [
         { label: "inference", colour: "inference" },
@@ -33,6 +35,7 @@ export class Flow {
     });
     this.shares = new Chart(grid, {
       title: "Where the ranks' time goes",
+      note: "pause: evaluations and checkpoints",
       format: percent,
       range: [0, 1],
       stacked: true,
@@ -41,19 +44,24 @@ export class Flow {
     this.queue = new Chart(grid, {
       title: "Queue",
       note: "samples ready for the next steps",
-      format: count,
-      series: [{ label: "ready", colour: "queue", area: true }],
+      format: rate,
+      axis: count,
+      series: [
+        { label: "ready", colour: "queue", faint: true, width: 1, hidden: true },
+        { label: "mean", colour: "queue", area: true },
+      ],
     });
     this.store = new Chart(grid, {
       title: "Store",
       format: bytes,
+      steps: "binary",
       series: [
         { label: "in the store", colour: "store", area: true },
         { label: "reserved by credits", colour: "store", dash: [3, 3], width: 1.25 },
         { label: "capacity", colour: "muted", dash: [8, 4], width: 1 },
       ],
     });
-    this.workers = new Chart(grid, {
+    this.idle = new Chart(grid, {
       title: "Time without work",
       note: "share of the pool's time",
       format: percent,
@@ -67,6 +75,7 @@ export class Flow {
       title: "Through the store",
       note: "a second",
       format: bytes,
+      steps: "binary",
       series: [
         { label: "put", colour: "inference" },
         { label: "got", colour: "training", area: true },
@@ -75,15 +84,17 @@ export class Flow {
   }
 
   update({ history, events }) {
-    const columns = (...names) => [history.time, ...names.map((name) => history[name] ?? history.time.map(() => null))];
+    const { time } = history;
+    const raw = (name) => history[name] ?? time.map(() => null);
+    const means = (...names) => [time, ...names.map((name) => windowMean(time, raw(name)))];
     this.marks = events
-      .filter((e) => MARKED[groupOf(e.kind)])
-      .map((e) => ({ time: e.time, colour: MARKED[groupOf(e.kind)] }));
-    this.throughput.set(columns("inference_samples_per_s", "training_samples_per_s"));
-    this.shares.set(columns(...PARTS.map(([name]) => name)));
-    this.queue.set(columns("queue_depth"));
-    this.store.set(columns("store_bytes", "credit_bytes", "store_capacity_bytes"));
-    this.workers.set(columns("worker_wait_share", "rank_wait_share"));
-    this.bandwidth.set(columns("put_bytes_per_s", "get_bytes_per_s"));
+      .filter((event) => MARKED[groupOf(event.kind)])
+      .map((event) => ({ time: event.time, colour: MARKED[groupOf(event.kind)] }));
+    this.throughput.set(means("inference_samples_per_s", "training_samples_per_s"));
+    this.shares.set(means(...PARTS.map(([name]) => name)));
+    this.queue.set([time, raw("queue_depth"), windowMean(time, raw("queue_depth"))]);
+    this.store.set([...means("store_bytes", "credit_bytes"), raw("store_capacity_bytes")]);
+    this.idle.set(means("worker_wait_share", "rank_wait_share"));
+    this.bandwidth.set(means("put_bytes_per_s", "get_bytes_per_s"));
   }
 }

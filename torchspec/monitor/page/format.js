@@ -25,6 +25,9 @@ export function rate(value) {
   return form(value, value >= 9.995 ? 1 : value >= 0.9995 ? 2 : 3);
 }
 
+/** An axis' figure: no digits that say nothing. */
+export const short = (value) => (known(value) ? value.toLocaleString("en-US", { maximumSignificantDigits: 3 }) : DASH);
+
 export function bytes(value) {
   if (!known(value)) return DASH;
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];

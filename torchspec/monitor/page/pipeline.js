@@ -2,7 +2,6 @@
 
 import { reconcile, s, say } from "./dom.js";
 import { bandwidth, bytes, count, fixed, percent, plural, rate } from "./format.js";
-import { last } from "./run.js";
 
 const STATIONS = ["prompts", "inference", "store", "queues", "training", "draft"];
 const TITLES = {
@@ -33,7 +32,7 @@ export class Pipeline {
     if (width === 0 || width === this.width) return;
     this.width = width;
     const columns = width >= 1000 ? 6 : width >= 600 ? 3 : 1;
-    const gap = columns === 6 ? Math.min(104, Math.max(76, 0.072 * width)) : 84;
+    const gap = columns === 6 ? Math.min(92, Math.max(72, 0.06 * width)) : 84;
     const box = columns === 1 ? width - 2 : (width - 2 - gap * (columns - 1)) / columns;
     const down = columns === 1 ? GAP_DOWN : ROW_GAP;
     const height = columns === 1 ? 112 : HEIGHT;
@@ -66,24 +65,24 @@ export class Pipeline {
 }
 
 /** What each station and edge shows. */
-function describe({ snapshot, history }) {
+function describe(run) {
+  const { snapshot } = run;
   const { status, point } = snapshot;
   const samples = Object.values(status.samples).reduce((a, b) => a + b, 0);
   const alive = snapshot.workers.filter((worker) => worker.doing !== "gone");
   const mean = (list, read) => (list.length ? list.reduce((sum, item) => sum + read(item), 0) / list.length : null);
   const draft = status.last_heldout ?? status.last_step;
   const steps = point.step && status.last_step ? status.training_samples_per_s / batchSize(snapshot) : null;
-  const now = (name) => history[name]?.findLast((value) => value !== null);
   const capacity = point.store_capacity_bytes || 1;
   const puts = {
     value: rate(status.inference_samples_per_s),
     text: "samples/s",
-    more: bandwidth(now("put_bytes_per_s")),
+    more: bandwidth(run.recent("put_bytes_per_s")),
   };
   const gets = {
     value: rate(status.training_samples_per_s),
     text: "samples/s",
-    more: bandwidth(now("get_bytes_per_s")),
+    more: bandwidth(run.recent("get_bytes_per_s")),
   };
   const pending = status.samples.pending ?? 0;
   return {
@@ -103,14 +102,14 @@ function describe({ snapshot, history }) {
     },
     store: {
       value: bytes(point.store_bytes),
-      unit: "",
-      text: `${percent(point.credit_bytes / capacity)} of ${bytes(capacity)} reserved`,
+      unit: `of ${bytes(capacity)}`,
+      text: `${percent(point.credit_bytes / capacity)} reserved`,
       gauge: { used: point.store_bytes / capacity, reserved: point.credit_bytes / capacity },
     },
     queues: {
       value: count(point.queue_depth),
       unit: "samples",
-      text: "ready, in seeded order",
+      text: "ready, in order",
       bars: snapshot.ranks.map((r) => ({ key: String(r.rank), height: Math.min(1, r.report.queue_depth / 4) })),
     },
     training: {
@@ -125,7 +124,7 @@ function describe({ snapshot, history }) {
     draft: {
       value: fixed(2)(draft?.accept_length),
       unit: "accept length",
-      text: `${count(status.samples.committed ?? 0)} samples committed`,
+      text: `${count(status.samples.committed ?? 0)} committed`,
       gauge: null,
     },
     edges: [
@@ -219,18 +218,21 @@ function drawUnits(group, room, units) {
 
 /** A column for each rank: steps that are fetched and wait for it. */
 function drawBars(group, room, bars) {
-  const pitch = Math.min(12, room / Math.max(8, bars.length));
+  const pitch = Math.min(14, room / Math.max(8, bars.length));
+  const width = Math.max(2, pitch - (pitch > 6 ? 5 : 1));
   const columns = reconcile(
     group,
     bars.map((bar) => bar.key),
-    () => s("rect", { class: "queue-bar", rx: 1 }),
+    () =>
+      s("g", {}, s("rect", { class: "gauge-base", y: 2, height: 20, rx: 2 }), s("rect", { class: "queue-bar", rx: 2 })),
   );
   columns.forEach((column, i) => {
-    const height = 3 + 19 * bars[i].height;
-    column.setAttribute("x", i * pitch);
-    column.setAttribute("y", 24 - height);
-    column.setAttribute("width", Math.max(2, pitch - (pitch > 6 ? 4 : 1)));
-    column.setAttribute("height", height);
+    const [base, filled] = column.children;
+    const height = 20 * bars[i].height;
+    for (const bar of [base, filled]) bar.setAttribute("x", i * pitch);
+    for (const bar of [base, filled]) bar.setAttribute("width", width);
+    filled.setAttribute("y", 22 - height);
+    filled.setAttribute("height", height);
   });
 }
 

@@ -1,8 +1,10 @@
 // What is known of one run: loaded once, then kept up to date by one small request a second.
 
 import { get } from "./api.js";
+import { windowMean } from "./smooth.js";
 
 const POINTS = 1200;
+const RECENT = 30;
 
 export class Run {
   constructor(index) {
@@ -59,6 +61,11 @@ export class Run {
     if (this.range !== null) dropBefore(this.history, (last(this.history.time) ?? 0) - this.range);
     if (this.history.time.length > 2 * POINTS) await this.loadHistory();
     if (this.steps.train.time.length > 2 * POINTS) await this.#loadSteps();
+  }
+
+  /** Mean of a column of the history over the last half minute. */
+  recent(name) {
+    return windowMean(this.history.time, this.history[name] ?? [], RECENT).at(-1) ?? null;
   }
 
   #take({ live, snapshot, verdict, health }) {

@@ -2,9 +2,8 @@
 
 import { Chart } from "./chart.js";
 import { h } from "./dom.js";
-import { fixed, rate, scientific } from "./format.js";
-
-const SMOOTH = 0.94;
+import { fixed, rate, scientific, short } from "./format.js";
+import { smooth } from "./smooth.js";
 
 export class Training {
   constructor(parent) {
@@ -27,7 +26,7 @@ export class Training {
       x: "step",
       title: "Loss",
       format: fixed(3),
-      axis: rate,
+      axis: short,
       range: [null, null],
       series: curves("train"),
     });
@@ -89,16 +88,4 @@ export function join(xs, ys, otherXs, otherYs) {
   const second = new Map(otherXs.map((x, i) => [x, otherYs[i]]));
   const all = [...new Set([...xs, ...otherXs])].sort((a, b) => a - b);
   return [all, all.map((x) => first.get(x) ?? null), all.map((x) => second.get(x) ?? null)];
-}
-
-/** Exponential mean, corrected for its start; a missing value stays one. */
-export function smooth(values) {
-  let sum = 0,
-    weight = 0;
-  return values.map((value) => {
-    if (value === null) return null;
-    sum = SMOOTH * sum + (1 - SMOOTH) * value;
-    weight = SMOOTH * weight + (1 - SMOOTH);
-    return sum / weight;
-  });
 }
