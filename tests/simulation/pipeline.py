@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from torchspec.contracts import RankReport, RunStatus, StepReport, WorkerReport
+from torchspec.controller.rates import WINDOW_SECONDS
 from torchspec.controller.telemetry import Telemetry
 from torchspec.monitor.latency import observe
 from torchspec.monitor.snapshot import Snapshot
@@ -281,6 +282,8 @@ class Simulation:
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.setup.seed)
+        self._started = self.now
+        self._past: deque[tuple[float, int, int]] = deque()
         self._queue: list[tuple[float, int, Callable[[], object]]] = []
         self._order = itertools.count()
         self.telemetry = Telemetry(lambda: self.now)
@@ -404,7 +407,7 @@ class Simulation:
         trained = self.trained_samples
         committed = trained - trained % (setup.pause_every * setup.batch)
         pending = setup.samples - trained - leased - len(self.stored)
-        rate = trained / max(1.0, self.now - START)
+        captured_rate, trained_rate = self._rates()
         return RunStatus(
             run=self.name,
             phase="finished" if self.finished else "training",
@@ -428,13 +431,23 @@ class Simulation:
             workers=(),
             last_step=self.last_step,
             last_heldout=self.last_heldout,
-            inference_tokens_per_s=rate * setup.tokens,
-            inference_samples_per_s=rate,
-            training_tokens_per_s=rate * setup.tokens,
-            training_samples_per_s=rate,
-            eta_seconds=(setup.samples - trained) / rate if rate else None,
-            uptime_seconds=self.now - START,
+            inference_tokens_per_s=captured_rate * setup.tokens,
+            inference_samples_per_s=captured_rate,
+            training_tokens_per_s=trained_rate * setup.tokens,
+            training_samples_per_s=trained_rate,
+            eta_seconds=(setup.samples - trained) / trained_rate if trained_rate else None,
+            uptime_seconds=self.now - self._started,
         )
+
+    def _rates(self) -> tuple[float, float]:
+        """Samples captured and trained a second, over the last while."""
+        captured = self.telemetry.totals["captured_samples"]
+        self._past.append((self.now, captured, self.trained_samples))
+        while len(self._past) > 2 and self._past[1][0] < self.now - WINDOW_SECONDS:
+            self._past.popleft()
+        start, captured_before, trained_before = self._past[0]
+        seconds = max(1.0, self.now - start)
+        return (captured - captured_before) / seconds, (self.trained_samples - trained_before) / seconds
 
     # ---- time ----
 

@@ -197,7 +197,7 @@ const dark = matchMedia("(prefers-color-scheme: dark)");
 function theme(wanted) {
   const now = wanted ?? (dark.matches ? "dark" : "light");
   document.documentElement.dataset.theme = now;
-  say(by("theme"), now === "dark" ? "☀ Light" : "☾ Dark");
+  by("theme").replaceChildren(now === "dark" ? "☀" : "☾", h("span", { text: now === "dark" ? " Light" : " Dark" }));
   by("theme").onclick = () => {
     localStorage.setItem("torchspec-theme", now === "dark" ? "light" : "dark");
     theme(localStorage.getItem("torchspec-theme"));

@@ -12,7 +12,7 @@ const PARTS = [
   ["rank_reduce_share", "reduce", "training-3"],
   ["rank_optimizer_share", "optimizer", "training-4"],
   ["rank_pause_share", "pause", "idle"],
-  ["rank_wait_share", "wait", "limit"],
+  ["rank_wait_share", "wait", "wait"],
 ];
 const MARKED = { fault: "bad", scaling: "inference" };
 
@@ -29,8 +29,8 @@ export class Flow {
       axis: short,
       marks,
       series: [
-        { label: "inference", colour: "inference" },
-        { label: "training", colour: "training", area: true },
+        { label: "training", colour: "training", area: true, width: 2 },
+        { label: "inference", colour: "inference", dash: [6, 3] },
       ],
     });
     this.shares = new Chart(grid, {
@@ -67,8 +67,8 @@ export class Flow {
       format: percent,
       range: [0, 1],
       series: [
-        { label: "workers without a lease", colour: "inference" },
-        { label: "ranks without samples", colour: "training", area: true },
+        { label: "ranks without samples", colour: "training", area: true, width: 2 },
+        { label: "workers without a lease", colour: "inference", dash: [6, 3] },
       ],
     });
     this.bandwidth = new Chart(grid, {
@@ -77,8 +77,8 @@ export class Flow {
       format: bytes,
       steps: "binary",
       series: [
-        { label: "put", colour: "inference" },
-        { label: "got", colour: "training", area: true },
+        { label: "got", colour: "training", area: true, width: 2 },
+        { label: "put", colour: "inference", dash: [6, 3] },
       ],
     });
   }
@@ -90,11 +90,11 @@ export class Flow {
     this.marks = events
       .filter((event) => MARKED[groupOf(event.kind)])
       .map((event) => ({ time: event.time, colour: MARKED[groupOf(event.kind)] }));
-    this.throughput.set(means("inference_samples_per_s", "training_samples_per_s"));
+    this.throughput.set(means("training_samples_per_s", "inference_samples_per_s"));
     this.shares.set(means(...PARTS.map(([name]) => name)));
     this.queue.set([time, raw("queue_depth"), windowMean(time, raw("queue_depth"))]);
     this.store.set([...means("store_bytes", "credit_bytes"), raw("store_capacity_bytes")]);
-    this.idle.set(means("worker_wait_share", "rank_wait_share"));
-    this.bandwidth.set(means("put_bytes_per_s", "get_bytes_per_s"));
+    this.idle.set(means("rank_wait_share", "worker_wait_share"));
+    this.bandwidth.set(means("get_bytes_per_s", "put_bytes_per_s"));
   }
 }

@@ -1,6 +1,7 @@
 // The pipeline as it is: six stations, the rates between them, and the one that limits the others.
 
 import { reconcile, s, say } from "./dom.js";
+import { sparkline } from "./sparkline.js";
 import { bandwidth, bytes, count, fixed, percent, plural, rate } from "./format.js";
 
 const STATIONS = ["prompts", "inference", "store", "queues", "training", "draft"];
@@ -16,6 +17,7 @@ const HEIGHT = 148,
   GAP_DOWN = 58,
   ROW_GAP = 64,
   TOP = 12;
+const PAD = 13;
 const UNITS_PER_ROW = 16;
 
 export class Pipeline {
@@ -32,7 +34,7 @@ export class Pipeline {
     if (width === 0 || width === this.width) return;
     this.width = width;
     const columns = width >= 1000 ? 6 : width >= 600 ? 3 : 1;
-    const gap = columns === 6 ? Math.min(92, Math.max(72, 0.06 * width)) : 84;
+    const gap = columns === 6 ? Math.min(92, Math.max(68, 0.06 * width)) : 84;
     const box = columns === 1 ? width - 2 : (width - 2 - gap * (columns - 1)) / columns;
     const down = columns === 1 ? GAP_DOWN : ROW_GAP;
     const height = columns === 1 ? 112 : HEIGHT;
@@ -102,8 +104,8 @@ function describe(run) {
     },
     store: {
       value: bytes(point.store_bytes),
-      unit: `of ${bytes(capacity)}`,
-      text: `${percent(point.credit_bytes / capacity)} reserved`,
+      unit: "",
+      text: `${percent(point.store_bytes / capacity)} full, ${percent(point.credit_bytes / capacity)} reserved`,
       gauge: { used: point.store_bytes / capacity, reserved: point.credit_bytes / capacity },
     },
     queues: {
@@ -125,7 +127,7 @@ function describe(run) {
       value: fixed(2)(draft?.accept_length),
       unit: "accept length",
       text: `${count(status.samples.committed ?? 0)} committed`,
-      gauge: null,
+      curve: (run.steps.heldout.time.length > 5 ? run.steps.heldout : run.steps.train).accept_length,
     },
     edges: [
       { value: puts.value, text: "samples/s" },
@@ -149,15 +151,15 @@ class Station {
     const low = height < 140;
     this.value = s("tspan", { class: "station-value" });
     this.unit = s("tspan", { class: "station-unit", dx: 6 });
-    this.text = s("text", { x: 14, y: low ? 80 : 90, class: "station-text" });
-    this.extra = s("g", { transform: `translate(14,${low ? 92 : 106})` });
+    this.text = s("text", { x: PAD, y: low ? 80 : 90, class: "station-text" });
+    this.extra = s("g", { transform: `translate(${PAD},${low ? 92 : 106})` });
     this.tag = s("g", { class: "station-tag" });
     this.element = s(
       "g",
       { class: `station station-${name}`, transform: `translate(${x},${y})` },
       s("rect", { class: "station-box", width, height, rx: 10 }),
-      s("text", { x: 14, y: 28, class: "station-title", text: TITLES[name] }),
-      s("text", { x: 14, y: low ? 60 : 66 }, this.value, this.unit),
+      s("text", { x: PAD, y: 28, class: "station-title", text: TITLES[name] }),
+      s("text", { x: PAD, y: low ? 60 : 66 }, this.value, this.unit),
       this.text,
       this.extra,
       this.tag,
@@ -171,10 +173,11 @@ class Station {
     this.element.classList.toggle("limit", limits);
     if (limits && !this.tag.firstChild) this.tag.append(...bottleneckTag(this.width));
     if (!limits) this.tag.replaceChildren();
-    const room = this.width - 28;
+    const room = this.width - 2 * PAD;
     if (view.gauge) drawGauge(this.extra, room, view.gauge);
     if (view.units) drawUnits(this.extra, room, view.units);
     if (view.bars) drawBars(this.extra, room, view.bars);
+    if (view.curve) drawCurve(this.extra, room, view.curve);
   }
 }
 
@@ -234,6 +237,14 @@ function drawBars(group, room, bars) {
     filled.setAttribute("y", 22 - height);
     filled.setAttribute("height", height);
   });
+}
+
+function drawCurve(group, room, values) {
+  if (!group.firstChild) {
+    const box = { width: room, height: 24, y: 0, viewBox: "0 0 100 24", preserveAspectRatio: "none" };
+    group.append(s("svg", { ...box, class: "station-curve" }));
+  }
+  sparkline(group.firstChild, values);
 }
 
 class Edge {

@@ -3,6 +3,17 @@
 import { bandwidth, bytes, count, duration, percent, rate, span } from "./format.js";
 import { Table } from "./table.js";
 
+/** What a worker that is no more does not have. */
+const GONE = {
+  samples_per_s: null,
+  tokens_per_s: null,
+  wait_share: null,
+  leases: null,
+  put_bytes_per_s: null,
+  put_p50_seconds: null,
+  put_p99_seconds: null,
+  age: null,
+};
 const RANK_STATES = { training: "working", paused: "starting", waiting: "waiting" };
 
 export class Workers {
@@ -31,7 +42,7 @@ export class Workers {
         column("tokens/s", "Tokens captured a second, over the last half minute", (row) => row.tokens_per_s, rate),
         { name: "half an hour", spark: "inference", values: (row) => this.curves[row.name]?.tokens_per_s ?? [] },
         column("waiting", "Share of the time without a lease", (row) => row.wait_share, percent),
-        column("in hand", "Leases in hand now", (row) => row.report.leases, count),
+        column("in hand", "Leases in hand now", (row) => row.leases, count),
         column("put", "Bandwidth of its puts while one was under way", (row) => row.put_bytes_per_s, bandwidth),
         column("put p50", "Median latency of a put", (row) => row.put_p50_seconds, duration),
         column("put p99", "99th percentile of a put", (row) => row.put_p99_seconds, duration),
@@ -46,8 +57,14 @@ export class Workers {
 
   update({ snapshot }) {
     const now = snapshot?.point.time;
+    const row = (worker) => ({
+      ...worker,
+      leases: worker.report.leases,
+      age: now - worker.since,
+      silence: now - worker.heard,
+    });
     this.table.set(
-      (snapshot?.workers ?? []).map((worker) => ({ ...worker, age: now - worker.since, silence: now - worker.heard })),
+      (snapshot?.workers ?? []).map((worker) => (worker.doing === "gone" ? { ...row(worker), ...GONE } : row(worker))),
     );
   }
 }

@@ -1,10 +1,10 @@
 // Means that take the teeth out of figures which come a batch at a time.
 
-const SHORTEST = 15;
+const SHORTEST = 30;
 const PART = 1 / 100;
 const KEEP = 0.94;
 
-/** Mean over the last while: a hundredth of what is shown, 15 seconds at least; rows count by the time they cover. */
+/** Mean over the last while: a hundredth of what is shown, 30 seconds at least; rows count by the time they cover. */
 export function windowMean(times, values, seconds = window(times)) {
   let sum = 0;
   let weight = 0;

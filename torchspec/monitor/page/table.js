@@ -1,7 +1,7 @@
 // A sortable table of many rows that change each second: only cells whose text has changed are touched.
 
 import { h, reconcile, say, s } from "./dom.js";
-import { sparkline } from "./summary.js";
+import { sparkline } from "./sparkline.js";
 
 /**
  * columns: [{name, title, value (row => what to sort by), show (row => text), numeric, badge (row => class), spark}]

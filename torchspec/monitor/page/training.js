@@ -59,26 +59,24 @@ export class Training {
     this.loss.set(both("loss"));
     this.rate.set([train.step, train.learning_rate ?? []]);
     this.norm.set([train.step, train.grad_norm ?? [], smooth(train.grad_norm ?? [])]);
-    this.accuracy?.set([train.step, ...train.full_accuracy.map(smooth)]);
+    this.accuracies?.[0].set([train.step, ...train.full_accuracy.map(smooth)]);
+    this.accuracies?.[1].set([heldout.step, ...heldout.full_accuracy]);
   }
 
-  /** The chart of accuracies needs to know how many positions there are. */
+  /** The charts of accuracies need to know how many positions there are. */
   #positions(count) {
     this.positions = count;
-    this.accuracy?.remove();
+    this.accuracies?.forEach((chart) => chart.remove());
     const series = Array.from({ length: count }, (_, i) => ({
-      label: `position ${i + 1}`,
+      label: `${i + 1}`,
       colour: `position-${Math.min(i, 6)}`,
     }));
-    this.accuracy = new Chart(this.grid, {
-      x: "step",
-      title: "Accuracy by position",
-      note: "train, right first choices",
-      format: (v) => fixed(1)(v === null ? v : 100 * v) + "%",
-      axis: (v) => `${Math.round(100 * v)}%`,
-      series,
-    });
-    this.loss.figure.after(this.accuracy.figure);
+    const axis = (value) => `${Math.round(100 * value)}%`;
+    const format = (value) => (value === null ? "–" : `${fixed(1)(100 * value)}%`);
+    this.accuracies = ["train", "held out"].map(
+      (note) => new Chart(this.grid, { x: "step", title: "Accuracy by position", note, format, axis, series }),
+    );
+    this.loss.figure.after(...this.accuracies.map((chart) => chart.figure));
   }
 }
 
