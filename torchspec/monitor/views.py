@@ -6,6 +6,7 @@ Plain dicts and lists, ready for JSON. Nothing here talks to a running process: 
 from __future__ import annotations
 
 import json
+import time
 from base64 import b64decode
 from collections.abc import Callable, Sequence
 from dataclasses import fields
@@ -17,6 +18,7 @@ import yaml
 from torchspec.contracts import unpack_mask
 from torchspec.monitor.bottleneck import Verdict, judge_run
 from torchspec.monitor.handle import is_live
+from torchspec.monitor.health import Health, assess_run
 from torchspec.monitor.metrics import METRICS, prometheus_name
 from torchspec.monitor.series import read_series, tail, thin
 from torchspec.monitor.snapshot import RANK_COLUMNS, WORKER_COLUMNS, Snapshot, adapter, metrics_dir, read_latest
@@ -71,10 +73,12 @@ def run_view(run_dir: Path) -> Record:
 def now_view(run_dir: Path) -> Record:
     live = is_live(run_dir)
     latest, verdict = read_latest(run_dir), judge_run(run_dir, live)
+    health = assess_run(run_dir, latest, live, time.time())
     return {
         "live": live,
         "snapshot": adapter(Snapshot).dump_python(latest, mode="json") if latest else None,
         "verdict": adapter(Verdict).dump_python(verdict, mode="json"),
+        "health": adapter(Health).dump_python(health, mode="json"),
     }
 
 

@@ -44,9 +44,10 @@ const panels = {
   compare: new Compare(by("panel-compare")),
 };
 
-let runs = [],
-  shown = 0,
-  tab = "flow";
+let runs = [];
+let shown = 0;
+let tab = "flow";
+let range = null;
 const due = { curves: 0, samples: 0 };
 
 // ---- drawing ----
@@ -84,44 +85,51 @@ async function loadMore() {
 
 // ---- asking ----
 
-let heard = performance.now(),
-  lost = false,
-  timer;
+let heard = performance.now();
+let lost = false;
+let asking = false;
+let again = false;
+let timer;
 
 async function poll() {
   clearTimeout(timer);
-  const asked = tab === "compare" ? runs : runs.slice(shown, shown + 1);
-  try {
-    if (lost || !runs.length) await load();
-    else await Promise.all(asked.map((run) => run.update()));
-    await loadMore();
-    heard = performance.now();
-    lost = false;
-  } catch (error) {
-    lost = true;
-    say(
-      by("connection"),
-      `Connection lost, retrying (for ${span((performance.now() - heard) / 1000)}). What is shown is from before.`,
-    );
-    console.info(`no answer: ${error.message}`);
-  }
+  if (asking) return void (again = true);
+  asking = true;
+  lost = !(await ask());
   by("connection").hidden = !lost;
   document.body.classList.toggle("stale", lost);
   draw();
-  timer = setTimeout(
-    poll,
-    lost ? Math.min(WAIT.most, SECOND + (performance.now() - heard) / 4) : runs[shown]?.live ? WAIT.live : WAIT.over,
-  );
+  timer = setTimeout(poll, again && !lost ? 0 : pause());
+  asking = again = false;
+}
+
+/** Whether the server has answered. After it was away everything is loaded anew, so nothing is missed. */
+async function ask() {
+  try {
+    if (lost || !runs.length) await load();
+    else await Promise.all((tab === "compare" ? runs : [runs[shown]]).map((run) => run.update()));
+    await loadMore();
+    heard = performance.now();
+    return true;
+  } catch (error) {
+    const away = span((performance.now() - heard) / 1000);
+    say(by("connection"), `Connection lost, retrying (${away}). What is shown is from before.`);
+    console.info(`no answer: ${error.message}`);
+    return false;
+  }
+}
+
+function pause() {
+  if (lost) return Math.min(WAIT.most, SECOND + (performance.now() - heard) / 4);
+  return runs[shown].live ? WAIT.live : WAIT.over;
 }
 
 async function load() {
   const known = await get("/api/runs");
-  if (known.length !== runs.length) {
-    runs = known.map(({ index }) => new Run(index));
-    runs.forEach((run) => (run.range = range));
-    shown = Math.min(Number(new URLSearchParams(location.search).get("run") ?? 0) || 0, runs.length - 1);
-  }
-  await Promise.all(runs.map((run) => run.load()));
+  const fresh = known.length === runs.length ? runs : known.map(({ index }) => new Run(index, range));
+  await Promise.all(fresh.map((run) => run.load()));
+  if (fresh !== runs) shown = Math.min(Number(new URLSearchParams(location.search).get("run")) || 0, fresh.length - 1);
+  runs = fresh;
   switcher();
 }
 
@@ -149,8 +157,6 @@ function switcher() {
 function segment(text, on, choose) {
   return h("button", { type: "button", "aria-pressed": String(on), text, on: { click: choose } });
 }
-
-let range = null;
 
 function ranges() {
   by("range").replaceChildren(

@@ -7,14 +7,14 @@ const POINTS = 1200;
 const RECENT = 30;
 
 export class Run {
-  constructor(index) {
+  constructor(index, range) {
     this.index = index;
+    this.range = range;
     this.name = "";
     this.live = false;
     this.config = {};
     this.meaning = new Map();
     this.snapshot = this.verdict = this.health = null;
-    this.range = null;
     this.history = { time: [] };
     this.steps = { train: empty(), heldout: empty() };
     this.events = [];

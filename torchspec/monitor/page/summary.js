@@ -1,7 +1,7 @@
 // The answers of the first ten seconds: which side is slow, is it healthy, how fast, how good, when is it finished.
 
 import { h, s, say } from "./dom.js";
-import { clock, count, fixed, moment, plural, rate, span } from "./format.js";
+import { count, fixed, moment, rate, span } from "./format.js";
 import { last } from "./run.js";
 import { sparkline } from "./sparkline.js";
 
