@@ -18,13 +18,13 @@ TORCH := torch==2.13.0
 UV := uv==0.13.8
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test setup lint clean
+.PHONY: quickstart test setup browser lint clean
 .DEFAULT_GOAL := setup
 
 quickstart: setup
 	$(BIN)/torchspec quickstart $(ARGS)
 
-test: setup lint
+test: setup browser lint
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup
@@ -54,6 +54,17 @@ setup: .venv/.complete
 	  elif sudo -n true 2>/dev/null; then sudo apt-get update -qq && sudo apt-get install -y -qq libibverbs1 >/dev/null; \
 	  else echo "error: Mooncake needs the system library libibverbs1; run: sudo apt-get install -y libibverbs1" >&2; exit 1; fi
 	@mkdir -p .venv && touch $@
+
+# Tests of the page run in Chromium; where it cannot be had they are skipped, and say so.
+browser:
+	@command -v chromium chromium-browser >/dev/null && exit 0; \
+	  if [ "$$(id -u)" = 0 ]; then sudo=; elif sudo -n true 2>/dev/null; then sudo=sudo; else sudo=none; fi; \
+	  if [ "$$sudo" != none ] && command -v apt-get >/dev/null; then \
+	    echo "installing Chromium for the tests of the page"; \
+	    { $$sudo apt-get update -qq && $$sudo env DEBIAN_FRONTEND=noninteractive \
+	      apt-get install -y -qq --no-install-recommends chromium fonts-liberation; } >/dev/null 2>&1; \
+	  fi; \
+	  command -v chromium chromium-browser >/dev/null || echo "note: no Chromium here, so the tests of the page are skipped"
 
 clean:
 	rm -rf .venv

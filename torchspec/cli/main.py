@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from torchspec.cli import doctor, drafts, quickstart, reference, runs, train, verify
+from torchspec.cli import doctor, drafts, quickstart, reference, runs, top, train, verify
 
 app = typer.Typer(
     name="torchspec",
@@ -30,6 +30,7 @@ for command in (
     train.plan,
     runs.status,
     runs.ui,
+    top.top,
     runs.trace,
     runs.scale,
     runs.stop,

@@ -20,7 +20,10 @@ const AXES = {
     values: (_, splits, __, ___, step) => splits.map((t) => (step < 60 ? clock(t) : moment(t, last(splits)))),
     show: (x) => moment(x),
   },
-  elapsed: { values: (_, splits) => splits.map(span), show: (x) => `${span(x)} after the start` },
+  elapsed: {
+    values: (_, splits) => splits.map((x) => span(x).replace(/(?<=[hm])0+[ms]$/, "")),
+    show: (x) => `${span(x)} after the start`,
+  },
   step: { values: (_, splits) => splits.map(count), show: (x) => `step ${count(x)}` },
 };
 const SECONDS = [1, 5, 10, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400, 172800, 604800];

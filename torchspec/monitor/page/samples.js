@@ -5,6 +5,7 @@ import { h } from "./dom.js";
 import { bytes, clock, count, duration, plural, span } from "./format.js";
 import { Table } from "./table.js";
 
+const SHOWN = 300;
 const SAYS = {
   leased: "leased to a worker",
   computing: "in the engine",
@@ -51,7 +52,7 @@ export class Samples {
   /** Reads the list anew; it is only asked for while it is seen. */
   async refresh(run) {
     this.run = run;
-    this.table.set((await get("/api/samples", { run: run.index })).samples);
+    this.table.set((await get("/api/samples", { run: run.index })).samples.slice(0, SHOWN));
     if (!this.table.selected && this.table.rows.length) await this.select(this.table.rows[0].sample);
   }
 

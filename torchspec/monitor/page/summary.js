@@ -3,6 +3,7 @@
 import { h, s, say } from "./dom.js";
 import { count, fixed, moment, rate, span } from "./format.js";
 import { last } from "./run.js";
+import { windowMean } from "./smooth.js";
 import { sparkline } from "./sparkline.js";
 
 const STATES = {
@@ -57,7 +58,7 @@ export class Summary {
     const tokens = `${rate(status.training_tokens_per_s)} tokens/s trained`;
     const inference = `${rate(status.inference_samples_per_s)} samples/s captured`;
     this.speed.set(rate(status.training_samples_per_s), `${tokens}\n${inference}`, "samples/s");
-    this.speed.spark(history.training_samples_per_s);
+    this.speed.spark(windowMean(history.time, history.training_samples_per_s ?? []));
   }
 
   #quality(status, steps) {

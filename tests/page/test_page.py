@@ -1,0 +1,326 @@
+"""The page in a real browser, over a simulated run that goes on, through the real server."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.page.conftest import INFERENCE_BOUND, Opener
+from tests.simulation.live_run import LiveRun, serve
+from tests.simulation.pipeline import Setup, Simulation
+from tests.simulation.run_folder import RunFolder
+from torchspec.cli.units import human_bytes, human_count, human_rate, human_seconds
+from torchspec.monitor.snapshot import read_latest
+
+expect = pytest.importorskip("playwright.sync_api").expect
+TABS = ("flow", "training", "workers", "ranks", "events", "samples")
+
+
+def station(page: Any, name: str) -> str:
+    return page.locator(f".station-{name}").text_content()
+
+
+def tile(page: Any, label: str) -> str:
+    return page.locator(".tile", has=page.get_by_role("heading", name=label, exact=True)).inner_text()
+
+
+def rows(page: Any, tab: str) -> list[list[str]]:
+    page.click(f"#tab-{tab}")
+    table = page.locator(f"#panel-{tab} tbody")
+    table.locator("tr").first.wait_for()
+    return [row.split("\t") for row in table.inner_text().splitlines()]
+
+
+def test_figures_on_the_page_are_those_of_the_run(live: LiveRun, url: str, open_page: Opener) -> None:
+    page = open_page(url)
+    page.click("#tab-workers")
+    with live.still():
+        page.wait_for_timeout(2500)
+        latest = read_latest(live.path)
+        assert latest is not None
+        status, point = latest.status, latest.point
+        speed = tile(page, "Speed")
+        assert human_rate(status.training_samples_per_s) in speed and human_rate(status.training_tokens_per_s) in speed
+        assert f"{human_rate(status.inference_samples_per_s)} samples/s captured" in speed
+        assert status.last_heldout is not None
+        assert f"{status.last_heldout.accept_length:.2f}" in tile(page, "Draft quality")
+        left = tile(page, "Time left")
+        assert f"step {status.step:,} of {status.total_steps:,}" in left and human_seconds(status.eta_seconds or 0) in left
+        assert human_count(status.samples["pending"]) in station(page, "prompts")
+        assert human_rate(status.inference_tokens_per_s) in station(page, "inference")
+        assert f"{human_bytes(point.store_bytes)}{point.store_bytes / point.store_capacity_bytes:.0%} full" in station(
+            page, "store"
+        )
+        assert f"Queues{point.queue_depth}" in station(page, "queues")
+        shown = {row[0]: row for row in rows(page, "workers")}
+        assert list(shown) == [worker.name for worker in latest.workers]
+        for worker in latest.workers:
+            assert shown[worker.name][1:4] == [
+                worker.doing,
+                human_rate(worker.samples_per_s),
+                human_rate(worker.tokens_per_s),
+            ]
+        ranks = rows(page, "ranks")
+        assert [row[:3] for row in ranks] == [[str(r.rank), r.report.doing, human_rate(r.tokens_per_s)] for r in latest.ranks]
+
+
+def test_charts_and_figures_move(live: LiveRun, url: str, open_page: Opener) -> None:
+    page = open_page(url)
+    page.get_by_role("button", name="5 min").click()
+    throughput, step = page.locator("#panel-flow .plot").first, page.locator(".tile", has_text="Time left")
+    expect(page.locator("#panel-flow canvas")).to_have_count(6)
+    before = throughput.screenshot(), step.inner_text()
+    page.wait_for_timeout(3000)
+    assert throughput.screenshot() != before[0] and step.inner_text() != before[1]
+
+
+def test_a_killed_worker_shows_within_five_seconds(live: LiveRun, url: str, open_page: Opener) -> None:
+    page = open_page(url)
+    page.click("#tab-workers")
+    page.get_by_role("cell", name="working").nth(1).wait_for()
+    assert "Healthy" in tile(page, "Health")
+    killed = time.monotonic()
+    live.kill_worker(0)
+    page.get_by_role("row", name="worker-0").get_by_text("gone").wait_for(timeout=5000)
+    page.get_by_text("1 worker lost").wait_for(timeout=5000)
+    page.locator(".unit-gone").wait_for(state="attached", timeout=5000)
+    assert time.monotonic() - killed < 5
+    page.click("#tab-events")
+    first = page.locator("#panel-events .event").first
+    assert "worker-0 is gone" in first.inner_text() and "event-fault" in (first.get_attribute("class") or "")
+    for label in ("Faults", "Scaling"):
+        page.locator("label", has_text=label).click()
+    assert page.get_by_text("worker-0 is gone").count() == 0 and page.locator("#panel-events .event-checkpoint").count() > 2
+
+
+def test_controls_need_the_token(live: LiveRun, url: str, open_page: Opener) -> None:
+    open_page.allowed = "401"
+    page = open_page(url)
+    page.get_by_role("button", name="Control").click()
+    page.get_by_label("Inference workers").fill("3")
+    page.get_by_role("button", name="Scale").click()
+    page.get_by_text("the token is missing or wrong").wait_for()
+    assert live.asked == []
+    page.get_by_label("Token").fill(live.token)
+    page.get_by_role("button", name="Use").click()
+    page.get_by_role("button", name="Scale").click()
+    page.get_by_text("the inference pool becomes 3").wait_for()
+    assert live.asked == ["scale 3"]
+
+
+def test_the_address_brings_the_token_and_loses_it(live: LiveRun, url: str, open_page: Opener) -> None:
+    page = open_page(f"{url}#token={live.token}")
+    assert live.token not in page.url and live.token not in page.content()
+    page.get_by_role("button", name="Control").click()
+    page.get_by_role("button", name="Stop").click()
+    assert live.asked == [], "it asks first"
+    page.get_by_role("button", name="Really stop?").click()
+    expect(page.locator(".said")).to_have_text("the run stops after its current step and saves a checkpoint")
+    assert live.asked == ["stop"]
+    page.keyboard.press("Escape")
+    assert not page.locator("dialog").is_visible()
+
+
+def test_it_says_when_the_server_is_away_and_catches_up(live: LiveRun, browser: Any, open_page: Opener) -> None:
+    open_page.allowed = "ERR_CONNECTION"
+    server = serve(live.path, controls=live)
+    page = open_page(server.server.url)
+    server.close()
+    page.get_by_text("Connection lost, retrying").wait_for()
+    live.event("note", "said while it was away")
+    server = serve(live.path, controls=live, port=server.server.port)
+    page.locator("#connection").wait_for(state="hidden")
+    page.click("#tab-events")
+    page.get_by_text("said while it was away").wait_for()
+    server.close()
+
+
+def test_whatever_a_run_holds_is_text(tmp_path: Path, open_page: Opener) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+
+    evil = "<img src=x onerror=alert(1)>"
+    (tmp_path / "target").mkdir()
+    vocabulary = {f"{evil}{i}": i for i in range(49_001)}
+    Tokenizer(WordLevel(vocabulary, unk_token=f"{evil}0")).save(str(tmp_path / "target" / "tokenizer.json"))
+    run = RunFolder(tmp_path / "finished", Simulation(Setup(workers=2, samples=400, warm_up=5.0)))
+    run.event("note", evil)
+    run.follow(300)
+    config = yaml.safe_load((run.folder / "config.yaml").read_text())
+    config["target"]["path"] = str(tmp_path / "target")
+    (run.folder / "config.yaml").write_text(yaml.safe_dump(config))
+    server = serve(run.folder)
+    page = open_page(server.server.url)
+    assert "Finished" in tile(page, "Health") and "Done" in tile(page, "Time left")
+    page.click("#tab-events")
+    page.get_by_text(evil).wait_for()
+    page.click("#tab-samples")
+    page.locator(".token").first.wait_for()
+    record = page.evaluate("fetch('/api/samples').then(r => r.json())")["samples"][0]
+    detail = page.evaluate(f"fetch('/api/sample/{record['sample']}').then(r => r.json())")
+    tokens = page.locator(".tokens .token")
+    assert tokens.count() == record["tokens"] and page.locator(".tokens .counted").count() == sum(detail["mask"])
+    marked = tokens.evaluate_all("spans => spans.map(span => Number(span.classList.contains('counted')))")
+    assert marked == detail["mask"]
+    assert evil in page.locator(".prose").first.inner_text() and page.locator("main img").count() == 0
+    moments = page.locator(".timeline li").count()
+    assert moments == len(record["timeline"]) > 5
+    server.close()
+
+
+def test_a_run_without_data_says_so(tmp_path: Path, open_page: Opener) -> None:
+    folder = tmp_path / "empty"
+    folder.mkdir()
+    (folder / "config.yaml").write_text("run: {name: empty}\ntarget: {path: unused}\n")
+    server = serve(folder)
+    page = open_page(server.server.url)
+    assert "No data yet" in tile(page, "Health")
+    for tab in TABS:
+        page.click(f"#tab-{tab}")
+    assert page.get_by_text("none yet").count() == 1, "of samples"
+    server.close()
+
+
+def test_two_runs_are_compared(tmp_path: Path, open_page: Opener) -> None:
+    folders = []
+    for name, engine in (("fast", 0.2), ("slow", 0.8)):
+        run = RunFolder(tmp_path / name, Simulation(Setup(workers=2, engine_seconds=engine, warm_up=5.0, pause_every=20)))
+        run.follow(200, 2.0)
+        folders.append(run.folder)
+    server = serve(*folders)
+    page = open_page(f"{server.server.url}?run=1")
+    assert page.locator("#run-name").inner_text() == "slow"
+    page.get_by_role("button", name="fast").click()
+    expect(page.locator("#run-name")).to_have_text("fast")
+    page.click("#tab-compare")
+    expect(page.locator("#panel-compare canvas")).to_have_count(4)
+    table = {row.split("\t")[0]: row.split("\t")[1:] for row in page.locator("#panel-compare tbody").inner_text().splitlines()}
+    latest = [read_latest(folder) for folder in folders]
+    assert table["Step"] == [human_count(snapshot.point.step) for snapshot in latest if snapshot]
+    assert table["Loss, train"] == [f"{s.status.last_step.loss:.3f}" for s in latest if s and s.status.last_step]
+    server.close()
+
+
+def test_many_workers_fit(tmp_path: Path, open_page: Opener) -> None:
+    run = RunFolder(tmp_path / "many", Simulation(Setup(workers=64, ranks=64, batch=256, store_samples=2000, window=4000)))
+    run.follow(90, 3.0)
+    server = serve(run.folder)
+    page = open_page(server.server.url)
+    assert page.locator(".station-inference .unit").count() == page.locator(".station-training .unit").count() == 64
+    assert len(rows(page, "ranks")) == 64
+    table = rows(page, "workers")
+    assert [row[0] for row in table] == [f"worker-{i}" for i in range(64)]
+    page.get_by_role("button", name="samples", exact=True).click()
+    samples = [int(row[9].replace(",", "")) for row in rows(page, "workers")]
+    assert samples == sorted(samples, reverse=True) and len(set(samples)) > 1
+    server.close()
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (820, "light"), (1440, "dark")])
+def test_nothing_sticks_out_and_all_text_can_be_read(width: int, scheme: str, url: str, open_page: Opener) -> None:
+    page = open_page(url, width, 844, scheme)
+    for tab in TABS:
+        page.click(f"#tab-{tab}")
+        page.wait_for_timeout(200)
+        wide = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+        assert wide <= 0, f"{tab}: {wide} pixels too wide"
+        assert page.evaluate(CLIPPED) == [], tab
+        assert page.evaluate(FAINT) == [], tab
+        assert page.evaluate(NAMELESS) == [], tab
+
+
+CLIPPED = """() => [...document.querySelectorAll('.station')].flatMap(station => {
+  const box = station.querySelector('.station-box').getBoundingClientRect();
+  return [...station.querySelectorAll('text')].filter(text => text.closest('.station-tag') === null)
+    .filter(text => text.getBoundingClientRect().right > box.right - 2).map(text => text.textContent);
+})"""
+"""Texts that leave their station of the pipeline."""
+
+NAMELESS = """() => {
+  const label = e => e.getAttribute('aria-label') || e.textContent.trim() || e.labels?.length || e.title;
+  const wrong = [...document.querySelectorAll('button, input, [role=img], [role=region], progress')].filter(e => !label(e));
+  const ids = [...document.querySelectorAll('[id]')].map(e => e.id);
+  const twice = ids.filter((id, i) => ids.indexOf(id) !== i);
+  const dead = [...document.querySelectorAll('[aria-controls], [aria-labelledby]')]
+    .filter(e => !document.getElementById(e.getAttribute('aria-controls') ?? e.getAttribute('aria-labelledby')));
+  const tables = [...document.querySelectorAll('table')].filter(t => !t.caption || !t.querySelector('th[scope=col]'));
+  const images = [...document.querySelectorAll('img')].filter(i => i.getAttribute('alt') === null);
+  return [...wrong, ...dead, ...tables, ...images].map(e => e.outerHTML.slice(0, 120)).concat(twice);
+}"""
+"""What a screen reader could not name or find."""
+
+FAINT = """() => {
+  const number = text => (text.match(/[\\d.]+/g) ?? []).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const over = (above, below) => { const a = above[3] ?? 1; return [0, 1, 2].map(i => a * above[i] + (1 - a) * below[i]); };
+  const ground = e => {
+    const layers = [];
+    for (; e; e = e.parentElement) layers.push(number(getComputedStyle(e).backgroundColor));
+    return layers.reverse().filter(layer => layer.length).reduce((below, layer) => over(layer, below), [255, 255, 255]);
+  };
+  const faint = [];
+  for (const e of document.querySelectorAll('body *:not(svg *)')) {
+    if (![...e.childNodes].some(n => n.nodeType === 3 && n.textContent.trim()) || !e.checkVisibility()) continue;
+    const below = ground(e), text = over(number(getComputedStyle(e).color), below);
+    const [a, b] = [light(text), light(below)].sort((x, y) => y - x);
+    const ratio = (a + 0.05) / (b + 0.05);
+    if (ratio < 4.5) faint.push(`${e.textContent.slice(0, 30)}: ${ratio.toFixed(2)}`);
+  }
+  return faint;
+}"""
+"""Text with less contrast than WCAG AA asks for (4.5)."""
+
+
+def test_it_can_be_used_by_keyboard(url: str, open_page: Opener) -> None:
+    page = open_page(url)
+    focused = "document.activeElement.textContent.trim()"
+    page.keyboard.press("Tab")
+    assert page.evaluate(focused) == "Skip to the content"
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.id") == "main"
+    page.keyboard.press("Tab")
+    assert page.evaluate(focused) == "Flow", "the tabs come next, as one stop"
+    assert page.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
+    for expected in ("Training", "Workers"):
+        page.keyboard.press("ArrowRight")
+        assert page.evaluate(focused) == expected
+    assert page.locator("#panel-workers").is_visible() and not page.locator("#panel-flow").is_visible()
+    assert page.locator("[role=tab][aria-selected=true]").inner_text() == "Workers"
+    page.get_by_role("button", name="samples/s").focus()
+    page.keyboard.press("Enter")
+    head = page.get_by_role("columnheader", name="samples/s")
+    assert head.get_attribute("aria-sort") == "descending"
+    page.keyboard.press("Space")
+    assert head.get_attribute("aria-sort") == "ascending"
+    before = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    page.get_by_role("button", name=re.compile("Dark")).focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("getComputedStyle(document.body).backgroundColor") != before
+
+
+@pytest.mark.parametrize(
+    ("setup", "headline", "marked"),
+    [
+        (INFERENCE_BOUND, "Inference", "Inference pool"),
+        (Setup(workers=8, engine_seconds=0.36, step_seconds=0.75, warm_up=5.0), "Training", "Training ranks"),
+        (Setup(workers=4, engine_seconds=0.36, step_seconds=0.75, warm_up=5.0, store_samples=10), "The store", "Store"),
+    ],
+    ids=["inference-bound", "training-bound", "store-bound"],
+)
+def test_a_newcomer_sees_which_side_is_slow(
+    setup: Setup, headline: str, marked: str, tmp_path: Path, open_page: Opener
+) -> None:
+    live = LiveRun(tmp_path / "staged", setup)
+    server = serve(live.path)
+    page = open_page(server.server.url)
+    assert page.locator(".verdict-headline").inner_text().startswith(headline)
+    limits = page.locator(".station.limit")
+    assert limits.count() == 1 and marked in limits.text_content() and "bottleneck" in limits.text_content()
+    server.close()
+    live.close()

@@ -1,0 +1,69 @@
+"""A simulated run that goes on in real time beside a test, with its page served as a real run's is."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tests.simulation.pipeline import Setup, Simulation
+from tests.simulation.run_folder import RunFolder
+from torchspec.monitor.server import PageServer, ServerThread, ensure_token
+
+TICK_SECONDS = 0.5
+
+
+class LiveRun:
+    """A run in ``folder`` that began ``past`` seconds ago; it also is what its page controls."""
+
+    def __init__(self, folder: Path, setup: Setup, past: float = 300.0):
+        self.folder = RunFolder(folder, Simulation(setup, now=time.time() - past))
+        self.folder.follow(past)
+        self.path = folder
+        self.token = ensure_token(folder)
+        self.asked: list[str] = []
+        """Controls, in their order."""
+        (folder / "handle.json").write_text(json.dumps({"pid": os.getpid()}))
+        self._lock, self._over = threading.Lock(), threading.Event()
+        self._thread = threading.Thread(target=self._go_on)
+        self._thread.start()
+
+    def _go_on(self) -> None:
+        while not self._over.wait(TICK_SECONDS):
+            with self._lock:
+                self.folder.follow(time.time() - self.folder.simulation.now)
+
+    def kill_worker(self, number: int) -> None:
+        with self._lock:
+            self.folder.kill_worker(number)
+
+    def event(self, kind, message: str) -> None:
+        with self._lock:
+            self.folder.event(kind, message)
+
+    @contextmanager
+    def still(self) -> Iterator[None]:
+        """Nothing moves meanwhile."""
+        with self._lock:
+            yield
+
+    def scale_inference(self, workers: int) -> None:
+        self.asked.append(f"scale {workers}")
+        with self._lock:
+            self.folder.scale(workers)
+
+    def stop(self, reason: str) -> None:
+        self.asked.append("stop")
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join()
+
+
+def serve(*folders: Path, controls: LiveRun | None = None, port: int | None = None) -> ServerThread:
+    """The page of these runs; the caller closes it."""
+    return ServerThread(PageServer(folders, lambda _: controls, port))

@@ -1,0 +1,91 @@
+"""A run as a view that stays open sees it: files are read once, then only what was added to them."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torchspec.monitor.bottleneck import Verdict, judge_run
+from torchspec.monitor.handle import is_live
+from torchspec.monitor.health import Health, assess
+from torchspec.monitor.series import Follower
+from torchspec.monitor.snapshot import Snapshot, metrics_dir, read_latest
+
+Record = dict[str, Any]
+
+HISTORY_KEPT, STEPS_KEPT, EVENTS_KEPT = 8192, 20_000, 1000
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was there at one moment."""
+
+    snapshot: Snapshot | None
+    live: bool
+    verdict: Verdict
+    health: Health
+    history: list[Record]
+    """Lines of ``history.jsonl``, oldest first; likewise the others."""
+    train: list[Record]
+    heldout: list[Record]
+    events: list[Record]
+
+
+class RunWatch:
+    """Follows the run in ``run_dir``, also across its end and its being resumed.
+
+    Args:
+        clock: seconds since the epoch.
+    """
+
+    def __init__(self, run_dir: Path, clock: Callable[[], float] = time.time):
+        self.run_dir, self._clock = run_dir, clock
+        metrics = metrics_dir(run_dir)
+        self._history = Trail(metrics / "history.jsonl", HISTORY_KEPT)
+        self._events = Trail(metrics / "events.jsonl", EVENTS_KEPT)
+        self._steps = Trail(run_dir / "metrics.jsonl", STEPS_KEPT)
+
+    def look(self) -> Look:
+        """What is there now.
+
+        Raises:
+            ValueError: the files were written by a newer torchspec.
+        """
+        snapshot, live = read_latest(self.run_dir), is_live(self.run_dir)
+        history, events, steps = self._history.read(), self._events.read(), self._steps.read()
+        return Look(
+            snapshot,
+            live,
+            judge_run(self.run_dir, live),
+            assess(snapshot, events, live, self._clock()),
+            history,
+            [step for step in steps if step["split"] == "train"],
+            [step for step in steps if step["split"] == "heldout"],
+            events,
+        )
+
+
+class Trail:
+    """The newest lines of a file that grows."""
+
+    def __init__(self, path: Path, kept: int):
+        self._follower, self._lines = Follower(path), deque[Record](maxlen=kept)
+
+    def read(self) -> list[Record]:
+        self._lines.extend(self._follower.read())
+        return list(self._lines)
+
+
+def growth(history: list[Record], counter: str, cells: int) -> list[float]:
+    """What a counter has grown a second, over at most ``cells`` equal stretches of the history."""
+    rates = []
+    count = min(cells, len(history) - 1)
+    for i in range(count):
+        first, last = (history[j * (len(history) - 1) // count] for j in (i, i + 1))
+        grown, seconds = last[counter] - first[counter], last["time"] - first["time"]
+        rates.append(max(0.0, grown) / seconds if seconds > 0 else 0.0)  # it falls where the controller restarted
+    return rates
