@@ -32,7 +32,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture
 def live(tmp_path: Path) -> Iterator[LiveRun]:
-    run = LiveRun(tmp_path / "live", INFERENCE_BOUND)
+    run = LiveRun.since(tmp_path / "live", INFERENCE_BOUND)
     yield run
     run.close()
 

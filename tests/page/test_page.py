@@ -316,7 +316,7 @@ def test_it_can_be_used_by_keyboard(url: str, open_page: Opener) -> None:
 def test_a_newcomer_sees_which_side_is_slow(
     setup: Setup, headline: str, marked: str, tmp_path: Path, open_page: Opener
 ) -> None:
-    live = LiveRun(tmp_path / "staged", setup)
+    live = LiveRun.since(tmp_path / "staged", setup)
     server = serve(live.path)
     page = open_page(server.server.url)
     assert page.locator(".verdict-headline").inner_text().startswith(headline)

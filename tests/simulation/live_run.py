@@ -18,19 +18,24 @@ TICK_SECONDS = 0.5
 
 
 class LiveRun:
-    """A run in ``folder`` that began ``past`` seconds ago; it also is what its page controls."""
+    """Lets ``run`` go on; it also is what its page controls."""
 
-    def __init__(self, folder: Path, setup: Setup, past: float = 300.0):
-        self.folder = RunFolder(folder, Simulation(setup, now=time.time() - past))
-        self.folder.follow(past)
-        self.path = folder
-        self.token = ensure_token(folder)
+    def __init__(self, run: RunFolder):
+        self.folder, self.path = run, run.folder
+        self.token = ensure_token(run.folder)
         self.asked: list[str] = []
         """Controls, in their order."""
-        (folder / "handle.json").write_text(json.dumps({"pid": os.getpid()}))
+        (run.folder / "handle.json").write_text(json.dumps({"pid": os.getpid()}))
         self._lock, self._over = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._go_on)
         self._thread.start()
+
+    @classmethod
+    def since(cls, folder: Path, setup: Setup, past: float = 300.0) -> LiveRun:
+        """One that began ``past`` seconds ago."""
+        run = RunFolder(folder, Simulation(setup, now=time.time() - past))
+        run.follow(past)
+        return cls(run)
 
     def _go_on(self) -> None:
         while not self._over.wait(TICK_SECONDS):

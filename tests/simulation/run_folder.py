@@ -98,8 +98,8 @@ class RunFolder:
 
     def _sample(self, report: StepReport, now: float) -> SampleRecord:
         setup, chance = self.simulation.setup, self._random
-        prompt, answer = chance.randint(20, 200), chance.randint(20, 300)
-        ids = np.array([chance.randint(0, 49000) for _ in range(prompt + answer)], dtype="<i4")
+        prompt, answer = self._tokens(chance)
+        ids = np.array([*prompt, *answer], dtype="<i4")
         ages = [9.0, 8.5, 8.5 - setup.engine_seconds, 7.9, 7.9 - setup.put_seconds, 3.0, 2.0, 0.1, 0.0]
         names = ("leased", "computing", "computed", "putting", "stored", "assigned", "fetched", "trained", "freed")
         worker = f"worker-{chance.randrange(max(1, len(self.simulation.workers)))}"
@@ -112,13 +112,18 @@ class RunFolder:
             worker=worker,
             step=report.step,
             attempts=1,
-            tokens=prompt + answer,
-            prompt_tokens=prompt,
-            num_bytes=(prompt + answer) * 4 * 576 * 2,
+            tokens=len(ids),
+            prompt_tokens=len(prompt),
+            num_bytes=len(ids) * 4 * 576 * 2,
             timeline=tuple((m, now - age, details.get(m, "")) for m, age in zip(names, ages, strict=True)),
             token_ids=b64encode(ids.tobytes()).decode(),
-            loss_mask=b64encode(pack_mask([0] * prompt + [1] * answer)).decode(),
+            loss_mask=b64encode(pack_mask([0] * len(prompt) + [1] * len(answer))).decode(),
         )
+
+    def _tokens(self, chance: random.Random) -> tuple[list[int], list[int]]:
+        """A prompt and its answer."""
+        prompt, answer = chance.randint(20, 200), chance.randint(20, 300)
+        return [chance.randrange(49_000) for _ in range(prompt)], [chance.randrange(49_000) for _ in range(answer)]
 
 
 def main() -> None:

@@ -66,6 +66,7 @@ def test_version_and_help() -> None:
         "resume",
         "plan",
         "status",
+        "top",
         "ui",
         "trace",
         "stop",
