@@ -57,14 +57,14 @@ setup: .venv/.complete
 
 # Tests of the page run in Chromium; where it cannot be had they are skipped, and say so.
 browser:
-	@command -v chromium chromium-browser >/dev/null && exit 0; \
+	@has() { command -v chromium >/dev/null || command -v chromium-browser >/dev/null; }; has && exit 0; \
 	  if [ "$$(id -u)" = 0 ]; then sudo=; elif sudo -n true 2>/dev/null; then sudo=sudo; else sudo=none; fi; \
 	  if [ "$$sudo" != none ] && command -v apt-get >/dev/null; then \
 	    echo "installing Chromium for the tests of the page"; \
 	    { $$sudo apt-get update -qq && $$sudo env DEBIAN_FRONTEND=noninteractive \
 	      apt-get install -y -qq --no-install-recommends chromium fonts-liberation; } >/dev/null 2>&1; \
 	  fi; \
-	  command -v chromium chromium-browser >/dev/null || echo "note: no Chromium here, so the tests of the page are skipped"
+	  has || echo "note: no Chromium here, so the tests of the page are skipped"
 
 clean:
 	rm -rf .venv

@@ -95,7 +95,10 @@ def simulate(folder: Path) -> Talk:
 
 def photograph(browser: Browser, url: str, name: str, width: int, height: int, scheme: Any, tab: str = "flow") -> None:
     context = browser.new_context(
-        viewport={"width": width, "height": height}, device_scale_factor=1.5, color_scheme=scheme, reduced_motion="reduce"
+        viewport={"width": width, "height": height},
+        device_scale_factor=1.5,
+        color_scheme=scheme,
+        reduced_motion="reduce",
     )
     page = context.new_page()
     page.goto(url)

@@ -239,7 +239,10 @@ def test_it_says_where_it_cannot_draw(run: RunFolder) -> None:
     command = [sys.executable, "-m", "torchspec.cli.main", "top", str(run.folder)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr == "error: torchspec top draws on a terminal, and this is none: use torchspec status RUN, or --json there\n"
+    assert (
+        done.stderr
+        == "error: torchspec top draws on a terminal, and this is none: use torchspec status RUN, or --json there\n"
+    )
 
 
 def test_the_newest_running_run_is_found(tmp_path: Path) -> None:

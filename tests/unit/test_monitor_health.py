@@ -47,16 +47,16 @@ def test_a_recent_loss_is_a_warning(snapshot: Snapshot, kinds: list[str], headli
     events = [fault(kind, snapshot.time - 12) for kind in kinds]
     health = assess(snapshot, events, live=True, now=snapshot.time)
     assert (health.level, health.headline) == ("warning", headline)
-    assert health.text == "12s ago: worker-1 is gone"
+    assert health.text == "12 s ago: worker-1 is gone"
 
 
 def test_silence_is_noticed(snapshot: Snapshot) -> None:
     workers = (snapshot.workers[0], replace(snapshot.workers[1], doing="silent", heard=snapshot.time - 8))
     health = assess(replace(snapshot, workers=workers), [], live=True, now=snapshot.time)
     assert (health.level, health.headline) == ("warning", "1 worker silent")
-    assert health.text == "worker-1: nothing heard for 8s"
+    assert health.text == "worker-1: nothing heard for 8 s"
     late = assess(snapshot, [], live=True, now=snapshot.time + 60)
-    assert (late.level, late.headline, late.text) == ("bad", "Controller silent", "not heard of for 1m00s")
+    assert (late.level, late.headline, late.text) == ("bad", "Controller silent", "not heard of for 60 s")
     gone = replace(snapshot, workers=tuple(replace(w, doing="gone") for w in snapshot.workers))
     assert assess(gone, [], live=True, now=snapshot.time).headline == "No workers"
 

@@ -23,7 +23,9 @@ OptionalRun = Annotated[
 def top(run: OptionalRun = None) -> None:
     """Watch a run on the whole terminal: pools, queues, store, curves, workers, ranks and events. Keys: press ?."""
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        raise ValueError("torchspec top draws on a terminal, and this is none: use torchspec status RUN, or --json there")
+        raise ValueError(
+            "torchspec top draws on a terminal, and this is none: use torchspec status RUN, or --json there"
+        )
     from torchspec.cli.top_app import TopApp
 
     TopApp(newest_run() if run is None else find_run(run)).run()

@@ -215,7 +215,9 @@ class TopApp(App[None]):
     def _draw(self) -> None:
         look = self._look
         assert look is not None
-        self.query_one("#summary", Static).update(top_view.summary(look, self._watch.run_dir.resolve().name, self._paused))
+        self.query_one("#summary", Static).update(
+            top_view.summary(look, self._watch.run_dir.resolve().name, self._paused)
+        )
         shown = self.query_one(ContentSwitcher).current
         if shown == "events":
             lines = [top_view.event_line(event) for event in reversed(look.events)]

@@ -1,8 +1,8 @@
 """Pictures of ``torchspec top``: a :class:`Look` goes in, rich renderables for any width come out.
 
-    what it is called and how it is          verdict
-    prompts > inference > store > queue > training, the bottleneck marked
-    figures of both pools, the store and the draft, each with its curve
+what it is called and how it is          verdict
+prompts > inference > store > queue > training, the bottleneck marked
+figures of both pools, the store and the draft, each with its curve
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def summary(look: Look, name: str, paused: bool) -> RenderableType:
     lines: list[RenderableType] = [_title(look, name, paused), _verdict(look)]
     if look.snapshot is None:
         return Group(*lines)
-    return Group(*lines, _pipeline(look, look.snapshot), _progress(look.snapshot), Text(), _figures(look, look.snapshot))
+    return Group(
+        *lines, _pipeline(look, look.snapshot), _progress(look.snapshot), Text(), _figures(look, look.snapshot)
+    )
 
 
 def _title(look: Look, name: str, paused: bool) -> RenderableType:
@@ -45,7 +47,9 @@ def _title(look: Look, name: str, paused: bool) -> RenderableType:
     row = Table.grid(expand=True, padding=(0, 1))
     row.add_column(no_wrap=True, overflow="ellipsis", ratio=1)
     row.add_column(justify="right", no_wrap=True)
-    left = Text.assemble(("torchspec ", MUTED), (name, "bold"), "  ", (f"{sign} {look.health.headline}", f"bold {style}"))
+    left = Text.assemble(
+        ("torchspec ", MUTED), (name, "bold"), "  ", (f"{sign} {look.health.headline}", f"bold {style}")
+    )
     left.append("  " + look.health.text.replace("\n", ", "), style=MUTED)
     phase = look.snapshot.status.phase.replace("-", " ") if look.snapshot else "no data yet"
     right = Text("PAUSED", style=f"reverse {LIMIT}") if paused else Text(phase, style=TRAINING if look.live else MUTED)
@@ -74,7 +78,9 @@ def _pipeline(look: Look, snapshot: Snapshot) -> Text:
     text = Text(no_wrap=True, overflow="ellipsis")
     for name, words in stations.items():
         text.append(" ─▶ " if text else "", style=MUTED)
-        text.append(f"▲ {words}" if name == look.verdict.side else words, style=f"bold {LIMIT}" * (name == look.verdict.side))
+        text.append(
+            f"▲ {words}" if name == look.verdict.side else words, style=f"bold {LIMIT}" * (name == look.verdict.side)
+        )
     return text
 
 
@@ -86,7 +92,9 @@ def _progress(snapshot: Snapshot) -> RenderableType:
     words = Text(f"step {status.step:,} of {status.total_steps:,}")
     if status.eta_seconds is not None and status.phase == "training":
         words.append(f", {human_seconds(status.eta_seconds)} left", style="bold")
-    bar = ProgressBar(status.total_steps or 1, status.step, complete_style=TRAINING, finished_style=TRAINING, style="#2a3442")
+    bar = ProgressBar(
+        status.total_steps or 1, status.step, complete_style=TRAINING, finished_style=TRAINING, style="#2a3442"
+    )
     row.add_row(bar, words)
     return row
 
@@ -105,7 +113,14 @@ def _figures(look: Look, snapshot: Snapshot) -> Table:
     dim = [Text(words, style=MUTED) for words in ("samples/s", "tokens/s", "waiting")]
     table.add_row("", *dim, Text("over the last while", style=MUTED))
     pools = (
-        ("inference", status.inference_samples_per_s, status.inference_tokens_per_s, workers, "captured_samples", INFERENCE),
+        (
+            "inference",
+            status.inference_samples_per_s,
+            status.inference_tokens_per_s,
+            workers,
+            "captured_samples",
+            INFERENCE,
+        ),
         ("training", status.training_samples_per_s, status.training_tokens_per_s, ranks, "trained_samples", TRAINING),
     )
     for pool, samples, tokens, waits, counter, style in pools:

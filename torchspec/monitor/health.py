@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torchspec.cli.units import human_seconds
 from torchspec.monitor.series import tail
 from torchspec.monitor.snapshot import Snapshot, metrics_dir
 
@@ -47,19 +46,21 @@ def assess(snapshot: Snapshot | None, events: Sequence[dict[str, Any]], live: bo
         return _ended(snapshot, events)
     silence = now - snapshot.time
     if silence > CONTROLLER_SILENT_SECONDS:
-        return Health("bad", "Controller silent", f"not heard of for {human_seconds(silence)}")
+        return Health("bad", "Controller silent", f"not heard of for {_words(silence)}")
     alive = [worker for worker in snapshot.workers if worker.doing != "gone"]
     if not alive and snapshot.status.phase == "training":
         return Health("bad", "No workers", "nobody captures samples")
     silent = [worker for worker in alive if worker.doing == "silent"]
     if silent:
-        longest = human_seconds(now - min(worker.heard for worker in silent))
-        return Health("warning", _lost(len(silent), "worker", "silent"), f"{silent[0].name}: nothing heard for {longest}")
+        longest = _words(now - min(worker.heard for worker in silent))
+        return Health(
+            "warning", _lost(len(silent), "worker", "silent"), f"{silent[0].name}: nothing heard for {longest}"
+        )
     faults = [event for event in events if event["kind"] in FAULTS and event["time"] > now - RECENT_SECONDS]
     if faults:
         newest = faults[-1]
         same = sum(event["kind"] == newest["kind"] for event in faults)
-        ago = human_seconds(now - newest["time"])
+        ago = _words(now - newest["time"])
         return Health("warning", _lost(same, FAULTS[newest["kind"]], "lost"), f"{ago} ago: {newest['message']}")
     return Health("good", "Healthy", _calm(snapshot, len(alive)))
 
@@ -86,9 +87,15 @@ def _calm(snapshot: Snapshot, workers: int) -> str:
 def _losses(snapshot: Snapshot) -> str:
     lost = snapshot.point.worker_losses + snapshot.point.trainer_losses
     rejected = snapshot.status.samples.get("rejected", 0)
-    parts = [f"{lost} recovered faults so far" if lost > 1 else "1 recovered fault so far" if lost else "no faults so far"]
+    parts = [
+        f"{lost} recovered faults so far" if lost > 1 else "1 recovered fault so far" if lost else "no faults so far"
+    ]
     return ", ".join([*parts, *([f"{rejected:,} samples rejected"] if rejected else [])])
 
 
 def _lost(count: int, what: str, state: str) -> str:
     return f"{count} {what}{'s' if count > 1 else ''} {state}" if what != "store" else f"Store {state}"
+
+
+def _words(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
