@@ -46,7 +46,7 @@ export class Chart {
     });
     this.when = h("span", { class: "chart-when" });
     this.title = h("h3", { text: options.title });
-    this.area = h("div", { class: "plot", role: "img" });
+    this.area = h("div", { class: "plot", role: "img", "aria-label": options.title });
     this.empty = h("p", { class: "nothing", text: "no data yet" });
     const note = options.note && h("span", { class: "chart-note", text: options.note });
     const head = h("figcaption", {}, h("div", { class: "chart-head" }, this.title, note, this.when), this.legend);
