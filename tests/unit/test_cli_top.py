@@ -30,7 +30,7 @@ from torchspec.cli.units import human_count, human_rate
 from torchspec.monitor.snapshot import read_latest
 from torchspec.monitor.watch import RunWatch, growth
 
-SETUP = Setup(workers=12, ranks=2, engine_seconds=4.0, warm_up=5.0, pause_every=20)
+SETUP = Setup(workers=12, engine_seconds=4.0, warm_up=5.0, pause_every=20, store_samples=400, window=600)
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ const PART = 1 / 100;
 const KEEP = 0.94;
 
 /** Mean over the last while: a hundredth of what is shown, 30 seconds at least; rows count by the time they cover. */
-export function windowMean(times, values, seconds = window(times)) {
+export function windowMean(times, values, seconds = reach(times)) {
   let sum = 0;
   let weight = 0;
   let first = 0;
@@ -22,7 +22,7 @@ export function windowMean(times, values, seconds = window(times)) {
   });
 }
 
-function window(times) {
+function reach(times) {
   return Math.max(SHORTEST, PART * ((times.at(-1) ?? 0) - (times[0] ?? 0)));
 }
 
