@@ -16,18 +16,21 @@ const GONE = {
 };
 const RANK_STATES = { training: "working", paused: "starting", waiting: "waiting" };
 
+/** A column of figures; `key` names the metric, whose meaning becomes the column's title. */
+const column = (name, key, show) => ({
+  name,
+  key,
+  value: (row) => row[key],
+  show: (row) => show(row[key]),
+  numeric: true,
+});
+
 export class Workers {
   constructor(parent) {
     this.curves = {};
-    const column = (name, title, read, show) => ({
-      name,
-      title,
-      value: read,
-      show: (row) => show(read(row)),
-      numeric: true,
-    });
     this.table = new Table(parent, {
       caption: "Inference workers",
+      scope: "worker",
       key: (row) => row.name,
       sort: { name: "worker", down: false },
       columns: [
@@ -38,85 +41,75 @@ export class Workers {
           show: (row) => row.doing,
           badge: (row) => `badge badge-${row.doing}`,
         },
-        column("samples/s", "Samples put a second, over the last half minute", (row) => row.samples_per_s, rate),
-        column("tokens/s", "Tokens captured a second, over the last half minute", (row) => row.tokens_per_s, rate),
+        column("samples/s", "samples_per_s", rate),
+        column("tokens/s", "tokens_per_s", rate),
         { name: "half an hour", spark: "inference", values: (row) => this.curves[row.name]?.tokens_per_s ?? [] },
-        column("waiting", "Share of the time without a lease", (row) => row.wait_share, percent),
-        column("in hand", "Leases in hand now", (row) => row.leases, count),
-        column("put", "Bandwidth of its puts while one was under way", (row) => row.put_bytes_per_s, bandwidth),
-        column("put p50", "Median latency of a put", (row) => row.put_p50_seconds, duration),
-        column("put p99", "99th percentile of a put", (row) => row.put_p99_seconds, duration),
-        column("samples", "Samples it has put", (row) => row.report.samples, count),
-        column("tokens", "Tokens of these samples", (row) => row.report.tokens, count),
-        column("failures", "Leases that came to nothing", (row) => row.report.failures, count),
-        column("age", "Since it was started", (row) => row.age, span),
-        column("heard", "Since it was last heard of", (row) => row.silence, span),
+        column("waiting", "wait_share", percent),
+        column("in hand", "leases", count),
+        column("put", "put_bytes_per_s", bandwidth),
+        column("put p50", "put_p50_seconds", duration),
+        column("put p99", "put_p99_seconds", duration),
+        column("samples", "samples", count),
+        column("tokens", "tokens", count),
+        column("failures", "failures", count),
+        column("age", "age", span),
+        column("heard", "silence", (seconds) => `${span(seconds)} ago`),
       ],
     });
   }
 
-  update({ snapshot }) {
+  update({ snapshot, meaning }) {
     const now = snapshot?.point.time;
-    const row = (worker) => ({
+    const rows = (snapshot?.workers ?? []).map((worker) => ({
+      ...worker.report,
       ...worker,
-      leases: worker.report.leases,
       age: now - worker.since,
       silence: now - worker.heard,
-    });
-    this.table.set(
-      (snapshot?.workers ?? []).map((worker) => (worker.doing === "gone" ? { ...row(worker), ...GONE } : row(worker))),
-    );
+      ...(worker.doing === "gone" && GONE),
+    }));
+    this.table.set(rows, meaning);
   }
 }
 
 export class Ranks {
   constructor(parent) {
     this.curves = {};
-    const column = (name, title, read, show) => ({
-      name,
-      title,
-      value: read,
-      show: (row) => show(read(row)),
-      numeric: true,
-    });
-    const share = (name, title, part) => column(name, title, (row) => row[`${part}_share`], percent);
     this.table = new Table(parent, {
       caption: "Training ranks",
+      scope: "rank",
       key: (row) => String(row.rank),
       sort: { name: "rank", down: false },
       columns: [
         { name: "rank", value: (row) => row.rank, show: (row) => String(row.rank) },
         {
           name: "state",
-          value: (row) => row.report.doing,
-          show: (row) => row.report.doing,
-          badge: (row) => `badge badge-${RANK_STATES[row.report.doing]}`,
+          value: (row) => row.doing,
+          show: (row) => row.doing,
+          badge: (row) => `badge badge-${RANK_STATES[row.doing]}`,
         },
-        column("tokens/s", "Tokens trained a second, over the last half minute", (row) => row.tokens_per_s, rate),
+        column("tokens/s", "tokens_per_s", rate),
         { name: "half an hour", spark: "training", values: (row) => this.curves[row.rank]?.tokens_per_s ?? [] },
-        column("step", "Mean time of a step, waits included", (row) => row.step_seconds, duration),
-        share("wait", "Share of the time waiting for samples", "wait"),
-        share("forward", "Share of the time in forward passes", "forward"),
-        share("backward", "Share of the time in backward passes", "backward"),
-        share("reduce", "Share of the time in reductions over the ranks", "reduce"),
-        share("optimizer", "Share of the time in the optimizer", "optimizer"),
-        share("paused", "Share of the time in evaluations and checkpoints", "pause"),
-        column("queue", "Steps fetched and waiting for the step loop", (row) => row.report.queue_depth, count),
-        column("get", "Bandwidth of its gets while one was under way", (row) => row.get_bytes_per_s, bandwidth),
-        column("get p50", "Median latency of a get", (row) => row.get_p50_seconds, duration),
-        column("get p99", "99th percentile of a get", (row) => row.get_p99_seconds, duration),
-        column(
-          "MFU",
-          "Model FLOPs utilisation, waits included; unknown where the device's peak is",
-          (row) => row.mfu,
-          percent,
-        ),
-        column("read", "Read from the store since it joined", (row) => row.report.get_bytes, bytes),
+        column("step", "step_seconds", duration),
+        column("wait", "wait_share", percent),
+        column("forward", "forward_share", percent),
+        column("backward", "backward_share", percent),
+        column("reduce", "reduce_share", percent),
+        column("optimizer", "optimizer_share", percent),
+        column("pause", "pause_share", percent),
+        column("queue", "queue_depth", count),
+        column("get", "get_bytes_per_s", bandwidth),
+        column("get p50", "get_p50_seconds", duration),
+        column("get p99", "get_p99_seconds", duration),
+        column("MFU", "mfu", percent),
+        column("read", "get_bytes", bytes),
       ],
     });
   }
 
-  update({ snapshot }) {
-    this.table.set(snapshot?.ranks ?? []);
+  update({ snapshot, meaning }) {
+    this.table.set(
+      (snapshot?.ranks ?? []).map((rank) => ({ ...rank.report, ...rank })),
+      meaning,
+    );
   }
 }

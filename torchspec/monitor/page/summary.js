@@ -42,7 +42,8 @@ export class Summary {
     const { snapshot, verdict, health } = run;
     this.verdict.dataset.side = verdict?.side ?? "none";
     say(this.headline, capital(verdict?.headline ?? STATES[verdict?.state] ?? "No data yet"));
-    say(this.text, capital(verdict?.text ?? "Nothing has been measured yet."));
+    const doubt = verdict?.confidence === "low" ? " (Something has just changed: look again in a minute.)" : "";
+    say(this.text, capital(verdict?.text ?? "Nothing has been measured yet.") + doubt);
     const advice = verdict?.advice ?? [];
     if (this.advice.textContent !== advice.join(""))
       this.advice.replaceChildren(...advice.map((text) => h("li", { text })));

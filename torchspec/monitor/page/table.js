@@ -4,17 +4,17 @@ import { h, reconcile, say, s } from "./dom.js";
 import { sparkline } from "./sparkline.js";
 
 /**
- * columns: [{name, title, value (row => what to sort by), show (row => text), numeric, badge (row => class), spark}]
+ * columns: [{name, key (of its metric), value (row => what to sort by), show (row => text), numeric, badge (row => class), spark}]
  */
 export class Table {
-  constructor(parent, { caption, columns, key, sort, onSelect }) {
-    Object.assign(this, { columns, key, onSelect });
+  constructor(parent, { caption, scope, columns, key, sort, onSelect }) {
+    Object.assign(this, { scope, columns, key, onSelect });
     this.sort = { column: columns.find((c) => c.name === sort.name), down: sort.down };
     this.rows = [];
     const heads = columns.map((column) => {
       const button = h(
         "button",
-        { type: "button", title: column.title ?? false, on: { click: () => this.#sortBy(column) } },
+        { type: "button", on: { click: () => this.#sortBy(column) } },
         h("span", { text: column.name }),
         h("span", { class: "arrow", "aria-hidden": "true" }),
       );
@@ -39,8 +39,10 @@ export class Table {
     );
   }
 
-  set(rows) {
+  /** meaning: of metrics by scope and key, shown where one points at a column's head. */
+  set(rows, meaning) {
     this.rows = rows;
+    for (const { head, key } of this.columns) if (key) head.title = meaning.get(`${this.scope}.${key}`) ?? "";
     this.#draw();
   }
 
