@@ -276,9 +276,11 @@ NAMELESS = """() => {
 
 FAINT = """() => {
   const number = text => (text.match(/[\\d.]+/g) ?? []).map(Number);
-  const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+  const linear = v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+  const light = ([r, g, b]) => [r, g, b].map(v => linear(v / 255))
     .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
-  const over = (above, below) => { const a = above[3] ?? 1; return [0, 1, 2].map(i => a * above[i] + (1 - a) * below[i]); };
+  const mixed = (above, below, a) => [0, 1, 2].map(i => a * above[i] + (1 - a) * below[i]);
+  const over = (above, below) => mixed(above, below, above[3] ?? 1);
   const ground = e => {
     const layers = [];
     for (; e; e = e.parentElement) layers.push(number(getComputedStyle(e).backgroundColor));

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import pairwise
 from typing import Any
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
@@ -223,7 +224,7 @@ def _draw(cells: list[list[tuple[int, str]]], line: Sequence[float], style: str,
     if count < 2:
         return
     edges = [i * len(line) // count for i in range(count + 1)]
-    means = [sum(line[a:b]) / (b - a) for a, b in zip(edges, edges[1:], strict=False)]
+    means = [sum(line[a:b]) / (b - a) for a, b in pairwise(edges)]
     scale = (height - 1) / (high - low) if high > low else 0.0
     rows = [height - 1 - round((mean - low) * scale) for mean in means]
     before = rows[0]
