@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ class LiveRun:
         self.token = ensure_token(run.folder)
         self.asked: list[str] = []
         """Controls, in their order."""
-        (run.folder / "handle.json").write_text(json.dumps({"pid": os.getpid()}))
+        (run.folder / "handle.json").write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
         self._lock, self._over = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._go_on)
         self._thread.start()

@@ -31,12 +31,9 @@ class Run:
 
     def start(self, resumed: bool = False, remember: bool = False) -> None:
         """Go on from the checkpoint; ``remember`` what has been rejected since."""
-        before = self.ledger.rejected if remember else {}
-        self.ledger = Ledger(self.shape, 12, 2, self.max_steps)
-        if self.snapshot is not None:
-            self.ledger.restore(self.snapshot)
-        self.ledger.rejected |= before
-        self.ledger._rejected_ahead = sum(p >= self.ledger.committed_cursor for p in self.ledger.rejected)
+        if not remember:
+            self.ledger = Ledger(self.shape, 12, 2, self.max_steps)
+        self.ledger.rewind(self.snapshot)
         self.known = set(self.ledger.rejected)
         line = {name: getattr(self.shape, name) for name in LedgerShape.__dataclass_fields__}
         self.events.append({"event": "started", **line, "max_steps": self.max_steps, "reorder_window": 12})
