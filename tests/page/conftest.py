@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,10 +42,22 @@ def live(tmp_path: Path) -> Iterator[LiveRun]:
 
 
 @pytest.fixture
-def url(live: LiveRun) -> Iterator[str]:
-    server = serve(live.path, controls=live)
-    yield server.server.url
-    server.close()
+def servers() -> Iterator[ExitStack]:
+    """Closes servers of pages after the pages, which would complain that they are away."""
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def url(live: LiveRun, servers: ExitStack) -> str:
+    return served(servers, live.path, controls=live)
+
+
+def served(servers: ExitStack, *folders: Path, controls: LiveRun | None = None) -> str:
+    """The address of a page of these runs."""
+    server = serve(*folders, controls=controls)
+    servers.callback(server.close)
+    return server.server.url
 
 
 @dataclass
@@ -76,7 +89,7 @@ class Opener:
 
 
 @pytest.fixture
-def open_page(browser: Any) -> Iterator[Opener]:
+def open_page(browser: Any, servers: ExitStack) -> Iterator[Opener]:
     opener = Opener(browser)
     yield opener
     for context in opener.contexts:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from tests.page.conftest import INFERENCE_BOUND, Opener
+from tests.page.conftest import INFERENCE_BOUND, Opener, served
 from tests.simulation.live_run import LiveRun, serve
 from tests.simulation.pipeline import Setup, Simulation
 from tests.simulation.run_folder import RunFolder
@@ -152,7 +153,7 @@ def test_it_says_when_the_server_is_away_and_catches_up(live: LiveRun, browser: 
     server.close()
 
 
-def test_whatever_a_run_holds_is_text(tmp_path: Path, open_page: Opener) -> None:
+def test_whatever_a_run_holds_is_text(tmp_path: Path, open_page: Opener, servers: ExitStack) -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
 
@@ -166,8 +167,8 @@ def test_whatever_a_run_holds_is_text(tmp_path: Path, open_page: Opener) -> None
     config = yaml.safe_load((run.folder / "config.yaml").read_text())
     config["target"]["path"] = str(tmp_path / "target")
     (run.folder / "config.yaml").write_text(yaml.safe_dump(config))
-    server = serve(run.folder)
-    page = open_page(server.server.url)
+    address = served(servers, run.folder)
+    page = open_page(address)
     assert "Finished" in tile(page, "Health") and "Done" in tile(page, "Time left")
     page.click("#tab-events")
     page.get_by_text(evil).wait_for()
@@ -182,23 +183,21 @@ def test_whatever_a_run_holds_is_text(tmp_path: Path, open_page: Opener) -> None
     assert evil in page.locator(".prose").first.inner_text() and page.locator("main img").count() == 0
     moments = page.locator(".timeline li").count()
     assert moments == len(record["timeline"]) > 5
-    server.close()
 
 
-def test_a_run_without_data_says_so(tmp_path: Path, open_page: Opener) -> None:
+def test_a_run_without_data_says_so(tmp_path: Path, open_page: Opener, servers: ExitStack) -> None:
     folder = tmp_path / "empty"
     folder.mkdir()
     (folder / "config.yaml").write_text("run: {name: empty}\ntarget: {path: unused}\n")
-    server = serve(folder)
-    page = open_page(server.server.url)
+    address = served(servers, folder)
+    page = open_page(address)
     assert "No data yet" in tile(page, "Health")
     for tab in TABS:
         page.click(f"#tab-{tab}")
     assert page.locator(".nothing:visible", has_text="none yet").count() == 1, "of samples"
-    server.close()
 
 
-def test_two_runs_are_compared(tmp_path: Path, open_page: Opener) -> None:
+def test_two_runs_are_compared(tmp_path: Path, open_page: Opener, servers: ExitStack) -> None:
     folders = []
     for name, engine in (("fast", 0.2), ("slow", 0.8)):
         run = RunFolder(
@@ -206,8 +205,8 @@ def test_two_runs_are_compared(tmp_path: Path, open_page: Opener) -> None:
         )
         run.follow(200, 2.0)
         folders.append(run.folder)
-    server = serve(*folders)
-    page = open_page(f"{server.server.url}?run=1")
+    address = served(servers, *folders)
+    page = open_page(f"{address}?run=1")
     assert page.locator("#run-name").inner_text() == "slow"
     page.get_by_role("button", name="fast").click()
     expect(page.locator("#run-name")).to_have_text("fast")
@@ -220,16 +219,15 @@ def test_two_runs_are_compared(tmp_path: Path, open_page: Opener) -> None:
     latest = [read_latest(folder) for folder in folders]
     assert table["Step"] == [human_count(snapshot.point.step) for snapshot in latest if snapshot]
     assert table["Loss, train"] == [f"{s.status.last_step.loss:.3f}" for s in latest if s and s.status.last_step]
-    server.close()
 
 
-def test_many_workers_fit(tmp_path: Path, open_page: Opener) -> None:
+def test_many_workers_fit(tmp_path: Path, open_page: Opener, servers: ExitStack) -> None:
     run = RunFolder(
         tmp_path / "many", Simulation(Setup(workers=64, ranks=64, batch=256, store_samples=2000, window=4000))
     )
     run.follow(90, 3.0)
-    server = serve(run.folder)
-    page = open_page(server.server.url)
+    address = served(servers, run.folder)
+    page = open_page(address)
     assert page.locator(".station-inference .unit").count() == page.locator(".station-training .unit").count() == 64
     assert len(rows(page, "ranks")) == 64
     table = rows(page, "workers")
@@ -237,7 +235,6 @@ def test_many_workers_fit(tmp_path: Path, open_page: Opener) -> None:
     page.get_by_role("button", name="samples", exact=True).click()
     samples = [int(row[10].replace(",", "")) for row in rows(page, "workers")]
     assert samples == sorted(samples, reverse=True) and len(set(samples)) > 1
-    server.close()
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "dark"), (820, "light"), (1440, "dark")])
@@ -336,13 +333,11 @@ def test_it_can_be_used_by_keyboard(url: str, open_page: Opener) -> None:
     ids=["inference-bound", "training-bound", "store-bound"],
 )
 def test_a_newcomer_sees_which_side_is_slow(
-    setup: Setup, headline: str, marked: str, tmp_path: Path, open_page: Opener
+    setup: Setup, headline: str, marked: str, tmp_path: Path, open_page: Opener, servers: ExitStack
 ) -> None:
     live = LiveRun.since(tmp_path / "staged", setup)
-    server = serve(live.path)
-    page = open_page(server.server.url)
+    page = open_page(served(servers, live.path))
     assert page.locator(".verdict-headline").inner_text().startswith(headline)
     limits = page.locator(".station.limit")
     assert limits.count() == 1 and marked in limits.text_content() and "bottleneck" in limits.text_content()
-    server.close()
     live.close()
