@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-import urllib.request
-from typing import Any
 
 import pytest
 from safetensors.torch import load_file
@@ -36,34 +33,6 @@ def metric(run_dir, split, name):
 @pytest.fixture
 def run(undisturbed):
     return undisturbed.folder, undisturbed.output, undisturbed.started
-
-
-def watch(command: Command) -> dict[str, Any]:
-    """What the run's page is told while the run goes on, once there are ranks."""
-    command.wait_for(lambda: "page: http" in command.text, "page")
-    base = re.search(r"page: (http://127\.0\.0\.1:\d+/)", command.text)[1]  # type: ignore[index]
-
-    def ask(path: str) -> bytes:
-        with urllib.request.urlopen(base + path, timeout=30) as answer:
-            return answer.read()
-
-    command.wait_for(lambda: (json.loads(ask("api/run"))["snapshot"] or {"ranks": []})["ranks"] != [], "rank")
-    return {
-        "run": json.loads(ask("api/run")),
-        "metrics": ask("metrics").decode(),
-        "store": ask("metrics/store").decode(),
-    }
-
-
-def check_page(live: dict[str, Any]) -> None:
-    view = live["run"]
-    assert view["live"] and view["config"]["run"]["name"] == "shared"
-    (worker,), ranks = view["snapshot"]["workers"], view["snapshot"]["ranks"]
-    assert worker["report"]["samples"] > 0 and worker["report"]["put_bytes"] > 0 and worker["doing"] != "gone"
-    assert all(rank["report"]["seconds"] > 0 for rank in ranks)
-    assert all(rank["mfu"] is None for rank in ranks), "a CPU's peak is not known"
-    assert 'torchspec_live{run="shared"} 1.0' in live["metrics"]
-    assert "master_allocated_bytes" in live["store"]
 
 
 def test_every_sample_is_trained_once_in_the_seeded_order(run):

@@ -12,69 +12,27 @@ import pytest
 import yaml
 
 from tests.page.conftest import INFERENCE_BOUND, Opener, served
+from tests.page.reading import caught_up, check_figures, rows, tile
 from tests.simulation.live_run import LiveRun, serve
 from tests.simulation.pipeline import Setup, Simulation
 from tests.simulation.run_folder import RunFolder
-from torchspec.cli.units import human_bytes, human_count, human_rate, human_seconds
+from torchspec.cli.units import human_count, human_seconds
 from torchspec.monitor.snapshot import read_latest
 
 expect = pytest.importorskip("playwright.sync_api").expect
 TABS = ("flow", "training", "workers", "ranks", "events", "samples")
 
 
-def station(page: Any, name: str) -> str:
-    return page.locator(f".station-{name}").text_content()
-
-
-def tile(page: Any, label: str) -> str:
-    return page.locator(".tile", has=page.get_by_role("heading", name=label, exact=True)).inner_text()
-
-
-def rows(page: Any, tab: str) -> list[list[str]]:
-    page.click(f"#tab-{tab}")
-    table = page.locator(f"#panel-{tab} tbody")
-    table.locator("tr").first.wait_for()
-    return table.evaluate("body => [...body.rows].map(row => [...row.cells].map(cell => cell.textContent))")
-
-
 def test_figures_on_the_page_are_those_of_the_run(live: LiveRun, url: str, open_page: Opener) -> None:
     page = open_page(url)
     page.click("#tab-workers")
     with live.still():
-        for _ in range(2):
-            with page.expect_response("**/api/update*"):
-                pass
-        page.wait_for_timeout(300)
-        latest = read_latest(live.path)
-        assert latest is not None
-        status, point = latest.status, latest.point
-        speed = tile(page, "Speed")
-        assert human_rate(status.training_samples_per_s) in speed and human_rate(status.training_tokens_per_s) in speed
-        assert f"{human_rate(status.inference_samples_per_s)} samples/s captured" in speed
-        assert status.last_heldout is not None
-        assert f"{status.last_heldout.accept_length:.2f}" in tile(page, "Draft quality")
-        left = tile(page, "Time left")
-        assert (
-            f"step {status.step:,} of {status.total_steps:,}" in left and human_seconds(status.eta_seconds or 0) in left
-        )
-        assert human_count(status.samples["pending"]) in station(page, "prompts")
-        assert human_rate(status.inference_tokens_per_s) in station(page, "inference")
-        assert f"{human_bytes(point.store_bytes)}{point.store_bytes / point.store_capacity_bytes:.0%} full" in station(
-            page, "store"
-        )
-        assert f"Queues{point.queue_depth}" in station(page, "queues")
-        shown = {row[0]: row for row in rows(page, "workers")}
-        assert list(shown) == [worker.name for worker in latest.workers]
-        for worker in latest.workers:
-            assert shown[worker.name][1:4] == [
-                worker.doing,
-                human_rate(worker.samples_per_s),
-                human_rate(worker.tokens_per_s),
-            ]
-        ranks = rows(page, "ranks")
-        assert [row[:3] for row in ranks] == [
-            [str(r.rank), r.report.doing, human_rate(r.tokens_per_s)] for r in latest.ranks
-        ]
+        latest = caught_up(page, live.path)
+        check_figures(page, latest)
+        assert latest.status.last_heldout is not None
+        assert f"{latest.status.last_heldout.accept_length:.2f}" in tile(page, "Draft quality")
+    left = latest.status.eta_seconds
+    assert left and human_seconds(left) in tile(page, "Time left")
 
 
 def test_charts_and_figures_move(live: LiveRun, url: str, open_page: Opener) -> None:
