@@ -6,9 +6,13 @@ from concurrent.futures import Future
 
 import pytest
 
+from torchspec.config.load import parse_config
+from torchspec.driver.cluster import start_cluster
 from torchspec.driver.failure import Restarts, RunFailed
+from torchspec.driver.plan import Plan
 from torchspec.driver.session import new_messages
 from torchspec.driver.supervise import LONGEST_TURN, AwakeClock, Pulse
+from torchspec.driver.threads import ThreadPlan
 
 
 class Patient:
@@ -76,3 +80,15 @@ def test_messages_of_a_sliding_window():
     assert new_messages([], ("a", "b")) == ["a", "b"]
     assert new_messages(["a", "b"], ("b", "c")) == ["c"]
     assert new_messages(["a", "b"], ("c",)) == ["c"]
+
+
+def test_a_ray_that_does_not_start_is_said_in_one_line(monkeypatch, tmp_path):
+    def slow(**_options):
+        raise Exception("The current node timed out\nduring startup.")
+
+    monkeypatch.setattr("ray.init", slow)
+    config, threads = parse_config({"target": {"path": "unused"}}), ThreadPlan(1, 1)
+    plan = Plan((), threads, 2, 0, 0, 0, 0, 0, 0, 0, ())
+    expected = pytest.raises(RunFailed, match=r"Ray did not start .* cores\): .* timed out during startup\.$")
+    with expected, start_cluster(config, plan, tmp_path):
+        pass

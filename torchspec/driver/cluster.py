@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ import ray
 
 import torchspec
 from torchspec.config.schema import ClusterConfig, Config
+from torchspec.driver.failure import RunFailed
 from torchspec.driver.plan import Plan
 from torchspec.network import LOOPBACK, is_loopback
 
@@ -69,26 +71,34 @@ def start_cluster(config: Config, plan: Plan, temp_dir: Path) -> Iterator[Cluste
 
     Raises:
         ValueError: no cluster answers at ``cluster.address``.
+        RunFailed: Ray does not start here, as on a machine that is busy with other things.
     """
     common = {"namespace": namespace(config.run_dir), "log_to_driver": False, "logging_level": logging.WARNING}
     if config.cluster.address is not None:
         _join(config.cluster, runtime_env={"py_modules": pack_code(temp_dir / "code")}, **common)
     else:
-        ray.init(
-            address="local",
-            num_cpus=plan.cores,
-            include_dashboard=config.cluster.dashboard,
-            dashboard_host=LOOPBACK,
-            _node_ip_address=LOOPBACK,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=str(temp_dir / "ray"),
-            **common,
-        )
+        options = {"num_cpus": plan.cores, "include_dashboard": config.cluster.dashboard, "dashboard_host": LOOPBACK}
+        _start(temp_dir / "ray", **options, **common)
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # the driver tells of deaths itself, in one line
     try:
         yield _look_around(config.store.host)
     finally:
         ray.shutdown()
+
+
+def _start(temp_dir: Path, **options: Any) -> None:
+    """Start Ray on this machine alone."""
+    try:
+        ray.init(
+            address="local",
+            _node_ip_address=LOOPBACK,
+            object_store_memory=OBJECT_STORE_BYTES,
+            _temp_dir=str(temp_dir),
+            **options,
+        )
+    except Exception as error:  # Ray has no kind of its own for a node that does not start in time
+        busy = f"{os.getloadavg()[0]:.0f} processes want to run on {os.cpu_count()} cores"
+        raise RunFailed(f"Ray did not start ({busy}): {' '.join(str(error).split())[:200]}") from error
 
 
 def _join(config: ClusterConfig, **options: Any) -> None:
