@@ -1,13 +1,16 @@
-"""Kills or stops a random part of short online runs at a random moment, and looks at what came of it.
+"""Kills, stops or starves a random part of short online runs at a random moment, and looks at what came of it.
 
     python -m benchmarks.fault_rounds [--rounds 20] [--seed 0] [--hang-seconds 10] [--only engine trainer ...]
 
 Each round is one run of ``tests/online.py`` (the 135M target in SGLang, Mooncake, Ray, 48 samples in 12 steps, two
-engines) in which one process gets a SIGKILL, or a SIGSTOP and so hangs. A run whose driver was killed is resumed by the
-script, as a scheduler's requeue would; in all others nobody helps.
+engines) in which one process gets a SIGKILL, or a SIGSTOP and so hangs, or something else fills the store for a while
+(*store*), or the disk (*disk*, a file system of its own, which needs root). A run whose driver was killed is resumed by
+the script, as a scheduler's requeue would, and one that has found its disk full once there is room again; in all others
+nobody helps.
 
 - *Detected* and *repaired* are seconds from the signal to the first word about it in the run's output, and to the next
-  optimizer step after that; empty where the run had ended before. A resumed driver is detected when it is resumed.
+  optimizer step after that; empty where the run had ended before. A resumed driver is detected when it is resumed. A
+  store that is full is waited for, and nothing is said.
 - *Steps again* were made and undone by going back to the last checkpoint; they are no part of the trained draft.
 - *Lost* and *repeated* count samples over the whole run, *batches* says whether every step had its seeded batch.
 - *Loss* is the largest relative difference of a step's loss to an undisturbed run; the *noise* between two undisturbed
@@ -24,10 +27,12 @@ import platform
 import random
 import shutil
 import signal
+import subprocess
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -51,14 +56,21 @@ from tests.online import (
 )
 from torchspec.controller.journal import read_lines
 from torchspec.inference.target_checkpoint import CACHE, MODEL, build
+from torchspec.store.client import connect, pinned
+from torchspec.store.endpoint import StoreEndpoint
 
 RESULTS = Path(__file__).parent / "results" / "fault_rounds.json"
-PARTS = ("worker", "engine", "detokenizer", "trainer", "controller", "node", "master", "driver")
+PROCESSES = ("worker", "engine", "detokenizer", "trainer", "controller", "node", "master", "driver")
+PARTS = (*PROCESSES, "store", "disk")
 WORDS = ("died", "hangs", "no sign of life", "failed:", "starts again", "starting it again", "starting another")
 """What the run says when it has noticed something."""
 LAST_STEP = STEPS - 2
 """A part is disturbed while there is still something to do."""
 ROUND_SECONDS = 900
+DISK_BYTES = 1 << 30
+FULL_SECONDS = 15.0
+"""How long a store stays full."""
+BALLAST_BYTES = 256 << 10
 
 
 @dataclass(frozen=True)
@@ -96,9 +108,12 @@ def main() -> None:
         noise = _difference(*undisturbed)
         rounds = []
         for number in range(options.rounds):
-            part, kind = chance.choice(options.only), chance.choice((signal.SIGKILL, signal.SIGSTOP))
+            part = chance.choice(options.only)
+            kind = chance.choice(("SIGKILL", "SIGSTOP"))
             if part == "driver":
-                kind = signal.SIGKILL  # a stopped driver stops nothing: the run goes on when it does
+                kind = "SIGKILL"  # a stopped driver stops nothing: the run goes on when it does
+            if part not in PROCESSES:
+                kind = "full"
             moment = chance.randint(0, LAST_STEP), chance.uniform(0, 3)
             rounds.append(_play(folder / f"round{number}", target, knobs, part, kind, *moment, undisturbed[0]))
             Console().print(f"{number + 1}/{options.rounds}: {rounds[-1]}", highlight=False)
@@ -110,7 +125,7 @@ def _play(
     target: Path,
     knobs: tuple[str, ...],
     part: str,
-    kind: signal.Signals,
+    kind: str,
     after_step: int,
     delay: float,
     expected: list[float],
@@ -118,31 +133,100 @@ def _play(
     """One run with one disturbance."""
     run_dir, started = folder / "run", time.monotonic()
     folder.mkdir(parents=True)
-    command = Command(folder, "train", write_config(folder, target), *knobs)
-    try:
-        command.wait_for(lambda: _there(run_dir, part) and steps_done(run_dir) >= after_step, f"step {after_step}")
-        time.sleep(delay)
-        told, at = len(command.text), steps_done(run_dir)
-        disturbed = time.monotonic()
-        if part == "driver":
+    with _small_disk(folder) if part == "disk" else nullcontext():
+        command = Command(folder, "train", write_config(folder, target), *knobs)
+        try:
+            command.wait_for(lambda: _there(run_dir, part) and steps_done(run_dir) >= after_step, f"step {after_step}")
+            time.sleep(delay)
+            at, disturbed = steps_done(run_dir), time.monotonic()
+            command, detected = _disturb(run_dir, part, kind, command)
+            made = _count(run_dir, "trained")
+            repaired = _seconds_until(lambda: _count(run_dir, "trained") > made, command, disturbed)
+            assert command.wait(ROUND_SECONDS) == 0, command.text
+        finally:
             command.process.kill()
-            wait_until_gone(run_dir)
-            command, told = Command(folder, "resume", run_dir), 0
-            detected = _seconds_until(lambda: _count(run_dir, "started") == 2, command, disturbed)
-        else:
-            signal_part(run_dir, part, kind)
-            detected = _seconds_until(lambda: any(w in command.text[told:] for w in WORDS), command, disturbed)
-        made = _count(run_dir, "trained")
-        repaired = _seconds_until(lambda: _count(run_dir, "trained") > made, command, disturbed)
-        assert command.wait(ROUND_SECONDS) == 0, command.text
-    finally:
+        result = _outcome(run_dir, part, kind, at, detected, repaired, expected, started)
+    shutil.rmtree(folder)
+    return result
+
+
+def _disturb(run_dir: Path, part: str, kind: str, command: Command) -> tuple[Command, float | None]:
+    """Do it; the command that goes on, and the seconds until the disturbance was noticed."""
+    told, disturbed = len(command.text), time.monotonic()
+    if part == "driver":
         command.process.kill()
+    elif part == "disk":
+        with _no_room(run_dir):
+            assert command.wait(ROUND_SECONDS) == 1 and "No space left" in command.text, command.text
+    elif part == "store":
+        _fill_store(run_dir)
+        return command, None
+    else:
+        signal_part(run_dir, part, signal.Signals[kind])
+        return command, _seconds_until(lambda: any(w in command.text[told:] for w in WORDS), command, disturbed)
+    wait_until_gone(run_dir)
+    command = Command(run_dir.parent, "resume", run_dir)
+    return command, _seconds_until(lambda: _count(run_dir, "started") == 2, command, disturbed)
+
+
+@contextmanager
+def _small_disk(folder: Path) -> Iterator[None]:
+    """A file system of its own in ``folder``."""
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", folder], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", folder], check=True)
+
+
+@contextmanager
+def _no_room(run_dir: Path) -> Iterator[None]:
+    """The file system of the run has not a byte left."""
+    ballast = run_dir.parent / "ballast"
+    with ballast.open("wb", buffering=0) as file, suppress(OSError):
+        while file.write(bytes(1 << 16)):
+            pass
+    try:
+        yield
+    finally:
+        ballast.unlink()
+
+
+def _fill_store(run_dir: Path) -> None:
+    """Put objects into the run's store until none fits, and keep them there for a while."""
+    rpc = {name: value for name, _, value in (a.partition("=") for a in part_of(run_dir, "master")[0].cmdline())}
+    address = f"{rpc['--rpc_address']}:{rpc['--rpc_port']}"
+    client, keys = connect(StoreEndpoint(address, metrics="")), []
+    try:
+        until = time.monotonic() + FULL_SECONDS
+        while time.monotonic() < until:
+            key = f"ballast-{len(keys)}"
+            if client.put(key, bytes(BALLAST_BYTES), pinned()) == 0:
+                keys.append(key)
+            else:
+                time.sleep(0.05)
+    finally:
+        for key in keys:
+            client.remove(key, True)
+        client.close()
+
+
+def _outcome(
+    run_dir: Path,
+    part: str,
+    kind: str,
+    at: int,
+    detected: float | None,
+    repaired: float | None,
+    expected: list[float],
+    started: float,
+) -> Round:
     assert processes_of(run_dir) == []
     found, wanted = journal(run_dir), seeded_batches()
     counts = Counter(sample for batch in found.values() for sample in batch)
-    result = Round(
+    return Round(
         part=part,
-        signal=kind.name,
+        signal=kind,
         after_step=at,
         detected=detected,
         repaired=repaired,
@@ -153,8 +237,6 @@ def _play(
         loss_difference=_difference(losses(run_dir), expected),
         seconds=round(time.monotonic() - started, 1),
     )
-    shutil.rmtree(folder)
-    return result
 
 
 def _seconds_until(condition: Callable[[], bool], command: Command, since: float) -> float | None:
@@ -175,7 +257,9 @@ def _undisturbed(folder: Path, target: Path, knobs: tuple[str, ...]) -> list[flo
 
 
 def _there(run_dir: Path, part: str) -> bool:
-    return (run_dir / "handle.json").exists() if part == "driver" else bool(part_of(run_dir, part))
+    if part in ("driver", "disk"):
+        return (run_dir / "handle.json").exists()
+    return bool(part_of(run_dir, "node" if part == "store" else part))
 
 
 def _count(run_dir: Path, event: str) -> int:
