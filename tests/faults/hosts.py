@@ -7,12 +7,14 @@ nothing of a run may be reached. Files are shared, as on a cluster's file system
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 RAY_START = Path(__file__).parents[2] / "configs" / "launch" / "ray_start.sh"
@@ -38,14 +40,11 @@ class Host:
     def received_bytes(self) -> int:
         return int(self.run("cat", f"/sys/class/net/{INTERFACE}/statistics/rx_bytes"))
 
-    def listeners(self) -> dict[tuple[str, int], str]:
-        """Address and port of each listening TCP socket, with what ``ss`` says of its process."""
-        found = {}
+    def listeners(self) -> Iterator[tuple[str, int, psutil.Process]]:
+        """Address and port of each listening TCP socket, and the first process that holds it."""
         for line in self.run("ss", "-H", "-l", "-t", "-n", "-p").splitlines():
-            local, process = line.split()[3], line.split("users:")[-1]
-            address, port = local.rsplit(":", 1)
-            found[address, int(port)] = process
-        return found
+            address, port = line.split()[3].rsplit(":", 1)
+            yield address, int(port), psutil.Process(int(re.findall(r"pid=(\d+)", line)[0]))
 
     def reaches(self, address: str, port: int) -> bool:
         code = f"import socket; socket.create_connection(({address!r}, {port}), timeout=1)"

@@ -24,8 +24,8 @@ plan = Plan((), ThreadPlan(1, 1), 2, 0, 0, 0, 0, 0, 0, 0, ())
 with Interrupts(lambda text: print(text, flush=True)) as interrupts:
     with start_cluster(config, plan, Path(sys.argv[1])):
         interrupts.install()
-        print("ready", flush=True)
         try:
+            print("ready", flush=True)
             while True:
                 time.sleep(0.1)
         except KeyboardInterrupt:

@@ -128,7 +128,7 @@ def stored(client: HiddenStateStore, ref: SampleRef) -> bool:
 
 async def rank(controller: Controller, client: HiddenStateStore, number: int, seen: dict) -> None:
     """Fetches for real; reports what is missing; keeps every step's samples."""
-    me = member(number, controller.books.generation)
+    me = member(number, (await controller.status()).generation)
     while (batch := await controller.next_batch(me)) is not None:
         while batch is not None:
             current = batch
@@ -157,8 +157,9 @@ def batch_is_saved(run_dir: Path, step: int) -> bool:
 
 async def drive(controller: Controller, client: HiddenStateStore, workers: int, ranks: int, seed: int = 0) -> dict:
     seen: dict[int, list[SampleRef]] = {}
-    if not controller.books.generation:
-        await start(controller)
+    await controller.begin(None)
+    if not (await controller.status()).generation:
+        await controller.open_group()
     pool = [asyncio.create_task(worker(controller, client, f"w{i}", random.Random(seed + i))) for i in range(workers)]
     vocab = await controller.draft_vocab()
     assert len(vocab) == 16 and 0 in vocab.target_ids

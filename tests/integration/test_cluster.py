@@ -162,8 +162,8 @@ def test_shipped_code_is_what_nodes_run(cluster):
 class OverRay:
     """A controller actor with the methods of a controller."""
 
-    def __init__(self, actor):
-        self.actor = actor
+    def __init__(self, actor, run_dir: Path):
+        self.actor, self._run_dir = actor, run_dir
 
     def __getattr__(self, name: str):
         return getattr(self.actor, name).remote
@@ -185,7 +185,8 @@ def test_two_runs_of_one_name_go_on_beside_each_other_and_share_nothing(cluster,
         assert ray.get_actor("controller", namespace(tmp_path / folder / "run")) == controller
 
     async def both() -> list[dict]:
-        runs = zip(map(OverRay, controllers), clients, strict=True)
+        folders = (tmp_path / folder / "run" for folder in "ab")
+        runs = zip(map(OverRay, controllers, folders), clients, strict=True)
         return await asyncio.gather(*(drive(controller, client, 2, 1) for controller, client in runs))
 
     seen = asyncio.run(both())

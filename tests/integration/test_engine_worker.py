@@ -164,7 +164,7 @@ def test_the_worker_keeps_several_samples_in_flight_and_counts_them(outcome) -> 
     assert report.answer_tokens == sum(len(answer.token_ids) for _, answer in published.values() if answer)
     assert report.put_bytes == sum(ref.num_bytes for ref, _ in published.values())
     assert report.put_seconds == pytest.approx(sum(t.put_seconds for t in timings)) and report.put_seconds > 0
-    assert sum(report.put_histogram) == 6 and report.failures == 1 and report.leases == 0
+    assert sum(report.put_histogram) == 7 and report.failures == 1 and report.leases == 0
     assert 0 < report.engine_seconds <= report.busy_seconds <= report.seconds
     assert all(min(t.queue_seconds, t.hold_seconds) >= 0 and t.compute_seconds > 0 for t in timings)
     assert max(t.compute_seconds for t in timings) <= report.engine_seconds

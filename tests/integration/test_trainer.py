@@ -142,7 +142,7 @@ def test_what_one_rank_misses_is_replaced_for_all(bench: Bench) -> None:
             assert torch.equal(batch.hs_BSA, wanted.hs_BSA)
             assert torch.equal(batch.ids_BS, wanted.ids_BS)
             assert torch.equal(batch.loss_mask_BS, wanted.loss_mask_BS)
-    log, _ = ray.get(controller.told.remote())
+    log, _, _ = ray.get(controller.told.remote())
     assert sorted(log) == [
         ("fetched", 0, 1, ()),
         ("fetched", 0, 1, ()),

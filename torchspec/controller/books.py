@@ -106,9 +106,11 @@ class Books:
             await self.objects.remove_all(f"{self._run}/")
         self.count_vocabulary()
 
-    async def close(self) -> None:
-        """Wait for what is being removed, close the files."""
+    async def removed(self) -> None:
+        """All that is of no use any more has left the store."""
         await self.objects.close()
+
+    def close(self) -> None:
         for file in (self.journal, self.rejections, self.observer):
             file.close()
 

@@ -344,9 +344,10 @@ class Controller:
         self._work.fire()
         self._observing.cancel()
         self._ended.set()
+        await self.books.removed()
         self.books.observer.ended(self._phase(), self.books.ledger.trained_step)
         await self.books.observer.record(await self.status())
-        await self.books.close()
+        self.books.close()
 
     @after_begin
     async def steps_since(self, count: int) -> list[StepReport]:

@@ -144,16 +144,18 @@ class Trainer:
                 if fetched is None:
                     break
                 batch, waited = fetched.batch, time.perf_counter() - started
-                profiler.before(batch.step)
+                with self.clock.doing("paused"):
+                    profiler.before(batch.step)
                 report = self._train(fetched, waited)
-                profiler.after(batch.step)
                 ray.get(controller.step_done.remote(rank, batch.step, report if rank.rank == 0 else None))
                 with self.clock.doing("paused"):
+                    profiler.after(batch.step)
                     score = self._evaluate(controller, stream.heldout()) if batch.evaluate else None
                     if batch.checkpoint:
                         self._save(controller, score)
             if self.step > self.saved_step:  # stopped between two checkpoints
-                self._save(controller, None)
+                with self.clock.doing("paused"):
+                    self._save(controller, None)
         self.store.close()
 
     def ping(self) -> bool:
