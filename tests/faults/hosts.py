@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,6 +46,12 @@ class Host:
         for line in self.run("ss", "-H", "-l", "-t", "-n", "-p").splitlines():
             address, port = line.split()[3].rsplit(":", 1)
             yield address, int(port), psutil.Process(int(re.findall(r"pid=(\d+)", line)[0]))
+
+    def unplug(self, seconds: float) -> None:
+        """Nothing comes through the cable for a while."""
+        _ip("-n", self.name, "link", "set", INTERFACE, "down")
+        time.sleep(seconds)
+        _ip("-n", self.name, "link", "set", INTERFACE, "up")
 
     def reaches(self, address: str, port: int) -> bool:
         code = f"import socket; socket.create_connection(({address!r}, {port}), timeout=1)"

@@ -15,13 +15,29 @@ import psutil
 import pytest
 from hosts import Host, ray_on, two_hosts
 
-from tests.online import Command, journal, processes_of, seeded_batches, wait_until_gone, write_config
+from tests.online import (
+    Command,
+    journal,
+    processes_of,
+    seeded_batches,
+    sorted_batches,
+    wait_until_gone,
+    write_config,
+)
 from torchspec.controller.verify import verify_run
 from torchspec.inference.leftovers import find_shared_memory_leftovers
 
 ROLES = ("cluster.inference_resource=torchspec_inference", "cluster.training_resource=torchspec_training")
 TOKEN = secrets.token_hex(32)
-RAYS_OWN = ("/raylet/", "/gcs/", "/dashboard/", "/ray/_private/", "ray::DashboardAgent", "ray::RuntimeEnvAgent")
+RAYS_OWN = (
+    "ray.util.client.server",
+    "/raylet/",
+    "/gcs/",
+    "/dashboard/",
+    "/ray/_private/",
+    "ray::DashboardAgent",
+    "ray::RuntimeEnvAgent",
+)
 """In command lines of processes that only Ray has."""
 
 
@@ -52,34 +68,53 @@ def host_of(process: psutil.Process) -> int:
     return os.stat(f"/proc/{process.pid}/ns/net").st_ino
 
 
-def test_a_run_across_hosts_loses_nothing_when_its_driver_is_killed_and_leaves_nothing(hosts, tmp_path, target_path):
+def train(head: Host, folder: Path, target: Path) -> HostCommand:
+    config = write_config(folder, target)
+    where = ("--or-resume", "--address", f"{head.address}:6379", "cluster.nodes=2", *ROLES)
+    return HostCommand(head, folder, "train", config, *where)
+
+
+def test_a_run_across_hosts_keeps_to_its_network_and_outlives_a_cable_that_is_pulled(hosts, tmp_path, target_path):
     head, worker = hosts
     started, run_dir = time.time(), tmp_path / "run"
-    arguments = (
-        *("train", write_config(tmp_path, target_path), "--or-resume", "--address", f"{head.address}:6379"),
-        *("cluster.nodes=2", *ROLES),
-    )
     received = head.received_bytes()
-    first = HostCommand(head, tmp_path, *arguments)
+    command = train(head, tmp_path, target_path)
     try:
-        first.wait_for(lambda: len(journal(run_dir)) >= 4, "step 4")
+        command.wait_for(lambda: len(journal(run_dir)) >= 4, "step 4")
         check_places(run_dir, head, worker)
         check_sockets(head, worker)
+        worker.unplug(seconds=5)
+        assert command.wait() == 0, command.text
+    finally:
+        command.process.kill()
+    check_end(run_dir, started, resumes=0)
+    assert head.received_bytes() - received > put_bytes(run_dir), "the states have not come over the cable"
+
+
+@pytest.mark.slow
+def test_a_driver_that_is_killed_leaves_nothing_on_any_host_and_a_run_to_resume(hosts, tmp_path, target_path):
+    head, _ = hosts
+    started, run_dir = time.time(), tmp_path / "run"
+    first = train(head, tmp_path, target_path)
+    try:
+        first.wait_for(lambda: len(journal(run_dir)) >= 4, "step 4")
         psutil.Process(first.process.pid).send_signal(signal.SIGKILL)
         first.process.wait()
         wait_until_gone(run_dir)
     finally:
         first.process.kill()
     assert find_shared_memory_leftovers(started) == []
-
-    second = HostCommand(head, tmp_path, *arguments)
+    second = train(head, tmp_path, target_path)
     assert second.wait() == 0, second.text
+    check_end(run_dir, started, resumes=1)
+
+
+def check_end(run_dir: Path, started: float, resumes: int) -> None:
     verdict = verify_run(run_dir)
-    assert verdict.violations == () and verdict.finished and verdict.resumes == 1
-    assert {s: sorted(b) for s, b in journal(run_dir).items()} == {s: sorted(b) for s, b in seeded_batches().items()}
+    assert verdict.violations == () and verdict.finished and verdict.resumes == resumes
+    assert sorted_batches(journal(run_dir)) == sorted_batches(seeded_batches())
     wait_until_gone(run_dir)
     assert find_shared_memory_leftovers(started) == []
-    assert head.received_bytes() - received > put_bytes(run_dir), "the states have not come over the cable"
 
 
 def check_places(run_dir: Path, head: Host, worker: Host) -> None:
@@ -96,7 +131,8 @@ def check_sockets(head: Host, worker: Host) -> None:
         answering = Counter()
         for address, port, process in host.listeners():
             command = " ".join(process.cmdline())
-            assert address in ("127.0.0.1", host.address, "0.0.0.0", "*", "[::]", "[::1]"), (address, command)
+            own = ("127.0.0.1", host.address, f"[::ffff:{host.address}]", "[::1]")
+            assert address in (*own, "0.0.0.0", "*", "[::]"), (address, command)
             if address in ("0.0.0.0", "*", "[::]") and not any(name in command for name in RAYS_OWN):
                 answering[command, process.pid] += other.reaches(host.other_address, port)
         joined = {key: count for key, count in answering.items() if key[0].startswith("ray::") or "torchspec" in key[0]}

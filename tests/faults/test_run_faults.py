@@ -15,7 +15,6 @@ from tests.online import (
     losses,
     part_of,
     processes_of,
-    run_to_end,
     seeded_batches,
     signal_part,
     sorted_batches,
@@ -49,8 +48,8 @@ def commands():
 def test_a_run_through_every_kind_of_death_trains_what_it_would_have_trained(
     commands, tmp_path, target_path, undisturbed
 ):
-    """An engine, a training rank, the controller, the store's master and the driver are killed; the resumed run is
-    interrupted; the next one finishes."""
+    """An engine, a training rank, the controller, the store's master and the driver are killed; the resumed run
+    finishes."""
     run_dir, started = tmp_path / "run", time.time()
 
     def start(*arguments: str) -> Command:
@@ -76,17 +75,9 @@ def test_a_run_through_every_kind_of_death_trains_what_it_would_have_trained(
     saved = ledger_snapshot(run_dir)["step"]
     assert saved in (6, 9)
 
-    second = start("resume", run_dir)
-    second.wait_for(lambda: count(run_dir, "group") == 4 and steps_done(run_dir) > saved, f"step {saved + 1}")
-    second.process.send_signal(signal.SIGINT)
+    second = start("resume", run_dir, "inference.workers=1")
     assert second.wait() == 0, second.text
-    stopped_at = steps_done(run_dir)
-    assert saved < ledger_snapshot(run_dir)["step"] == stopped_at
-    assert trained(run_dir) == {step: batch for step, batch in EXPECTED.items() if step <= stopped_at}
-    assert processes_of(run_dir) == []
-
-    last = run_to_end(tmp_path, "resume", run_dir)
-    assert "Traceback" not in first.text + second.text + last.text
+    assert "Traceback" not in first.text + second.text
     assert trained(run_dir) == EXPECTED
     snapshot = ledger_snapshot(run_dir)
     assert snapshot["cursor"] == snapshot["shape"]["prompts"] * snapshot["shape"]["epochs"]

@@ -126,6 +126,7 @@ def test_resume_is_exact(bench: Bench, batches: list[list[SampleRef]], straight:
     assert second.draws == straight.outcome.draws
 
 
+@pytest.mark.slow
 def test_resume_with_another_number_of_ranks(
     bench: Bench, batches: list[list[SampleRef]], straight: Run, tmp_path: Path
 ) -> None:

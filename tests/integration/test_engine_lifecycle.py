@@ -56,7 +56,10 @@ def test_an_engine_without_the_capture_plugin_is_refused(start) -> None:  # type
     assert refused["children"] == []
 
 
-@pytest.mark.parametrize(("task", "reason"), [("scheduler-dies", "ended"), ("scheduler-hangs", "stopped for 3 s")])
+@pytest.mark.parametrize(
+    ("task", "reason"),
+    [pytest.param("scheduler-dies", "ended", marks=pytest.mark.slow), ("scheduler-hangs", "stopped for 3 s")],
+)
 def test_a_dead_scheduler_fails_every_call_and_stop_leaves_nothing(start, task: str, reason: str) -> None:  # type: ignore[no-untyped-def]
     process = start(task)
     pids = process.read()["pids"]

@@ -148,6 +148,7 @@ def test_every_verify_step_is_as_simulated(
         assert histogram == expected, prompt.id
 
 
+@pytest.mark.slow
 def test_a_renamed_tensor_is_noticed_in_the_server(
     exported: Path, target_path: Path, prompts: list[EvaluationPrompt], tmp_path: Path
 ) -> None:

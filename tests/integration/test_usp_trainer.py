@@ -47,9 +47,9 @@ def train(bench: Bench, folder: Path, training: dict[str, Any], sharding: ShardF
 @pytest.mark.parametrize(
     ("ulysses", "ring", "dp", "layout", "sharding"),
     [
-        (2, 1, 1, "contiguous", "fsdp2"),
+        pytest.param(2, 1, 1, "contiguous", "fsdp2", marks=pytest.mark.slow),
         (1, 2, 1, "zigzag", "replicated"),
-        (2, 2, 1, "zigzag", "fsdp2"),
+        pytest.param(2, 2, 1, "zigzag", "fsdp2", marks=pytest.mark.slow),
         (2, 1, 2, "zigzag", "fsdp2"),
     ],
 )

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.online import Command, processes_of, signal_part, steps_done, write_config
+from tests.online import Command, ledger_snapshot, processes_of, signal_part, steps_done, write_config
 from tests.page.conftest import Opener
 from tests.page.reading import caught_up, check_figures, tile
 from torchspec.controller.verify import verify_run
@@ -34,7 +34,7 @@ def control(page: Any, name: str, then: str) -> None:
     page.get_by_text(then).wait_for()
 
 
-def test_a_real_run_is_watched_scaled_and_stopped_from_its_page(
+def test_a_real_run_is_watched_and_scaled_from_its_page_and_ends_with_ctrl_c(
     tmp_path: Path, target_path: Path, undisturbed: Any, open_page: Opener
 ) -> None:
     run_dir, started = tmp_path / "run", time.time()
@@ -65,15 +65,14 @@ def test_a_real_run_is_watched_scaled_and_stopped_from_its_page(
         signal_part(run_dir, "worker")
         page.get_by_role("row", name="worker-0").get_by_text("gone").wait_for(timeout=5000)
 
-        page.get_by_role("button", name="Control").click()
-        page.get_by_role("button", name="Stop").click()
-        control(page, "Really stop?", "the run stops after its current step")
         page.close()
+        command.process.send_signal(signal.SIGINT)
         assert command.wait() == 0, command.text
     finally:
         command.process.kill()
     assert "Traceback" not in command.text
     verdict = verify_run(run_dir)
     assert verdict.violations == () and not verdict.finished
+    assert ledger_snapshot(run_dir)["step"] == steps_done(run_dir), "it was saved before it ended"
     assert processes_of(run_dir) == []
     assert find_shared_memory_leftovers(started) == []
