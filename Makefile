@@ -18,13 +18,13 @@ TORCH := torch==2.13.0
 UV := uv==0.13.8
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test setup browser lint clean
+.PHONY: quickstart test setup tools lint clean
 .DEFAULT_GOAL := setup
 
 quickstart: setup
 	$(BIN)/torchspec quickstart $(ARGS)
 
-test: setup browser lint
+test: setup tools lint
 	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 lint: setup
@@ -55,16 +55,20 @@ setup: .venv/.complete
 	  else echo "error: Mooncake needs the system library libibverbs1; run: sudo apt-get install -y libibverbs1" >&2; exit 1; fi
 	@mkdir -p .venv && touch $@
 
-# Tests of the page run in Chromium; where it cannot be had they are skipped, and say so.
-browser:
-	@has() { command -v chromium >/dev/null || command -v chromium-browser >/dev/null; }; has && exit 0; \
+# Tests of the page run in Chromium, those of alerts in Prometheus, which starts as a service where it is installed and so
+# is installed in CI only. Where they cannot be had, these tests are skipped, and say so.
+tools:
+	@wanted=; has() { command -v "$$1" >/dev/null; }; \
+	  has chromium || has chromium-browser || wanted="chromium fonts-liberation"; \
+	  test -z "$$CI" || has prometheus || wanted="$$wanted prometheus"; \
+	  test -n "$$wanted" || exit 0; \
 	  if [ "$$(id -u)" = 0 ]; then sudo=; elif sudo -n true 2>/dev/null; then sudo=sudo; else sudo=none; fi; \
-	  if [ "$$sudo" != none ] && command -v apt-get >/dev/null; then \
-	    echo "installing Chromium for the tests of the page"; \
+	  if [ "$$sudo" != none ] && has apt-get; then \
+	    echo "installing for the tests: $$wanted"; \
 	    { $$sudo apt-get update -qq && $$sudo env DEBIAN_FRONTEND=noninteractive \
-	      apt-get install -y -qq --no-install-recommends chromium fonts-liberation; } >/dev/null 2>&1; \
+	      apt-get install -y -qq --no-install-recommends $$wanted; } >/dev/null 2>&1; \
 	  fi; \
-	  has || echo "note: no Chromium here, so the tests of the page are skipped"
+	  has chromium || has chromium-browser || echo "note: no Chromium here, so the tests of the page are skipped"
 
 clean:
 	rm -rf .venv
