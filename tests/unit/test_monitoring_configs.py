@@ -138,16 +138,16 @@ def query(port: int, expression: str) -> list[dict]:
 @needs_prometheus
 def test_a_real_prometheus_scrapes_a_run(scraped: tuple[RunFolder, int]) -> None:
     run, port = scraped
-    deadline, found = time.monotonic() + 120, []
-    while not found and time.monotonic() < deadline:
+    deadline, found, up = time.monotonic() + 120, [], {}
+    while not (found and len(up) == 2) and time.monotonic() < deadline:
         time.sleep(0.5)
         try:
             found = query(port, 'torchspec_step{run="run"}')
+            up = {r["metric"]["job"]: r["value"][1] for r in query(port, "up")}
         except OSError:
             continue
     assert float(found[0]["value"][1]) == run.simulation.ranks.step > 0
     samples = {r["metric"]["state"]: float(r["value"][1]) for r in query(port, "torchspec_samples")}
     assert samples == {k: float(v) for k, v in run.simulation.status().samples.items()}
     assert len(query(port, "torchspec_worker_put_latency_seconds_bucket")) == 15 * 4
-    up = {r["metric"]["job"]: r["value"][1] for r in query(port, "up")}
     assert up["torchspec"] == "1" and up["torchspec-store"] == "0", "this run has no store to scrape"
