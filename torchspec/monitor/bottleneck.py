@@ -219,7 +219,7 @@ def _training(shares: _Shares) -> Verdict:
     text = f"inference workers are idle {idle:.0%} of the time"
     if more > 0:
         text += f"; {_count(more, 'more training rank')} would balance"
-    advice = [f"raise training.dp_size by about {more}"] if more > 0 else []
+    advice = [f"raise training.dp_size by about {more}: torchspec scale RUN --dp ..."] if more > 0 else []
     if spare > 0:
         advice.append(f"or give up {_count(spare, 'inference worker')}: {enough} would do")
     advice.append("or make steps cheaper: training.compile, a smaller draft.vocab_size, a lower training.ttt_length")
@@ -243,7 +243,7 @@ def _inference(shares: _Shares) -> Verdict:
         "inference",
         "inference is the bottleneck",
         f"{_count(more, 'more inference worker')} would balance",
-        f"raise inference.workers by {more}",
+        f"raise inference.workers by {more}: torchspec scale RUN --inference {round(shares.workers) + more}",
         "or let each do more: inference.max_concurrency, a lower answer.max_tokens, answer.reuse",
     )
 
