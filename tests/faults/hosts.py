@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
 import psutil
@@ -41,11 +42,13 @@ class Host:
     def received_bytes(self) -> int:
         return int(self.run("cat", f"/sys/class/net/{INTERFACE}/statistics/rx_bytes"))
 
-    def listeners(self) -> Iterator[tuple[str, int, psutil.Process]]:
+    def listeners(self) -> Iterator[tuple[IPv4Address | IPv6Address, int, psutil.Process]]:
         """Address and port of each listening TCP socket, and the first process that holds it."""
         for line in self.run("ss", "-H", "-l", "-t", "-n", "-p").splitlines():
-            address, port = line.split()[3].rsplit(":", 1)
-            yield address, int(port), psutil.Process(int(re.findall(r"pid=(\d+)", line)[0]))
+            text, port = line.split()[3].rsplit(":", 1)
+            address = ip_address("::" if text == "*" else text.strip("[]"))
+            mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
+            yield mapped or address, int(port), psutil.Process(int(re.findall(r"pid=(\d+)", line)[0]))
 
     def unplug(self, seconds: float) -> None:
         """Nothing comes through the cable for a while."""
