@@ -36,6 +36,7 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -196,16 +197,18 @@ def _fill_store(run_dir: Path) -> None:
     """Put objects into the run's store until none fits, and keep them there for a while."""
     rpc = {name: value for name, _, value in (a.partition("=") for a in part_of(run_dir, "master")[0].cmdline())}
     address = f"{rpc['--rpc_address']}:{rpc['--rpc_port']}"
-    client, keys = connect(StoreEndpoint(address, metrics="")), []
+    client, keys, ballast = connect(StoreEndpoint(address, metrics="")), [], np.zeros(BALLAST_BYTES, np.uint8)
+    client.register_buffer(ballast.ctypes.data, ballast.nbytes)
     try:
         until = time.monotonic() + FULL_SECONDS
         while time.monotonic() < until:
             key = f"ballast-{len(keys)}"
-            if client.put(key, bytes(BALLAST_BYTES), pinned()) == 0:
+            if client.put_from(key, ballast.ctypes.data, ballast.nbytes, pinned()) == 0:
                 keys.append(key)
             else:
                 time.sleep(0.05)
     finally:
+        assert keys, "nothing of ours fitted"
         for key in keys:
             client.remove(key, True)
         client.close()
