@@ -1,7 +1,7 @@
 # Two commands do everything on a fresh Debian or Ubuntu machine with Python 3.11 or 3.12:
 #
 #   make quickstart    set up, train an EAGLE3 draft online for a 135M LLM, measure it in a real SGLang server
-#   make test          set up, run the linters and every test
+#   make test          set up, run the linters and the tests (ARGS="-m slow": more of the same)
 #
 # Variables:
 #   TORCH_INDEX_URL    package index for torch, where the default index would bring the CUDA build:

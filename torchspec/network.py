@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import ipaddress
+import os
 import socket
+import stat
 import struct
+from collections.abc import Iterable
 
 import psutil
 
@@ -68,3 +71,25 @@ def accept_only_to(listener: socket.socket, address: str) -> None:
     ]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
     listener.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("HP", len(program), ctypes.addressof(code)))
+
+
+def confine(fds: Iterable[str], address: str) -> None:
+    """Let the listening sockets among ``fds`` that are bound to all interfaces accept what is sent to ``address`` only.
+
+    Args:
+        fds: names in ``/proc/self/fd``.
+    """
+    for fd in fds:
+        try:
+            if not stat.S_ISSOCK(os.fstat(int(fd)).st_mode):
+                continue
+            duplicate = socket.socket(fileno=os.dup(int(fd)))
+        except OSError:  # closed meanwhile
+            continue
+        with duplicate:
+            if (
+                duplicate.family in (socket.AF_INET, socket.AF_INET6)
+                and duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+                and ipaddress.ip_address(duplicate.getsockname()[0]).is_unspecified
+            ):
+                accept_only_to(duplicate, address)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +11,7 @@ from pathlib import Path
 
 from tests.simulation.pipeline import Setup, Simulation
 from tests.simulation.run_folder import RunFolder
+from torchspec.monitor.handle import this_process
 from torchspec.monitor.server import PageServer, ServerThread, ensure_token
 
 TICK_SECONDS = 0.5
@@ -26,7 +25,7 @@ class LiveRun:
         self.token = ensure_token(run.folder)
         self.asked: list[str] = []
         """Controls, in their order."""
-        (run.folder / "handle.json").write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        (run.folder / "handle.json").write_text(json.dumps(this_process()))
         self._lock, self._over = threading.Lock(), threading.Event()
         self._thread = threading.Thread(target=self._go_on)
         self._thread.start()

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
-import socket
 import time
 from base64 import b64encode
 from dataclasses import asdict, replace
@@ -23,6 +21,7 @@ import numpy as np
 from tests.simulation.pipeline import START, Setup, Simulation
 from torchspec.config.load import parse_config, save_config
 from torchspec.contracts import StepReport, pack_mask
+from torchspec.monitor.handle import this_process
 from torchspec.monitor.recorder import EventLog, Recorder
 from torchspec.monitor.series import Series
 from torchspec.monitor.snapshot import Snapshot, metrics_dir, to_line
@@ -156,7 +155,7 @@ def main() -> None:
     run.scale(workers)
     run.follow(0.58 * options.seconds, interval)
     if options.live:
-        handle = {"address": "simulated", "namespace": "simulated", "host": socket.gethostname(), "pid": os.getpid()}
+        handle = {"address": "simulated", "namespace": "simulated", **this_process()}
         (options.folder / "handle.json").write_text(json.dumps(handle))
         try:
             while True:

@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from torchspec.cli import top_view
 from torchspec.cli.top import newest_run
 from torchspec.cli.top_app import PoolTable, TopApp
 from torchspec.cli.units import human_count, human_rate
+from torchspec.monitor.handle import this_process
 from torchspec.monitor.snapshot import read_latest
 from torchspec.monitor.watch import RunWatch, growth
 
@@ -41,7 +41,7 @@ def run(tmp_path: Path) -> RunFolder:
     run.follow(150)
     run.kill_worker(0)
     run.follow(50)
-    (run.folder / "handle.json").write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+    (run.folder / "handle.json").write_text(json.dumps(this_process()))
     return run
 
 
@@ -146,7 +146,7 @@ def test_it_outlives_what_it_watches(run: RunFolder) -> None:
         (run.folder / "handle.json").unlink()
         await pilot.pause(0.3)
         assert "Not&#160;running" in app.export_screenshot()
-        (run.folder / "handle.json").write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+        (run.folder / "handle.json").write_text(json.dumps(this_process()))
         run.event("resumed", "the run goes on")
         await pilot.press("e")
         await pilot.pause(0.3)
@@ -252,7 +252,7 @@ def test_the_newest_running_run_is_found(tmp_path: Path) -> None:
     for age, (name, pid) in enumerate({"newer": os.getpid(), "older": os.getpid(), "dead": 2**22 + 1}.items()):
         (tmp_path / name).mkdir()
         handle = tmp_path / name / "handle.json"
-        handle.write_text(json.dumps({"host": socket.gethostname(), "pid": pid}))
+        handle.write_text(json.dumps(this_process() | {"pid": pid}))
         os.utime(handle, (time.time() - 100 * age,) * 2)
     os.utime(tmp_path / "dead" / "handle.json")
     assert newest_run(tmp_path) == tmp_path / "newer"

@@ -56,7 +56,10 @@ TRAINING = RunStatus(
     store_capacity=920 << 20,
     credit_bytes=610 << 20,
     queue_depth=38,
-    workers=tuple(WorkerReport(f"worker-{i}", 2410 + i, 1_234_567, 456_789, 12 << 30, 9.1, 812.0) for i in range(2)),
+    workers=tuple(
+        WorkerReport(f"worker-{i}", 2410 + i, 1_234_567, 456_789, 12 << 30, 9.1, 812.0, seconds=1324.0)
+        for i in range(2)
+    ),
     last_step=TRAIN,
     last_heldout=HELDOUT,
     inference_tokens_per_s=3912.0,

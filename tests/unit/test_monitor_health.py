@@ -41,6 +41,7 @@ def test_losses_that_were_made_good_are_counted(snapshot: Snapshot) -> None:
         (["worker_lost", "worker_lost"], "2 workers lost"),
         (["worker_lost", "trainer_lost"], "1 trainer lost"),
         (["store_lost"], "Store lost"),
+        (["controller_lost"], "Controller lost"),
     ],
 )
 def test_a_recent_loss_is_a_warning(snapshot: Snapshot, kinds: list[str], headline: str) -> None:

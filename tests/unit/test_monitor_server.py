@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import socket
 import stat
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ import pytest
 from tests.simulation.pipeline import Simulation
 from tests.simulation.run_folder import SCENARIOS, RunFolder
 from torchspec.monitor import views
+from torchspec.monitor.handle import this_process
 from torchspec.monitor.server import DEFAULT_PORT, PageServer, ServerThread, ensure_token
 
 
@@ -67,7 +67,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     for name, scenario in (("one", "store-bound"), ("two", "balanced")):
         runs.append(RunFolder(folder / name, Simulation(SCENARIOS[scenario])))
         runs[-1].follow(90)
-    (folder / "one" / "handle.json").write_text(json.dumps({"host": socket.gethostname(), "pid": os.getpid()}))
+    (folder / "one" / "handle.json").write_text(json.dumps(this_process()))
     controls = Recorded()
     token = ensure_token(folder / "one")
     thread = ServerThread(PageServer([folder / "one", folder / "two"], lambda _: controls, 0))

@@ -68,9 +68,13 @@ def test_rates_and_latencies_are_those_of_the_last_half_minute(telemetry: Teleme
 
 
 def test_totals_go_on_when_workers_and_ranks_are_replaced(telemetry: Telemetry, clock: Clock) -> None:
+    telemetry.worker_started("w0")
     telemetry.worker_report(WorkerReport("w0", put_bytes=10, seconds=5))
     telemetry.worker_report(WorkerReport("w0", put_bytes=30, seconds=6))
     telemetry.worker_gone("w0")
+    telemetry.worker_report(WorkerReport("older", put_bytes=10**9, seconds=10**6))  # than this controller
+    telemetry.worker_gone("older")
+    telemetry.worker_started("w1")
     telemetry.worker_report(WorkerReport("w1", put_bytes=7, seconds=1))
     telemetry.rank_report(RankReport(0, wait_seconds=4.0, seconds=9))
     clock.now += 60

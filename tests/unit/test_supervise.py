@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import Future
+from contextlib import ExitStack
 
 import pytest
 
@@ -10,9 +12,11 @@ from torchspec.config.load import parse_config
 from torchspec.driver.cluster import start_cluster
 from torchspec.driver.failure import Restarts, RunFailed
 from torchspec.driver.plan import Plan
+from torchspec.driver.run import _lock
 from torchspec.driver.session import new_messages
 from torchspec.driver.supervise import LONGEST_TURN, AwakeClock, Pulse
 from torchspec.driver.threads import ThreadPlan
+from torchspec.monitor.handle import is_live, this_process
 
 
 class Patient:
@@ -92,3 +96,18 @@ def test_a_ray_that_does_not_start_is_said_in_one_line(monkeypatch, tmp_path):
     expected = pytest.raises(RunFailed, match=r"Ray did not start .* cores\): .* timed out during startup\.$")
     with expected, start_cluster(config, plan, tmp_path):
         pass
+
+
+def test_a_run_has_one_driver(tmp_path):
+    with ExitStack() as first, ExitStack() as second:
+        _lock(tmp_path / "run", first)
+        with pytest.raises(ValueError, match="is running already; see it with: torchspec status"):
+            _lock(tmp_path / "run", second)
+        first.close()
+        _lock(tmp_path / "run", second)
+
+
+def test_a_run_is_not_live_because_its_drivers_number_is_taken_again(tmp_path):
+    for changes, live in (({}, True), ({"started": 1}, False), ({"pid": 2**22 + 1}, False), ({"host": "other"}, True)):
+        (tmp_path / "handle.json").write_text(json.dumps(this_process() | changes))
+        assert is_live(tmp_path) == live

@@ -214,7 +214,7 @@ def _workers(status: RunStatus, room: int, width: int) -> RenderableType:
     for w in shown:
         answered, stored = human_count(w.answer_tokens), human_bytes(w.put_bytes)
         speed = f"{human_bytes(w.put_bytes / w.put_seconds)}/s" if w.put_seconds else "-"
-        busy = f"{w.busy_seconds / max(status.uptime_seconds, 1):.0%}"
+        busy = f"{w.busy_seconds / max(w.seconds, 1):.0%}"
         more = (answered, stored, speed) if full else ()
         table.add_row(Text(w.worker), human_count(w.samples), human_count(w.tokens), *more, busy)
     if len(shown) < len(workers):

@@ -88,6 +88,7 @@ class PlainView:
         if phase != self._phase:
             self._phase = phase
             self._say(phase)
+        self._step = min(self._step, status.step)  # steps may be undone
         if status.last_step is not None and status.step // self._every_steps > self._step // self._every_steps:
             self._step = status.step
             self._say(step_line(status, status.last_step))

@@ -208,7 +208,7 @@ class TopApp(App[None]):
         self.set_interval(self._every, self._refresh)
 
     def _refresh(self) -> None:
-        if not self._paused:
+        if not self._paused and self.query("#summary"):  # which is gone while the app closes
             self._look = self._watch.look()
             self._draw()
 

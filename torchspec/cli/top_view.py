@@ -30,7 +30,7 @@ BAD = "#ff8a80"
 SIGNS = {"good": ("✓", TRAINING), "warning": ("!", LIMIT), "bad": ("✕", BAD), "idle": ("–", MUTED)}
 CELLS = 400
 """More than a curve ever has columns."""
-FAULTS = ("failed", "worker_lost", "trainer_lost", "store_lost", "sample_lost", "sample_failed")
+FAULTS = ("failed", "worker_lost", "trainer_lost", "store_lost", "controller_lost", "sample_lost", "sample_failed")
 
 
 def summary(look: Look, name: str, paused: bool) -> RenderableType:
@@ -108,7 +108,7 @@ def _figures(look: Look, snapshot: Snapshot) -> Table:
         table.add_column(justify="right", no_wrap=True, min_width=9)
     table.add_column(ratio=1, no_wrap=True)
     status, point, history = snapshot.status, snapshot.point, look.history
-    workers = [worker.wait_share for worker in snapshot.workers if worker.doing != "gone"]
+    workers = [worker.wait_share for worker in snapshot.workers if worker.doing not in ("gone", "starting")]
     ranks = [rank.wait_share for rank in snapshot.ranks]
     capacity = point.store_capacity_bytes or 1
     dim = [Text(words, style=MUTED) for words in ("samples/s", "tokens/s", "waiting")]

@@ -150,9 +150,12 @@ class Books:
 
     def lose(self, ledger: Ledger, step: int, samples: set[SampleId]) -> None:
         """The store has lost samples of a formed step: they are captured again."""
+        keys = []
         for record in [r for r in ledger.step_records(step) if r.sample in samples]:
             self.observer.sample_lost(record, self.samples.name(record.sample))
+            keys.append(record.key)
             ledger.lose(record.sample, record.key)
+        self.objects.remove_soon(keys)  # they may only have been out of reach
         self.settle(ledger, samples)
 
     def forget(self, keep: Callable[[SampleRef], bool]) -> None:
@@ -169,9 +172,9 @@ class Books:
         self.observer.trained(records)
 
         def freed() -> None:
+            self.room()
             for record in records:
                 self.observer.freed(record, self.samples)
-            self.room()
 
         self.drop(records, freed)
         self._changed()
@@ -194,8 +197,10 @@ class Books:
             for record, key in keys:
                 if record.key == key:
                     self.credits.release(record.sample)
-            then()
-            self._changed()
+            try:
+                then()
+            finally:
+                self._changed()
 
         self.objects.remove_soon([key for _, key in keys], gone)
 

@@ -88,6 +88,8 @@ class Controller:
         self._finished = False
         self._ended = asyncio.Event()
         self._work = Signal()
+        self._asked: dict[str, int] = {}
+        """Calls for leases, by worker."""
 
     async def begin(self, running: int | None = None) -> None:
         """Take up the run where its newest checkpoint is. No rank may be at work; workers that call before wait.
@@ -104,6 +106,8 @@ class Controller:
             self.config = load_config(self._run_dir / "config.yaml")
             self.pool = InferencePool(self.config, running)
         await self.books.open(self.config)
+        if running is not None:
+            self.books.observer.note("the controller was lost; it has started again", "controller_lost")
         self._observing = asyncio.create_task(self._observe_pools())
         self._recording = asyncio.create_task(self._record())
         self._begun.set()
@@ -127,7 +131,8 @@ class Controller:
             self.leases.take_back(worker, in_hand)
         self.books.observer.workers[worker] = report
         self.pool.joined(worker)
-        while not (self._finished or self.pool.has_left(worker)):
+        turn = self._asked[worker] = self._asked.get(worker, 0) + 1  # an older call's answer would reach nobody
+        while not (self._finished or self.pool.has_left(worker) or self._asked[worker] != turn):
             leases = self.leases.grant(worker, max_count)
             if leases:
                 return leases
@@ -381,6 +386,8 @@ class Controller:
                 await asyncio.sleep(AUTOSCALE_SECONDS / LOOKS)
                 starved = self._group is not None and self._group.starved
                 self.pool.look(starved, self.leases.busy)
+            self.books.room()  # others than our own steps may have made room in the store
+            self._advance()
             move = self.pool.autoscale(training=self._group is not None and not self._group.closing)
             if move is not None:
                 message = f"inference workers: {move.workers}, because {move.reason}"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -47,10 +48,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 def _drop_torn_line(path: Path) -> None:
     if not path.exists():
         return
-    data = path.read_bytes()
-    whole = data[: data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        path.write_bytes(whole)
+    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def count_events(path: Path) -> Counter[str]:

@@ -101,7 +101,7 @@ class Leases:
         if kind == "no_store" or (kind == "no_room" and self.store_away):
             ledger.give_back(sample, key)
         elif kind == "no_room":
-            displaced = ledger.defer(sample, key, reason)
+            displaced = ledger.defer(sample, key)
             if displaced is not None:
                 await books.objects.remove([displaced])
         else:

@@ -181,7 +181,7 @@ class Ledger:
             self._return(record)
         return record
 
-    def defer(self, sample: SampleId, key: str, reason: str) -> str | None:
+    def defer(self, sample: SampleId, key: str) -> str | None:
         """The store had no hole large enough for a sample, which is nobody's fault.
 
         The stored sample furthest behind it gives up its place, so that the front of the line always gets through;
@@ -191,11 +191,7 @@ class Ledger:
         if record is None:
             return None
         self._end_lease(record)
-        stored = [r for r in self.records.values() if r.state in ("stored", "assigned")]
-        behind = [r for r in stored if r.state == "stored" and r.position > record.position]
-        if not stored:  # even an empty store is too small
-            self._blame(record, reason, False)
-            return None
+        behind = [r for r in self.records.values() if r.state == "stored" and r.position > record.position]
         if not behind:
             record.state = "pending"
             self._parked.append(record.position)

@@ -128,8 +128,7 @@ class Observer:
         self.note(f"rejected {name}: {reason}", "rejected", sample=str(sample))
 
     def freed(self, record: Record, samples: Samples) -> None:
-        if self.timelines.follows(record.sample):
-            assert record.ref is not None
+        if record.ref is not None and self.timelines.follows(record.sample):  # a rewind may have come between
             name, tokens = samples.name(record.sample), samples.tokens(record.sample)
             self.timelines.finish(record.ref, name, record.step, *tokens)
 
@@ -150,7 +149,10 @@ class Observer:
         """Write a snapshot, if any are wanted. The event loop goes on meanwhile."""
         if self.interval:
             async with self._recording:
-                await asyncio.to_thread(self._write, self.telemetry.snapshot(status))
+                try:
+                    await asyncio.to_thread(self._write, self.telemetry.snapshot(status))
+                except OSError as error:  # a disk that is full for a while must not end what watches it
+                    log.warning("no snapshot: %s", error)
 
     def _write(self, snapshot: Snapshot) -> None:
         self._recorder.write(snapshot)

@@ -91,7 +91,11 @@ class TrainingGroup:
         that: of a sample alone nobody is told, there may be many ranks."""
         news = self._ledger.trained_step != self._seen or self._ledger.exhausted
         self._seen = self._ledger.trained_step
-        ahead = self._ledger.trained_step + self._config.controller.prefetch_steps
+        if not self.closing:  # some ranks may already have been told that there will be no held-out batches
+            self._heldout.assign()
+        # until the ranks have the held-out samples, a single batch is all that surely fits beside those in the store
+        prefetch = self._config.controller.prefetch_steps if self._heldout.exhausted else 1
+        ahead = self._ledger.trained_step + prefetch
         while not self.closing and max(self._batches, default=self._ledger.trained_step) < ahead:
             step = self._ledger.assign()
             if step is None:
@@ -99,8 +103,6 @@ class TrainingGroup:
             self._batches[step] = self._rank_batches(step)
             news = True
             self._formed(step)
-        if not self.closing:  # some ranks may already have been told that there will be no held-out batches
-            self._heldout.assign()
         if not self._heldout_told and (self._heldout.steps or self._heldout.exhausted):
             self._heldout_told = news = True
         for step, round_ in list(self._rounds.items()):

@@ -120,11 +120,12 @@ class Telemetry:
 
     def worker_report(self, report: WorkerReport) -> bool:
         """Whether it is this worker's first."""
-        if report.worker not in self._workers:
+        known = report.worker in self._workers
+        if not known:  # it was at work before this controller
             self.worker_started(report.worker)
         trail = self._workers[report.worker]
-        first = not trail.reports
-        self._add(trail, WorkerReport(report.worker), report, WORKER_TOTALS)
+        first = known and not trail.reports
+        self._add(trail, WorkerReport(report.worker) if known else report, report, WORKER_TOTALS)
         return first
 
     def rank_report(self, report: RankReport) -> None:

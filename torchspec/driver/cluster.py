@@ -21,6 +21,7 @@ from torchspec.config.schema import ClusterConfig, Config
 from torchspec.driver.failure import RunFailed
 from torchspec.driver.plan import Plan
 from torchspec.network import LOOPBACK, is_loopback
+from torchspec.processes import free_port
 
 OBJECT_STORE_BYTES = 128 << 20
 """Only metadata goes through Ray; the tensors go through Mooncake."""
@@ -70,7 +71,7 @@ def start_cluster(config: Config, plan: Plan, temp_dir: Path) -> Iterator[Cluste
     """Connect to ``cluster.address``, or start Ray here.
 
     Raises:
-        ValueError: no cluster answers at ``cluster.address``.
+        ValueError: no cluster answers at ``cluster.address``, or ``store.host`` is no address of this machine.
         RunFailed: Ray does not start here, as on a machine that is busy with other things.
     """
     common = {"namespace": namespace(config.run_dir), "log_to_driver": False, "logging_level": logging.WARNING}
@@ -107,7 +108,7 @@ def _join(config: ClusterConfig, **options: Any) -> None:
     while not ray.is_initialized():
         try:
             ray.init(address=config.address, **options)
-        except (ConnectionError, ray.exceptions.AuthenticationError) as error:
+        except (ConnectionError, RuntimeError, ray.exceptions.AuthenticationError) as error:
             if config.nodes > 1 and time.monotonic() < deadline and isinstance(error, ConnectionError):
                 time.sleep(POLL_SECONDS)
                 continue
@@ -145,6 +146,11 @@ def pack_code(folder: Path) -> list[str]:
 
 def _look_around(host: str | None) -> Cluster:
     context = ray.get_runtime_context()
+    if host is not None:
+        try:
+            free_port(host)
+        except OSError as error:
+            raise ValueError(f"store.host {host} is no address of this machine: {error.strerror}") from None
     nodes = _alive_nodes()
     own = next(node for node in nodes if node["NodeID"] == context.get_node_id())["NodeManagerAddress"]
     alone = all(node["NodeManagerAddress"] == own for node in nodes)

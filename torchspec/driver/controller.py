@@ -60,14 +60,17 @@ class ControllerLine:
             require_node()
             if time.monotonic() > deadline:
                 raise RunFailed(f"the controller has not started in {self._start:.0f} s")
-        return _get(ref)
+        try:
+            return ray.get(ref)
+        except ray.exceptions.RayError as error:
+            raise RunFailed(f"the controller does not start: {root_cause(error)}") from None
 
     def send(self, method: str, *args: Any) -> ray.ObjectRef:
         """Call ``method``; :meth:`result` has what comes of it."""
         return getattr(self.actor, method).remote(*args)
 
-    def result(self, ref: ray.ObjectRef) -> Any:
-        """Wait for the result of a call.
+    def result(self, ref: ray.ObjectRef, patience: float | None = None) -> Any:
+        """Wait for the result of a call, for ``patience`` seconds if it may take longer than others.
 
         Raises:
             ControllerLost: there is none.
@@ -76,7 +79,7 @@ class ControllerLine:
         clock, silence = AwakeClock(), 0.0
         while not ray.wait([ref], timeout=_PAUSE_SECONDS)[0]:
             silence += clock.elapsed()
-            if silence >= self._patience:
+            if silence >= (patience or self._patience):
                 raise ControllerLost("hangs", hung=True)
         return _get(ref)
 
@@ -103,7 +106,7 @@ class ControllerLine:
                 if time.monotonic() > deadline:
                     raise RunFailed(f"the controller has not started again in {self._start:.0f} s") from None
                 time.sleep(_PAUSE_SECONDS)
-        self.ask("begin", running)
+        self.result(self.send("begin", running), self._start)
 
 
 def _get(ref: ray.ObjectRef) -> Any:

@@ -54,16 +54,17 @@ class Placement:
             remove_placement_group(self._ranks)
         bundle = {"CPU": cpus, "GPU": gpus, **_sliver(self._config.training_resource)}
         self._ranks = placement_group([{name: amount for name, amount in bundle.items() if amount}] * count)
-        if not self._ranks.wait(PLACEMENT_SECONDS):
+        places = [PlacementGroupSchedulingStrategy(self._ranks, number) for number in range(count)]
+        find = ray.remote(meeting_point).options(num_cpus=0, scheduling_strategy=places[0])
+        try:
+            address, port = ray.get(find.remote(self._cluster.host), timeout=PLACEMENT_SECONDS)
+        except ray.exceptions.RayError:
             remove_placement_group(self._ranks)
             self._ranks = None
             raise ValueError(
                 f"the cluster has had no room for {count} training ranks (training.dp_size x sp_ulysses_size x "
                 f"sp_ring_size) of {cpus} CPUs and {gpus} GPUs in {PLACEMENT_SECONDS:.0f} s"
-            )
-        places = [PlacementGroupSchedulingStrategy(self._ranks, number) for number in range(count)]
-        find = ray.remote(meeting_point).options(num_cpus=0, scheduling_strategy=places[0])
-        address, port = ray.get(find.remote(self._cluster.host))
+            ) from None
         return address, port, [{"scheduling_strategy": place} for place in places]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchspec.config.schema import Config
+from torchspec.config.schema import Config, Section
 from torchspec.controller.snapshot import Snapshot, ledger_shape
 from torchspec.data.prompt_set import PromptSet, TokenizeOptions
 from torchspec.data.survey import Survey, survey
@@ -121,7 +121,16 @@ def _absolute(config: Config, target: TargetInfo) -> Config:
     run = config.run.model_copy(update={"dir": config.run.dir.expanduser().absolute()})
     data = config.data.model_copy(update={"cache_dir": config.data.cache_dir.expanduser().absolute()})
     section = config.target.model_copy(update={"path": str(Path(target.path).absolute())})
-    return config.model_copy(update={"run": run, "data": data, "target": section})
+    changed: dict[str, Section] = {"run": run, "data": data, "target": section}
+    if config.training.init_from is not None:
+        origin = config.training.init_from.expanduser().absolute()
+        changed["training"] = config.training.model_copy(update={"init_from": origin})
+    if config.answer.reuse is not None:
+        reuse = config.answer.reuse.expanduser().absolute()
+        if not reuse.is_file():
+            raise ValueError(f"answer.reuse: there is no file {reuse}")
+        changed["answer"] = config.answer.model_copy(update={"reuse": reuse})
+    return config.model_copy(update=changed)
 
 
 def _check_folder(run_dir: Path, resume: bool) -> Path | None:

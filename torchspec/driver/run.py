@@ -8,9 +8,9 @@ finish         workers leave, files are closed, the cluster goes, the janitor sw
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -22,6 +22,7 @@ from pathlib import Path
 from torchspec.config.load import save_config
 from torchspec.config.schema import Config
 from torchspec.contracts import RunStatus, StepReport
+from torchspec.data.files import write_atomically
 from torchspec.driver.actors import ActorFactory
 from torchspec.driver.cluster import Cluster, start_cluster
 from torchspec.driver.controller import ControllerLine
@@ -36,9 +37,11 @@ from torchspec.driver.session import Session
 from torchspec.driver.store import StoreSupervisor
 from torchspec.driver.view import View
 from torchspec.monitor.curves import draw_curves
+from torchspec.monitor.handle import this_process
 from torchspec.monitor.recorder import EventLog
 from torchspec.monitor.server import PageServer, ServerThread, ensure_token
 from torchspec.monitor.trackers import open_trackers
+from torchspec.store.errors import StoreUnavailable
 from torchspec.store.master import MooncakeMaster
 from torchspec.training.rotation import latest_checkpoint
 
@@ -83,6 +86,7 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
     """Everything that must be taken down again, in the reverse order, whatever happens."""
     config, run_dir = prepared.config, prepared.run_dir
     with ExitStack() as stack:
+        _lock(run_dir, stack)
         mark, temp_dir = prepared.mark, Path(tempfile.mkdtemp(prefix="torchspec-"))
         janitor = Janitor(mark, temp_dir)
         stack.callback(janitor.close)
@@ -95,12 +99,7 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
         interrupts.install()
         if config.cluster.address is not None:
             _check_cluster(prepared, cluster)
-        master = MooncakeMaster(
-            log_path=run_dir / "logs" / "mooncake_master.log",
-            host=cluster.host,
-            port=config.store.master_port,
-            protocol=config.store.protocol,
-        )
+        master = _start_master(config, cluster)
         after_cluster.callback(master.stop)  # a store node that ends without its master waits for it
         (temp_dir / "actors").mkdir()
         placement = Placement(cluster, config.cluster)
@@ -110,21 +109,30 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
         stack.callback(store.close)
         controller = ControllerLine(actors.controller(), recovery.hang_seconds, recovery.start_seconds)
         controller.ask_at_start("begin")
+        if config.monitor.ui:
+            stack.callback(_open_page(config, PageControls(run_dir, controller.actor), view).close)
         save_config(config, run_dir / "config.yaml")
+        stack.callback((run_dir / "handle.json").unlink, missing_ok=True)
         handle = {
             "address": cluster.address,
             "namespace": prepared.namespace,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
             "store_metrics": master.endpoint.metrics,
+            **this_process(),
         }
-        (run_dir / "handle.json").write_text(json.dumps(handle))
-        stack.callback((run_dir / "handle.json").unlink, missing_ok=True)
-        if config.monitor.ui:
-            stack.callback(_open_page(config, PageControls(run_dir, controller.actor), view).close)
+        write_atomically(run_dir / "handle.json", lambda file: file.write(json.dumps(handle).encode()))
         trackers = open_trackers(config.monitor, run_dir, view.message)
         stack.callback(trackers.close)
         yield Session(prepared, actors, controller, store, trackers, view, interrupts)
+
+
+def _lock(run_dir: Path, stack: ExitStack) -> None:
+    """A run has one driver. The kernel lets go of the lock, however this process ends."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = stack.enter_context((run_dir / "driver.lock").open("w"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"{run_dir} is running already; see it with: torchspec status {run_dir}") from None
 
 
 def _open_page(config: Config, controls: PageControls, view: View) -> ServerThread:
@@ -137,6 +145,18 @@ def _open_page(config: Config, controls: PageControls, view: View) -> ServerThre
     return page
 
 
+def _start_master(config: Config, cluster: Cluster) -> MooncakeMaster:
+    try:
+        return MooncakeMaster(
+            log_path=config.run_dir / "logs" / "mooncake_master.log",
+            host=cluster.host,
+            port=config.store.master_port,
+            protocol=config.store.protocol,
+        )
+    except StoreUnavailable as error:
+        raise RunFailed(str(error)) from None
+
+
 def _check_cluster(prepared: Prepared, cluster: Cluster) -> None:
     """Whether the nodes have room for the run, and all that it needs there.
 
@@ -146,7 +166,7 @@ def _check_cluster(prepared: Prepared, cluster: Cluster) -> None:
     config, threads = prepared.config, prepared.plan.threads
     roles = config.cluster.inference_resource, config.cluster.training_resource
     gpus = (config.inference.tp_size, 1) if prepared.on_gpu else (0, 0)
-    counts = config.inference.first_workers, config.training.world_size
+    counts = config.inference.most_workers, config.training.world_size
     knobs = "cluster.inference_resource", "cluster.training_resource"
     for knob, role, count, cpus, gpu in zip(
         knobs, roles, counts, (threads.inference, threads.training), gpus, strict=True

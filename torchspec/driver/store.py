@@ -38,7 +38,7 @@ class StoreSupervisor:
         self._master, self._start_node = master, start_node
         self._segment_bytes, self._recovery = segment_bytes, recovery
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="ask-master")
-        self._watch(start_node())
+        self._start()
 
     def fault(self, elapsed: float) -> str | None:
         """What is wrong with the store, ``elapsed`` seconds after the last look."""
@@ -65,9 +65,13 @@ class StoreSupervisor:
             raise RunFailed(f"the store's master cannot be started again: {error}") from None
         if lost_node:
             ray.kill(self._node)
-        self._watch(self._start_node() if lost_node else self._node)
+            self._start()
+        else:
+            self._watch()
         deadline = time.monotonic() + self._recovery.start_seconds
         while self._capacity() < self._segment_bytes:
+            if self._node_gone():
+                self._start()
             if time.monotonic() > deadline:
                 raise RunFailed(f"the store has not come back in {self._recovery.start_seconds:.0f} s")
             time.sleep(_PAUSE_SECONDS)
@@ -75,10 +79,15 @@ class StoreSupervisor:
     def close(self) -> None:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    def _watch(self, node: Any) -> None:
-        self._node = node
-        self._life = node.hold.remote()
-        patience = self._recovery.hang_seconds
+    def _start(self) -> None:
+        """Start a node."""
+        self._node = self._start_node()
+        self._life = self._node.hold.remote()
+        self._watch()
+
+    def _watch(self) -> None:
+        """Count silence from now on."""
+        node, patience = self._node, self._recovery.hang_seconds
         self._master_pulse = Pulse(lambda: self._thread.submit(read_usage, self._master.endpoint), patience)
         self._node_pulse = Pulse(lambda: node.ping.remote().future(), patience, self._recovery.start_seconds)
 

@@ -51,7 +51,11 @@ class Trainers:
         return list(self._ranks)
 
     def start(self) -> None:
-        """Start the next generation, once there is a vocabulary. The one before must have ended, or been killed."""
+        """Start the next generation, once there is a vocabulary. The one before must have ended, or been killed.
+
+        Raises:
+            RankLost: there is no room for it now.
+        """
         if self.vocabulary is None:
             return
         plan: GroupPlan = self._controller.ask("open_group")
@@ -61,7 +65,11 @@ class Trainers:
             f"starting {training.world_size} training rank{'s' if training.world_size > 1 else ''} "
             f"(dp_size {training.dp_size}, sp_size {training.sp_size}) {where}"
         )
-        for number, actor in enumerate(self._actors.trainers(self.vocabulary, plan)):
+        try:
+            actors = self._actors.trainers(self.vocabulary, plan)
+        except ValueError as error:  # a node may be on its way back
+            raise RankLost(str(error)) from None
+        for number, actor in enumerate(actors):
             pulse = Pulse(_ping(actor), self._recovery.hang_seconds, self._recovery.start_seconds)
             self._ranks[actor.run.remote(self._controller.actor)] = Rank(number, actor, pulse)
 

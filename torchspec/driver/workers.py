@@ -15,7 +15,7 @@ from torchspec.driver.supervise import Pulse
 from torchspec.driver.view import View
 
 MAX_FRUITLESS_STARTS = 2
-"""An inference pool whose workers die so many times in a row without a single sample will never work."""
+"""An inference pool in which so many workers die in a row, while nobody has made a single sample, will never work."""
 
 
 @dataclass
@@ -57,6 +57,8 @@ class Workers:
     def reconnect(self) -> None:
         """Tell a controller that knows nothing."""
         for worker in self._workers.values():
+            if worker.pulse.answer is None:  # it is loading its model, and says nothing yet
+                self._controller.send("worker_started", worker.name)
             if worker.draining:
                 self._controller.ask("drain", worker.name)
 
@@ -74,7 +76,10 @@ class Workers:
             reason = worker.verdict or root_cause(error)
             reports = {w.worker: w.samples for w in self._controller.ask("status").workers}
             self._controller.ask("worker_lost", worker.name)
-            self._fruitless = 0 if reports.get(worker.name, 0) else self._fruitless + 1
+            if any(reports.get(other.name, 0) for other in self._workers.values()):
+                self._fruitless = 0
+            elif not worker.draining:
+                self._fruitless += 1
             if self._fruitless >= MAX_FRUITLESS_STARTS:
                 raise RunFailed(f"{worker.name} cannot work: {reason} (log: {log})") from None
             replaced = "" if worker.draining else "; starting another"

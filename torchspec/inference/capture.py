@@ -46,6 +46,7 @@ from torchspec.inference.capture_protocol import (
 )
 from torchspec.inference.capture_writer import CaptureWriter
 from torchspec.inference.standalone import SWITCH
+from torchspec.network import LOOPBACK, confine
 from torchspec.store.geometry import SampleGeometry
 from torchspec.store.hidden_state_store import SampleBuffer
 
@@ -80,6 +81,7 @@ def _start_for_parent(_result: None, worker: TpModelWorker, *_args: Any, **_kwar
 
     if get_parallel().tp_rank != 0:
         return
+    confine(os.listdir("/proc/self/fd"), LOOPBACK)  # torch's rendezvous, which SGLang's ranks have all on this machine
     config = CaptureConfig.from_json(os.environ[ENVIRONMENT_VARIABLE])
     parent = Parent(config.socket)
     writer = CaptureWriter(config.endpoint, config.buffer_bytes)

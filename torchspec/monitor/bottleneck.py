@@ -89,7 +89,7 @@ def judge(points: Sequence[HistoryPoint]) -> Verdict:
         return early
     stretch = _stretch(points)
     if stretch is None:
-        return Verdict("measuring", headline="measuring", text="the first steps are being made")
+        return Verdict("measuring", headline="measuring", text="the pools have just begun, or changed their sizes")
     verdict = _judge_stretch(stretch[0], stretch[-1])
     middle = stretch[len(stretch) // 2]
     halves = {_judge_stretch(*half).side for half in ((stretch[0], middle), (middle, stretch[-1]))}
@@ -102,7 +102,8 @@ def judge_ended(points: Sequence[HistoryPoint]) -> Verdict:
     if len(trained) < 2:
         return Verdict("ended", headline="ended", text="the run has ended; nothing was trained")
     verdict = _judge_stretch(trained[0], trained[-1])
-    text = f"over the whole run, {verdict.text}"
+    whole = len(_since_restart(points)) == len(points)
+    text = f"{'over the whole run' if whole else 'since its controller last started'}, {verdict.text}"
     return replace(verdict, state="ended", text=text, confidence="high")
 
 
@@ -137,7 +138,7 @@ def _stretch(points: Sequence[HistoryPoint]) -> Sequence[HistoryPoint] | None:
     last = points[-1]
     for i in range(len(points) - 2, -1, -1):
         first = points[i]
-        if not (first.trained_samples and first.ranks):
+        if not first.trained_samples or (first.workers, first.ranks) != (last.workers, last.ranks) or not first.ranks:
             return None
         seconds = last.time - first.time
         if seconds >= SHORTEST and (last.step - first.step >= FEWEST_STEPS or seconds >= LONGEST / 2):
@@ -219,7 +220,7 @@ def _training(shares: _Shares) -> Verdict:
     text = f"inference workers are idle {idle:.0%} of the time"
     if more > 0:
         text += f"; {_count(more, 'more training rank')} would balance"
-    advice = [f"raise training.dp_size by about {more}: torchspec scale RUN --dp ..."] if more > 0 else []
+    advice = [f"have {_count(more, 'more training rank')} or so: torchspec scale RUN --dp D"] if more > 0 else []
     if spare > 0:
         advice.append(f"or give up {_count(spare, 'inference worker')}: {enough} would do")
     advice.append("or make steps cheaper: training.compile, a smaller draft.vocab_size, a lower training.ttt_length")

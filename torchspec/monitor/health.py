@@ -13,7 +13,7 @@ from torchspec.monitor.snapshot import Snapshot, metrics_dir
 RECENT_SECONDS = 180.0
 """For so long a fault is worth a warning."""
 CONTROLLER_SILENT_SECONDS = 10.0
-FAULTS = {"worker_lost": "worker", "trainer_lost": "trainer", "store_lost": "store"}
+FAULTS = {"worker_lost": "worker", "trainer_lost": "trainer", "store_lost": "store", "controller_lost": "controller"}
 """Kinds of events that are faults of the system, and what was lost."""
 
 Level = Literal["good", "warning", "bad", "idle"]
@@ -94,7 +94,9 @@ def _losses(snapshot: Snapshot) -> str:
 
 
 def _lost(count: int, what: str, state: str) -> str:
-    return f"{count} {what}{'s' if count > 1 else ''} {state}" if what != "store" else f"Store {state}"
+    if what in ("store", "controller"):
+        return f"{what.capitalize()} {state}"
+    return f"{count} {what}{'s' if count > 1 else ''} {state}"
 
 
 def _words(seconds: float) -> str:

@@ -201,7 +201,8 @@ class PageServer:
 def ensure_token(run_dir: Path) -> str:
     """The run's token, made the first time; only its owner can read it."""
     path = run_dir / "ui_token"
-    if not path.exists():
+    if not (path.exists() and path.stat().st_size):
+        path.unlink(missing_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w") as file:
             file.write(secrets.token_urlsafe(24))
@@ -275,10 +276,11 @@ def _refusal(status: int, reason: str) -> web.HTTPException:
 
 
 def _token(folder: Path) -> str:
-    try:
-        return (folder / "ui_token").read_text()
-    except FileNotFoundError:
-        raise _refusal(401, f"{folder.name} has no token, so it cannot be controlled from here") from None
+    path = folder / "ui_token"
+    token = path.read_text() if path.exists() else ""
+    if not token:
+        raise _refusal(401, f"{folder.name} has no token, so it cannot be controlled from here")
+    return token
 
 
 def _number(query: Any, name: str) -> float | None:

@@ -44,6 +44,7 @@ EventKind = Literal[
     "trainer_started",
     "trainer_lost",
     "store_lost",
+    "controller_lost",
     "store_back",
     "evaluated",
     "note",

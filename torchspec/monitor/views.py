@@ -226,7 +226,9 @@ def _decode(run_dir: Path, ids: Sequence[int]) -> tuple[list[str], Callable[[Seq
 def _records(run_dir: Path, name: str, since: float | None, points: int | None) -> list[Record]:
     """With ``since``, the record before is there, too: what the first new rates start from."""
     path = metrics_dir(run_dir) / name
-    return read_series(path, max_points=points) if since is None else tail(path, since, before=True)
+    if since is not None and points is None:
+        return tail(path, since, before=True)
+    return read_series(path, float("-inf") if since is None else since, points)
 
 
 def _pairs(records: Sequence[Record], since: float | None) -> list[tuple[Record | None, Record]]:

@@ -14,6 +14,7 @@ from torchspec.monitor.handle import is_live
 from torchspec.monitor.health import Health, assess
 from torchspec.monitor.series import Follower
 from torchspec.monitor.snapshot import Snapshot, metrics_dir, read_latest
+from torchspec.monitor.views import undo
 
 Record = dict[str, Any]
 
@@ -56,15 +57,16 @@ class RunWatch:
             ValueError: the files were written by a newer torchspec.
         """
         snapshot, live = read_latest(self.run_dir), is_live(self.run_dir)
-        history, events, steps = self._history.read(), self._events.read(), self._steps.read()
+        history, events = self._history.read(), self._events.read()
+        train, heldout = undo(self._steps.read())
         return Look(
             snapshot,
             live,
             judge_run(self.run_dir, live),
             assess(snapshot, events, live, self._clock()),
             history,
-            [step for step in steps if step["split"] == "train"],
-            [step for step in steps if step["split"] == "heldout"],
+            train,
+            heldout,
             events,
         )
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
-import stat
 
 from mooncake.store import MooncakeDistributedStore, ReplicateConfig
 
-from torchspec.network import accept_only_to
+from torchspec.network import confine
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.errors import StoreUnavailable
 
@@ -28,7 +27,8 @@ def connect(endpoint: StoreEndpoint, segment_bytes: int = 0) -> MooncakeDistribu
     code = client.setup(address, endpoint.metadata, segment_bytes, 0, endpoint.protocol, "", endpoint.master)
     if code != 0:
         raise StoreUnavailable(f"the store's master at {endpoint.master} refused this client (Mooncake {code})")
-    _confine({int(fd) for fd in set(os.listdir("/proc/self/fd")) - before}, socket.gethostbyname(address))
+    # a client listens for handshakes and for data, always on all interfaces (0.3.13), whatever address it advertises
+    confine(set(os.listdir("/proc/self/fd")) - before, socket.gethostbyname(address))
     return client
 
 
@@ -51,20 +51,3 @@ def _probe(master: str) -> str:
             return str(connection.getsockname()[0])
     except OSError as error:
         raise StoreUnavailable(f"the store's master does not answer at {master}: {error}") from error
-
-
-def _confine(fds: set[int], address: str) -> None:
-    """Let the listening sockets among ``fds`` accept what is sent to ``address`` only.
-
-    A client listens for handshakes and for data, always on all interfaces (0.3.13), whatever address it advertises.
-    """
-    for fd in fds:
-        try:
-            if not stat.S_ISSOCK(os.fstat(fd).st_mode):
-                continue
-            duplicate = socket.socket(fileno=os.dup(fd))
-        except OSError:  # closed meanwhile
-            continue
-        with duplicate:
-            if duplicate.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
-                accept_only_to(duplicate, address)

@@ -27,7 +27,7 @@ export class Control {
       h("div", { class: "row" }, this.workers, h("button", { class: "button primary", text: "Scale" })),
       h("p", {
         class: "chart-note",
-        text: "New workers take a while to load the target; those taken away hand their samples back.",
+        text: "New workers take a while to load the target; those taken away finish what they have first.",
       }),
     );
     const unlock = h(

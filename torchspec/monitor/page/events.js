@@ -7,7 +7,7 @@ const GROUPS = {
   fault: {
     title: "Faults",
     sign: "✕",
-    kinds: ["failed", "worker_lost", "sample_failed", "sample_lost", "trainer_lost", "store_lost"],
+    kinds: ["failed", "worker_lost", "sample_failed", "sample_lost", "trainer_lost", "store_lost", "controller_lost"],
   },
   rejected: { title: "Rejections", sign: "⊘", kinds: ["rejected"] },
   scaling: { title: "Scaling", sign: "⇅", kinds: ["scaled", "worker_started", "worker_ready", "trainer_started"] },

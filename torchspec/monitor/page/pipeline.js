@@ -93,7 +93,7 @@ function describe(run) {
     inference: {
       value: rate(status.inference_tokens_per_s),
       unit: "tokens/s",
-      text: `${plural(alive.length, "worker")}, waiting ${percent(mean(alive, (w) => w.wait_share))}`,
+      text: `${plural(alive.length, "worker")}, waiting ${percent(mean(alive.filter((w) => w.doing !== "starting"), (w) => w.wait_share))}`,
       units: snapshot.workers
         .filter((w) => w.doing !== "gone" || point.time - w.heard < 60)
         .map((w) => ({ key: w.name, state: w.doing })),

@@ -56,7 +56,10 @@ export class Run {
     const fresh = await get("/api/update", { run: this.index, ...since });
     this.#take(fresh);
     append(this.history, fresh.history);
-    for (const split of ["train", "heldout"]) append(this.steps[split], fresh.steps[split]);
+    const splits = ["train", "heldout"];
+    const again = splits.some((split) => fresh.steps[split].step[0] <= last(this.steps[split].step));
+    if (again) await this.#loadSteps(); // steps that were undone have been made again
+    else for (const split of splits) append(this.steps[split], fresh.steps[split]);
     this.events.push(...fresh.events);
     if (this.range !== null) dropBefore(this.history, (last(this.history.time) ?? 0) - this.range);
     if (this.history.time.length > 2 * POINTS) await this.loadHistory();

@@ -51,7 +51,7 @@ export class Summary {
     this.health.set(health.headline, health.text, "", SIGNS[health.level]);
     if (!snapshot) return [this.speed, this.quality, this.left].forEach((tile) => tile.set("–", ""));
     this.#speed(snapshot.status, run.history);
-    this.#quality(snapshot.status, run.steps);
+    this.#quality(snapshot, run.steps);
     this.#left(snapshot.status, run);
   }
 
@@ -62,12 +62,11 @@ export class Summary {
     this.speed.spark(windowMean(history.time, history.training_samples_per_s ?? []));
   }
 
-  #quality(status, steps) {
+  #quality({ status, measured_accept_length: measured }, steps) {
     const report = status.last_heldout ?? status.last_step;
     if (!report) return this.quality.set("–", "no step yet");
     const where = status.last_heldout ? "simulated, held-out samples" : "simulated, training batches";
     const first = `first position right ${fixed(0)(100 * report.full_accuracy[0])}%`;
-    const measured = status.measured_accept_length;
     this.quality.set(
       fixed(2)(report.accept_length),
       `${measured ? `${fixed(2)(measured)} measured in a server` : where}\n${first}`,

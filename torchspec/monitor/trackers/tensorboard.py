@@ -16,11 +16,13 @@ class TensorBoardTracker:
         from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
         self._writer = EventFileWriter(str(run_dir / "tensorboard"))
-        self._started = False
+        self._last: int | None = None
 
     def step(self, report: StepReport) -> None:
-        if not self._started:
-            self._start(report.step)
+        if report.split == "train":
+            if self._last is None or report.step <= self._last:
+                self._forget(report.step)
+            self._last = report.step
         self._write(report.step, report_scalars(report))
 
     def status(self, status: RunStatus) -> None:
@@ -29,13 +31,12 @@ class TensorBoardTracker:
     def close(self) -> None:
         self._writer.close()
 
-    def _start(self, step: int) -> None:
-        """Tell TensorBoard to forget what a run before this resume logged from ``step`` on: those steps are undone."""
+    def _forget(self, step: int) -> None:
+        """Tell TensorBoard to forget what was logged from ``step`` on before: those steps have been undone."""
         from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 
         start = SessionLog(status=SessionLog.START)
         self._writer.add_event(Event(wall_time=time.time(), step=step, session_log=start))
-        self._started = True
 
     def _write(self, step: int, scalars: dict[str, float]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
