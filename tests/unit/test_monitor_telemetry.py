@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64decode
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +10,13 @@ import pytest
 
 from tests.simulation.pipeline import Simulation
 from tests.simulation.run_folder import SCENARIOS
-from torchspec.contracts import RankReport, SampleId, SampleRef, SampleTiming, WorkerReport, pack_mask
+from torchspec.contracts import RankReport, SampleId, SampleRef, SampleTiming, WorkerReport, pack_mask, unpack_mask
 from torchspec.controller.telemetry import GONE_KEPT, Telemetry
 from torchspec.monitor import snapshot as snapshots
 from torchspec.monitor.latency import EMPTY, observe
 from torchspec.monitor.recorder import EventLog, Recorder
 from torchspec.monitor.series import read_series
-from torchspec.monitor.timeline import Timelines
+from torchspec.monitor.timeline import TOKENS_KEPT, Timelines
 
 STATUS = Simulation(SCENARIOS["balanced"]).status()
 
@@ -205,3 +206,14 @@ def test_held_out_samples_and_samples_of_an_unmonitored_run_are_not_followed(tmp
     off = Timelines(tmp_path, 0, clock)
     off.leased(SampleId(0, 0), "w0")
     assert not off.follows(SampleId(0, 0))
+
+
+def test_of_a_long_sample_only_the_beginning_is_kept(tmp_path: Path, clock: Clock) -> None:
+    timelines, sample, long = Timelines(tmp_path, 1000.0, clock), SampleId(0, 4), TOKENS_KEPT + 100
+    timelines.leased(sample, "w0")
+    mask = pack_mask([True] * long)
+    whole = SampleRef(sample, "key", long, mask, {}, 100, "post_norm")
+    timelines.finish(whole, "chat-4", 2, b"\1\0\0\0" * long, None)
+    (record,) = read_series(snapshots.metrics_dir(tmp_path) / "samples.jsonl")
+    assert record["tokens"] == long and len(b64decode(record["token_ids"])) == 4 * TOKENS_KEPT
+    assert all(unpack_mask(b64decode(record["loss_mask"]), TOKENS_KEPT))

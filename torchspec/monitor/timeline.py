@@ -21,6 +21,8 @@ from torchspec.monitor.snapshot import metrics_dir, to_line
 
 PER_SECOND = 2.0
 SAMPLE_LINES, SAMPLE_RECENT = 1200, 500
+TOKENS_KEPT = 4096
+"""Of each sample, from its beginning. A multiple of 8: masks are packed."""
 
 Moment = Literal[
     "leased",
@@ -57,9 +59,9 @@ class SampleRecord:
     timeline: tuple[tuple[Moment, float, str], ...]
     """What happened, when, and to whom or why (worker, step or reason; else empty)."""
     token_ids: str
-    """base64 of little-endian int32."""
+    """base64 of little-endian int32, of the first :data:`TOKENS_KEPT` tokens."""
     loss_mask: str
-    """base64 of a packed mask (``contracts.pack_mask``)."""
+    """base64 of their packed mask (``contracts.pack_mask``)."""
 
 
 @dataclass(slots=True)
@@ -142,7 +144,7 @@ class Timelines:
             prompt_tokens=prompt_tokens,
             num_bytes=ref.num_bytes,
             timeline=tuple(followed.timeline),
-            token_ids=b64encode(token_ids).decode(),
-            loss_mask=b64encode(ref.loss_mask).decode(),
+            token_ids=b64encode(token_ids[: 4 * TOKENS_KEPT]).decode(),
+            loss_mask=b64encode(ref.loss_mask[: TOKENS_KEPT // 8]).decode(),
         )
         self._file.append(to_line(record))

@@ -72,6 +72,7 @@ export class Samples {
 
 function draw(record) {
   const trained = record.mask.reduce((a, b) => a + b, 0);
+  const shown = record.mask.length < record.tokens ? `the first ${count(record.mask.length)} of ` : "";
   const facts = [
     ["conversation", record.id],
     ["worker", record.worker],
@@ -95,7 +96,7 @@ function draw(record) {
     h("h4", { text: "Tokens and loss mask" }),
     h(
       "p",
-      { class: "chart-note", text: `${plural(record.tokens, "token")}, the loss is on ${count(trained)} of them: ` },
+      { class: "chart-note", text: `${shown}${plural(record.tokens, "token")}, the loss is on ${count(trained)} of them: ` },
       h("span", { class: "token counted", text: "trained on" }),
       " ",
       h("span", { class: "token", text: "only read" }),
