@@ -46,7 +46,8 @@ class Host:
         """Address and port of each listening TCP socket, and the first process that holds it."""
         for line in self.run("ss", "-H", "-l", "-t", "-n", "-p").splitlines():
             text, port = line.split()[3].rsplit(":", 1)
-            address = ip_address("::" if text == "*" else text.strip("[]"))
+            text = text.partition("%")[0].strip("[]")  # %: the device that it is bound to
+            address = ip_address("::" if text == "*" else text)
             mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
             yield mapped or address, int(port), psutil.Process(int(re.findall(r"pid=(\d+)", line)[0]))
 
