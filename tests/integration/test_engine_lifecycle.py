@@ -50,6 +50,7 @@ def wait_until_gone(pids: list[int]) -> None:
     assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
+@pytest.mark.slow
 def test_an_engine_without_the_capture_plugin_is_refused(start) -> None:  # type: ignore[no-untyped-def]
     refused = start("stop", SGLANG_PLUGINS="torchspec_sgl_kernel,torchspec_cpu").read()
     assert "capture plugin did not load" in refused["error"] and "SGLANG_PLUGINS" in refused["error"]

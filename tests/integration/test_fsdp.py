@@ -33,6 +33,7 @@ def relative_difference(a: Tensor, b: Tensor) -> float:
     return ((a - b).norm() / b.norm()).item()
 
 
+@pytest.mark.slow
 def test_1_2_and_3_ranks_train_the_same_draft(bench: Bench, tmp_path: Path) -> None:
     silent = put_samples(bench.client, [9, 12], prefix="silent", first=40, unsupervised=[40, 41])
     full = put_samples(bench.client, [31, 8, 12, 20, 9, 14], prefix="full")

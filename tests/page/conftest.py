@@ -17,8 +17,9 @@ from tests.simulation.pipeline import Setup
 INFERENCE_BOUND = Setup(workers=2, engine_seconds=0.36, step_seconds=0.75, warm_up=5.0, pause_every=50)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
+    """Not for longer: while it is there, this thread has an event loop that runs."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.skip("Chromium is not installed: apt-get install chromium")

@@ -61,7 +61,7 @@ def test_a_real_run_is_watched_and_scaled_from_its_page_and_ends_with_ctrl_c(
         control(page, "Scale", "the inference pool becomes 2")
         page.keyboard.press("Escape")
         page.click("#tab-workers")
-        page.get_by_role("row", name="worker-1").get_by_text("working").wait_for(timeout=120_000)
+        page.get_by_role("row", name="worker-1").get_by_text("starting").wait_for()
         signal_part(run_dir, "worker")
         page.get_by_role("row", name="worker-0").get_by_text("gone").wait_for(timeout=5000)
 

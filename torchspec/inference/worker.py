@@ -184,7 +184,7 @@ class InferenceWorker:
         histogram = observe(self._counts.put_histogram, captured.put_seconds)
         self._counts = replace(self._counts, put_histogram=histogram)
         waited = time.perf_counter() - started - captured.compute_seconds - captured.hold_seconds - captured.put_seconds
-        timing = SampleTiming(waited, captured.compute_seconds, captured.hold_seconds, captured.put_seconds)
+        timing = SampleTiming(max(0.0, waited), captured.compute_seconds, captured.hold_seconds, captured.put_seconds)
         ref = SampleRef(
             sample=lease.sample,
             key=lease.key,
