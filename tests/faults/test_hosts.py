@@ -132,5 +132,6 @@ def check_sockets(head: Host, worker: Host) -> None:
 
 def put_bytes(run_dir: Path) -> int:
     """What the engines have stored for the steps that were trained: states of four layers, float32."""
-    tokens = sum(json.loads(line)["tokens"] for line in (run_dir / "metrics.jsonl").read_text().splitlines())
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    tokens = sum(record["tokens"] for record in records if record["split"] == "train")
     return tokens * 4 * 576 * 4
