@@ -8,6 +8,8 @@ engines) in which one process gets a SIGKILL, or a SIGSTOP and so hangs, or some
 the script, as a scheduler's requeue would, and one that has found its disk full once there is room again; in all others
 nobody helps.
 
+A part is disturbed once the run has begun, at the earliest: what dies while a run is being launched ends it, in one line.
+
 - *Detected* and *repaired* are seconds from the signal to the first word about it in the run's output, and to the next
   optimizer step after that; empty where the run had ended before. A resumed driver is detected when it is resumed. A
   store that is full is waited for, and nothing is said.
@@ -260,9 +262,9 @@ def _undisturbed(folder: Path, target: Path, knobs: tuple[str, ...]) -> list[flo
 
 
 def _there(run_dir: Path, part: str) -> bool:
-    if part in ("driver", "disk"):
-        return (run_dir / "handle.json").exists()
-    return bool(part_of(run_dir, "node" if part == "store" else part))
+    """Whether the run has begun, and has this part."""
+    role = {"driver": "controller", "disk": "controller", "store": "node"}.get(part, part)
+    return (run_dir / "handle.json").exists() and bool(part_of(run_dir, role))
 
 
 def _count(run_dir: Path, event: str) -> int:
