@@ -1,14 +1,15 @@
 """Kills, stops or starves a random part of short online runs at a random moment, and looks at what came of it.
 
-    python -m benchmarks.fault_rounds [--rounds 20] [--seed 0] [--hang-seconds 10] [--only engine trainer ...]
+    python -m benchmarks.fault_rounds [--rounds 20] [--seed 0] [--workers 2] [--hang-seconds 10]
+        [--only engine trainer ...]
 
-Each round is one run of ``tests/online.py`` (the 135M target in SGLang, Mooncake, Ray, 48 samples in 12 steps, two
-engines) in which one process gets a SIGKILL, or a SIGSTOP and so hangs, or something else fills the store for a while
+Each round is one run of ``tests/online.py`` (the 135M target in SGLang, Mooncake, Ray, 48 samples in 12 steps) in which one process gets a SIGKILL, or a SIGSTOP and so hangs, or something else fills the store for a while
 (*store*), or the disk (*disk*, a file system of its own, which needs root). A run whose driver was killed is resumed by
 the script, as a scheduler's requeue would, and one that has found its disk full once there is room again; in all others
 nobody helps.
 
-A part is disturbed once the run has begun, at the earliest: what dies while a run is being launched ends it, in one line.
+A part is disturbed once the run has begun, at the earliest: what dies while a run is being launched ends it, in one
+line.
 
 - *Detected* and *repaired* are seconds from the signal to the first word about it in the run's output, and to the next
   optimizer step after that; empty where the run had ended before. A resumed driver is detected when it is resumed. A
@@ -18,7 +19,7 @@ A part is disturbed once the run has begun, at the earliest: what dies while a r
 - *Loss* is the largest relative difference of a step's loss to an undisturbed run; the *noise* between two undisturbed
   runs is given for comparison.
 
-Prints a table and writes benchmarks/results/fault_rounds.json.
+Prints a table and writes benchmarks/results/fault_rounds_SEED.json.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ from torchspec.inference.target_checkpoint import CACHE, MODEL, build
 from torchspec.store.client import connect, pinned
 from torchspec.store.endpoint import StoreEndpoint
 
-RESULTS = Path(__file__).parent / "results" / "fault_rounds.json"
+RESULTS = Path(__file__).parent / "results"
 PROCESSES = ("worker", "engine", "detokenizer", "trainer", "controller", "node", "master", "driver")
 PARTS = (*PROCESSES, "store", "disk")
 WORDS = ("died", "hangs", "no sign of life", "failed:", "starts again", "starting it again", "starting another")
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--hang-seconds", type=float, default=10.0)
+    parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
     cache = CACHE.expanduser()
@@ -106,7 +108,11 @@ def main() -> None:
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="torchspec-rounds-") as name:
         folder = Path(name)
-        knobs = ("inference.workers=2", f"recovery.hang_seconds={options.hang_seconds}", "recovery.start_seconds=180")
+        knobs = (
+            f"inference.workers={options.workers}",
+            f"recovery.hang_seconds={options.hang_seconds}",
+            "recovery.start_seconds=180",
+        )
         undisturbed = [_undisturbed(folder / f"undisturbed{i}", target, knobs) for i in range(2)]
         noise = _difference(*undisturbed)
         rounds = []
@@ -289,9 +295,11 @@ def _report(rounds: list[Round], noise: float, options: argparse.Namespace) -> N
         table.add_row(r.part, r.signal, *shown, equal, f"{r.loss_difference:.1e}")
     if len(rounds) == options.rounds:
         Console().print(table)
-    settings = {"seed": options.seed, "hang_seconds": options.hang_seconds, "machine": platform.processor() or "x86_64"}
+    settings = {name: getattr(options, name) for name in ("seed", "workers", "hang_seconds")}
+    settings["machine"] = platform.processor() or "x86_64"
     tree = {"settings": settings, "undisturbed_noise": noise, "rounds": [asdict(r) for r in rounds]}
-    RESULTS.write_text(json.dumps(tree, indent=1) + "\n")
+    path = RESULTS / f"fault_rounds_{options.seed}.json"
+    path.write_text(json.dumps(tree, indent=1) + "\n")
 
 
 if __name__ == "__main__":
