@@ -3,10 +3,10 @@
     python -m benchmarks.fault_rounds [--rounds 20] [--seed 0] [--workers 2] [--hang-seconds 10]
         [--only engine trainer ...]
 
-Each round is one run of ``tests/online.py`` (the 135M target in SGLang, Mooncake, Ray, 48 samples in 12 steps) in which one process gets a SIGKILL, or a SIGSTOP and so hangs, or something else fills the store for a while
-(*store*), or the disk (*disk*, a file system of its own, which needs root). A run whose driver was killed is resumed by
-the script, as a scheduler's requeue would, and one that has found its disk full once there is room again; in all others
-nobody helps.
+Each round is one run of ``tests/online.py`` (the 135M target in SGLang, Mooncake, Ray, 48 samples in 12 steps) in which
+one process gets a SIGKILL, or a SIGSTOP and so hangs, or something else fills the store for a while (*store*), or the
+disk (*disk*, a file system of its own, which needs root). A run whose driver was killed is resumed by the script, as a
+scheduler's requeue would, and one that has found its disk full once there is room again; in all others nobody helps.
 
 A part is disturbed once the run has begun, at the earliest: what dies while a run is being launched ends it, in one
 line.
