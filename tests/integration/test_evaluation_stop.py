@@ -34,9 +34,8 @@ def temp() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.mark.parametrize(
-    ("sent", "code"), [pytest.param(signal.SIGINT, 17, marks=pytest.mark.slow), (signal.SIGKILL, -9)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGINT, 17), (signal.SIGKILL, -9)])
 def test_nothing_is_left_behind(target_path: Path, temp: Path, sent: signal.Signals, code: int) -> None:
     driver = psutil.Popen([sys.executable, "-c", SERVE, str(target_path)], env=os.environ | {"TMPDIR": str(temp)})
     _wait(lambda: _shared_memory(driver))
