@@ -58,7 +58,7 @@ from tests.online import (
     wait_until_gone,
     write_config,
 )
-from torchspec.controller.journal import read_lines
+from torchspec.controller.journal import count_events
 from torchspec.inference.target_checkpoint import CACHE, MODEL, build
 from torchspec.store.client import connect, pinned
 from torchspec.store.endpoint import StoreEndpoint
@@ -274,7 +274,7 @@ def _there(run_dir: Path, part: str) -> bool:
 
 
 def _count(run_dir: Path, event: str) -> int:
-    return sum(record["event"] == event for record in read_lines(run_dir / "ledger.jsonl"))
+    return count_events(run_dir / "ledger.jsonl")[event]
 
 
 def _difference(found: list[float], expected: list[float]) -> float:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -85,35 +86,39 @@ time.sleep(600)
 """
 
 
+@contextlib.contextmanager
+def start_actor(mark: str, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    environment = os.environ | {MARK: mark, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen([sys.executable, "-c", ACTOR], env=environment, stdout=subprocess.PIPE, text=True) as actor:
+        try:
+            yield actor
+        finally:
+            actor.kill()
+
+
 def test_an_actors_janitor_outlives_it_and_sweeps_its_children_wherever_the_driver_is(tmp_path):
     """As Ray ends an actor: its direct children first, all of them, then itself."""
     mark = f"test{os.getpid()}{time.monotonic_ns()}"
-    environment = os.environ | {MARK: mark, "TMPDIR": str(tmp_path)}
-    with subprocess.Popen([sys.executable, "-c", ACTOR], env=environment, stdout=subprocess.PIPE, text=True) as actor:
+    with start_actor(mark, tmp_path) as actor:
         child, file, folder = actor.stdout.readline().split()
         assert Path(file).parent == Path(folder) and Path(folder).parent == tmp_path
-        assert set(marked_processes(mark)) == {actor.pid, int(child)}
+        wait_until(
+            lambda: set(marked_processes(mark)) == {actor.pid, int(child)}
+        )  # a new process has it when exec ends
         direct = psutil.Process(actor.pid).children()
         assert [process.pid for process in direct] == [int(child)], "Ray would end its janitor with it"
-        actor.kill()
     wait_until(lambda: not marked_processes(mark) and not Path(folder).exists())
 
 
 def test_a_new_incarnation_is_left_alone_by_the_janitor_of_the_one_before(tmp_path):
     mark = f"test{os.getpid()}{time.monotonic_ns()}"
-    environment = os.environ | {MARK: mark, "TMPDIR": str(tmp_path)}
-    pipes = {"stdout": subprocess.PIPE, "text": True}
-    with (
-        subprocess.Popen([sys.executable, "-c", ACTOR], env=environment, **pipes) as old,
-        subprocess.Popen([sys.executable, "-c", ACTOR], env=environment, **pipes) as new,
-    ):
+    with start_actor(mark, tmp_path) as old, start_actor(mark, tmp_path) as new:
         _, _, old_folder = old.stdout.readline().split()
         new_child, _, new_folder = new.stdout.readline().split()
         old.kill()
         wait_until(lambda: not Path(old_folder).exists())
         assert new.poll() is None and Path(new_folder).exists()
-        assert set(marked_processes(mark)) == {new.pid, int(new_child)}
-        new.kill()
+        wait_until(lambda: set(marked_processes(mark)) == {new.pid, int(new_child)})
     wait_until(lambda: not marked_processes(mark) and not Path(new_folder).exists())
 
 

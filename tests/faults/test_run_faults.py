@@ -22,7 +22,7 @@ from tests.online import (
     wait_until_gone,
     write_config,
 )
-from torchspec.controller.journal import read_lines
+from torchspec.controller.journal import count_events
 from torchspec.controller.verify import verify_run
 from torchspec.inference.leftovers import find_shared_memory_leftovers
 
@@ -31,10 +31,6 @@ EXPECTED = sorted_batches(seeded_batches())
 
 def trained(run_dir: Path) -> dict:
     return sorted_batches(journal(run_dir))
-
-
-def count(run_dir: Path, event: str) -> int:
-    return sum(record["event"] == event for record in read_lines(run_dir / "ledger.jsonl"))
 
 
 @pytest.fixture
@@ -62,7 +58,10 @@ def test_a_run_through_every_kind_of_death_trains_what_it_would_have_trained(
         """Kill it once step ``after`` is made, and wait until the run has so many generations of ranks."""
         first.wait_for(lambda: steps_done(run_dir) >= after and part_of(run_dir, role), f"step {after}")
         signal_part(run_dir, role)
-        first.wait_for(lambda: count(run_dir, "group") == generations, f"generation {generations} after {role}")
+        first.wait_for(
+            lambda: count_events(run_dir / "ledger.jsonl")["group"] == generations,
+            f"generation {generations} after {role}",
+        )
 
     kill("engine", 1, 1)
     kill("trainer", 2, 2)

@@ -22,22 +22,10 @@ from controller_harness import (
     start,
     worker,
 )
-from store_harness import running_store
 
 from torchspec.contracts import HELDOUT_EPOCH, SampleId, WorkerReport, unpack_mask
 from torchspec.controller.journal import trained_batches
 from torchspec.controller.verify import EpochCount, verify_run
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    with running_store(tmp_path_factory.mktemp("store"), 64 << 20) as store:
-        yield store
-
-
-@pytest.fixture
-def endpoint(store):
-    return store.endpoint
 
 
 @pytest.mark.parametrize(("workers", "ranks"), [(1, 1), (3, 1), (2, 2)])

@@ -20,7 +20,6 @@ from controller_harness import (
     stored,
     worker,
 )
-from store_harness import running_store
 
 from torchspec.config.load import load_config
 from torchspec.contracts import SampleId, WorkerReport
@@ -28,17 +27,6 @@ from torchspec.controller.journal import read_lines, trained_batches
 from torchspec.controller.steps import GroupEnded
 from torchspec.controller.verify import verify_run
 from torchspec.parallel.shards import ShardFormula
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    with running_store(tmp_path_factory.mktemp("store"), 64 << 20) as store:
-        yield store
-
-
-@pytest.fixture
-def endpoint(store):
-    return store.endpoint
 
 
 def events(run_dir) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 import ray
 import torch
 from engine_harness import AUX_LAYERS
-from store_harness import RunningStore, running_store
+from store_harness import RunningStore
 from transformers import AutoTokenizer
 
 from torchspec.config.schema import AnswerConfig, InferenceConfig
@@ -65,12 +65,6 @@ def lease(key: str, row: int, input_ids: list[int], max_new_tokens: int) -> Leas
     mask = b"" if max_new_tokens else pack_mask([i % 2 for i in range(len(input_ids))])
     packed = np.asarray(input_ids, "<i4").tobytes()
     return Lease(SampleId(0, row), key, packed, mask, max_new_tokens, seed=row, credit_bytes=1 << 20)
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningStore]:
-    with running_store(tmp_path_factory.mktemp("store"), 64 << 20) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")

@@ -18,19 +18,8 @@ from torchspec.monitor.bottleneck import judge_run
 from torchspec.monitor.series import read_series
 from torchspec.monitor.snapshot import Snapshot, metrics_dir, read_latest
 from torchspec.store.hidden_state_store import HiddenStateStore
-from torchspec.store.master import MooncakeMaster
-from torchspec.store.node import StoreNode
 
 PROMPTS, EPOCHS = 10, 2
-
-
-@pytest.fixture(scope="module")
-def endpoint(tmp_path_factory):
-    master = MooncakeMaster(tmp_path_factory.mktemp("store") / "master.log")
-    node = StoreNode(master.endpoint, 64 << 20)
-    yield master.endpoint
-    node.close()
-    master.stop()
 
 
 async def monitored(controller: Controller, client: HiddenStateStore) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from tests.clock import Clock
 from torchspec.cli.dashboard import Dashboard, sparkline
 from torchspec.cli.live import HEARTBEAT_SECONDS, LiveView, PlainView, open_view
 from torchspec.cli.units import human_bytes, human_count, human_rate, human_seconds
@@ -163,19 +164,6 @@ def test_sparkline() -> None:
     assert sparkline([7.0] * 4 + [0.0] * 4 + [7.0] * 4, 6) == "██▁▁██"
     assert sparkline([1.0, 2.0], 20) == ""
     assert sparkline([2.0] * 10, 10) == "▁" * 10
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
-
-
-@pytest.fixture
-def clock() -> Clock:
-    return Clock()
 
 
 @pytest.fixture

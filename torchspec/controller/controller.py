@@ -380,7 +380,7 @@ class Controller:
         return "training" if self.books.vocabulary.vocab is not None else "counting-vocabulary"
 
     async def _observe_pools(self) -> None:
-        """See now and then which pool waits for the other, and let the inference pool follow."""
+        """See now and then which pool waits for the other, let the inference pool follow, and try the store again."""
         while True:
             for _ in range(LOOKS):
                 await asyncio.sleep(AUTOSCALE_SECONDS / LOOKS)

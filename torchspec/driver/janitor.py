@@ -76,9 +76,11 @@ def marked_processes(mark: str) -> list[int]:
 
 def sweep(mark: str, temp_dir: Path, since: float) -> None:
     """Kill the run's processes, then remove their files."""
-    for _ in range(20):  # a dying parent may just have started a child
+    clean_looks = 0
+    for _ in range(20):
         pids = marked_processes(mark)
-        if not pids:
+        clean_looks = 0 if pids else clean_looks + 1
+        if clean_looks == 2:  # a dying parent may just have started a child, whose environment is not there yet
             break
         for pid in pids:
             with contextlib.suppress(OSError):  # it has ended
