@@ -15,14 +15,15 @@ import ray
 from controller_harness import drive, make_spec
 from ray.cluster_utils import Cluster as RayNodes
 
-from torchspec.config.load import parse_config
+from torchspec.config.load import parse_config, save_config
 from torchspec.config.schema import ClusterConfig
 from torchspec.controller.controller import Controller
 from torchspec.controller.verify import verify_run
 from torchspec.driver.cluster import Cluster, namespace, pack_code, start_cluster
 from torchspec.driver.nodes import check_nodes, differences, look
-from torchspec.driver.placement import Placement, check_room, nodes_of
+from torchspec.driver.placement import Placement, check_pools, check_room, nodes_of
 from torchspec.driver.plan import Plan
+from torchspec.driver.scale import checked_workers
 from torchspec.driver.threads import ThreadPlan
 from torchspec.inference.sglang_patch import our_edits
 from torchspec.network import LOOPBACK
@@ -65,7 +66,7 @@ def places(options: list[dict], **more: object) -> list[str]:
 
 
 def ids(cluster: Cluster, role: str) -> set[str]:
-    return {node.id for node in nodes_of(cluster, role)}
+    return {node.id for node in nodes_of(cluster.nodes, role)}
 
 
 def test_a_cluster_of_one_machine_is_on_loopback(cluster):
@@ -99,16 +100,37 @@ def test_ranks_that_have_no_room_are_refused(cluster, monkeypatch):
 
 
 def test_room_is_checked_by_role(cluster):
-    check_room(cluster, "cluster.inference_resource", "torchspec_inference", 4, 1, 0)
-    check_room(cluster, "cluster.inference_resource", None, 6, 1, 0)
+    check_room(cluster.nodes, "cluster.inference_resource", "torchspec_inference", 4, 1, 0)
+    check_room(cluster.nodes, "cluster.inference_resource", None, 6, 1, 0)
     with pytest.raises(ValueError, match=r"5 actors of 1 CPUs.*room for 4"):
-        check_room(cluster, "cluster.inference_resource", "torchspec_inference", 5, 1, 0)
+        check_room(cluster.nodes, "cluster.inference_resource", "torchspec_inference", 5, 1, 0)
     with pytest.raises(ValueError, match=r"2 actors of 2 CPUs.*room for 1"):
-        check_room(cluster, "cluster.training_resource", "torchspec_training", 2, 2, 0)
+        check_room(cluster.nodes, "cluster.training_resource", "torchspec_training", 2, 2, 0)
     with pytest.raises(ValueError, match="no node of the cluster offers the resource cooking"):
-        check_room(cluster, "cluster.training_resource", "cooking", 1, 1, 0)
+        check_room(cluster.nodes, "cluster.training_resource", "cooking", 1, 1, 0)
     with pytest.raises(ValueError, match="1 GPUs"):
-        check_room(cluster, "cluster.training_resource", "torchspec_training", 1, 1, 1)
+        check_room(cluster.nodes, "cluster.training_resource", "torchspec_training", 1, 1, 1)
+
+
+def test_both_pools_must_fit_together(cluster):
+    def check(workers: int, ranks: int, **roles: str) -> None:
+        tree = {"target": {"path": "unused"}, "cluster": roles, "inference": {"workers": workers}}
+        check_pools(cluster.nodes, parse_config(tree | {"training": {"dp_size": ranks}}), ThreadPlan(1, 1), False)
+
+    check(4, 2, **ROLES.model_dump(include={"inference_resource", "training_resource"}))
+    check(4, 2)
+    with pytest.raises(ValueError, match=r"5 inference workers and 2 training ranks need 7 CPUs together.* have 6"):
+        check(5, 2)
+    with pytest.raises(ValueError, match=r"3 actors .* do not fit on the nodes of cluster\.training_resource"):
+        check(1, 3, training_resource="torchspec_training")
+
+
+def test_a_size_that_the_cluster_has_no_room_for_is_refused(cluster, tmp_path, target_path):
+    tree = {"target": {"path": str(target_path)}, "cluster": {"address": cluster.address, "nodes": 4}}
+    save_config(parse_config(tree), tmp_path / "config.yaml")
+    assert checked_workers(tmp_path, "3") == 3
+    with pytest.raises(ValueError, match=r"77 actors .* do not fit"):
+        checked_workers(tmp_path, "77")
 
 
 def test_nodes_that_have_what_the_driver_has_are_accepted(cluster, tmp_path, target_path):

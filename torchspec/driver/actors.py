@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import ray
 
 from torchspec.controller.controller import Controller
+from torchspec.controller.pools import with_workers
 from torchspec.controller.spec import ControllerSpec
 from torchspec.controller.steps import GroupPlan
 from torchspec.data.draft_vocab import DraftVocab
@@ -112,16 +113,18 @@ class ActorFactory:
         options = {"max_concurrency": LONG_POLLS, "max_restarts": -1, **self._placement.beside_the_driver()}
         return self._start(Controller, "controller", 1, 0, spec, **options)
 
-    def worker(self, controller: Any) -> tuple[str, Any]:
-        """A new inference worker; its name is never used again."""
+    def worker(self, controller: Any, pool: int) -> tuple[str, Any]:
+        """A new inference worker, one of ``pool`` that share the cores; its name is never used again."""
         name = f"worker-{self._workers}"
         self._workers += 1
-        inference, target = self._config.inference, self._prepared.target
+        prepared, target = self._prepared, self._prepared.target
+        inference = self._config.inference
+        fair = plan_threads(with_workers(self._config, pool), prepared.plan.cores, prepared.on_gpu)
         engine = EngineConfig(
             model_path=target.path,
             dtype=self._config.target.dtype,
-            device="cuda" if self._prepared.on_gpu else "cpu",
-            threads=self._prepared.plan.threads.inference,
+            device="cuda" if prepared.on_gpu else "cpu",
+            threads=min(fair.inference, prepared.plan.threads.inference),
             tp_size=inference.tp_size,
             aux_layers=target.aux_layers,
             chunked_prefill_size=inference.chunked_prefill_size,
@@ -132,7 +135,7 @@ class ActorFactory:
             hang_seconds=self._config.recovery.hang_seconds,
             extra_args=inference.engine_args,
         )
-        gpus = inference.tp_size if self._prepared.on_gpu else 0
+        gpus = inference.tp_size if prepared.on_gpu else 0
         actor = self._start(
             InferenceWorker,
             name,

@@ -116,7 +116,7 @@ def _join(config: ClusterConfig, **options: Any) -> None:
                 f"cluster.address {config.address}: {' '.join(str(error).split())[:200]} (a cluster without a token is "
                 "joined with RAY_AUTH_MODE=disabled)"
             ) from None
-    while (alive := len(_alive_nodes())) < config.nodes:
+    while (alive := len(alive_nodes())) < config.nodes:
         if time.monotonic() > deadline:
             ray.shutdown()
             raise ValueError(
@@ -126,8 +126,11 @@ def _join(config: ClusterConfig, **options: Any) -> None:
         time.sleep(POLL_SECONDS)
 
 
-def _alive_nodes() -> list[dict[str, Any]]:
-    return [node for node in ray.nodes() if node["Alive"]]
+def alive_nodes() -> tuple[Node, ...]:
+    """Of the cluster that this process is connected to."""
+    return tuple(
+        Node(node["NodeID"], node["NodeManagerAddress"], node["Resources"]) for node in ray.nodes() if node["Alive"]
+    )
 
 
 def pack_code(folder: Path) -> list[str]:
@@ -151,12 +154,12 @@ def _look_around(host: str | None) -> Cluster:
             free_port(host)
         except OSError as error:
             raise ValueError(f"store.host {host} is no address of this machine: {error.strerror}") from None
-    nodes = _alive_nodes()
-    own = next(node for node in nodes if node["NodeID"] == context.get_node_id())["NodeManagerAddress"]
-    alone = all(node["NodeManagerAddress"] == own for node in nodes)
+    nodes = alive_nodes()
+    own = next(node for node in nodes if node.id == context.get_node_id()).address
+    alone = all(node.address == own for node in nodes)
     return Cluster(
         address=context.gcs_address,
         host=host or (LOOPBACK if alone else own),
         node_id=context.get_node_id(),
-        nodes=tuple(Node(node["NodeID"], node["NodeManagerAddress"], node["Resources"]) for node in nodes),
+        nodes=nodes,
     )

@@ -10,14 +10,16 @@ a sliver of it, so what bounds their number is CPUs and GPUs. Without a role any
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from torchspec.config.schema import ClusterConfig
+from torchspec.config.schema import ClusterConfig, Config
 from torchspec.driver.cluster import Cluster, Node
+from torchspec.driver.threads import ThreadPlan
 from torchspec.network import LOOPBACK, meeting_point
 from torchspec.processes import free_port
 
@@ -68,14 +70,38 @@ class Placement:
         return address, port, [{"scheduling_strategy": place} for place in places]
 
 
-def nodes_of(cluster: Cluster, role: str | None) -> list[Node]:
+def check_pools(nodes: Sequence[Node], config: Config, threads: ThreadPlan, on_gpu: bool) -> None:
+    """Whether both pools of ``config`` fit on ``nodes``, if nothing else runs there.
+
+    Raises:
+        ValueError: says what does not fit where.
+    """
+    roles, inference, training = config.cluster, config.inference.most_workers, config.training.world_size
+    engine_gpus, rank_gpus = (config.inference.tp_size, 1) if on_gpu else (0, 0)
+    knob = "cluster.inference_resource"
+    check_room(nodes, knob, roles.inference_resource, inference, threads.inference, engine_gpus)
+    check_room(nodes, "cluster.training_resource", roles.training_resource, training, threads.training, rank_gpus)
+    used = {n.id: n for role in (roles.inference_resource, roles.training_resource) for n in nodes_of(nodes, role)}
+    for name, needed in (
+        ("CPU", inference * threads.inference + training * threads.training),
+        ("GPU", inference * engine_gpus + training * rank_gpus),
+    ):
+        there = sum(int(node.resources.get(name, 0)) for node in used.values())
+        if needed > there:
+            raise ValueError(
+                f"{inference} inference workers and {training} training ranks need {needed} {name}s together; the "
+                f"cluster's nodes for them have {there}"
+            )
+
+
+def nodes_of(nodes: Sequence[Node], role: str | None) -> list[Node]:
     """Nodes that actors of a role may go to: those with a CPU and, if it has a name, the role's resource."""
-    return [n for n in cluster.nodes if n.resources.get("CPU", 0) >= 1 and (role is None or role in n.resources)]
+    return [n for n in nodes if n.resources.get("CPU", 0) >= 1 and (role is None or role in n.resources)]
 
 
-def check_room(cluster: Cluster, knob: str, role: str | None, count: int, cpus: int, gpus: int) -> None:
+def check_room(nodes: Sequence[Node], knob: str, role: str | None, count: int, cpus: int, gpus: int) -> None:
     """Raises ValueError: ``count`` actors of a role do not fit on its nodes, even if nothing else runs there."""
-    nodes = nodes_of(cluster, role)
+    nodes = nodes_of(nodes, role)
     if not nodes:
         raise ValueError(
             f"no node of the cluster offers the resource {role} of {knob}: start Ray there with "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, replace
 
 import psutil
@@ -12,7 +11,7 @@ from torchspec.config.schema import Config, TrainingConfig
 from torchspec.driver.memory import draft_parameters
 from torchspec.driver.splits import Room, Split, possible_splits
 from torchspec.driver.target import TargetInfo
-from torchspec.driver.threads import ThreadPlan, plan_threads
+from torchspec.driver.threads import ThreadPlan, plan_threads, usable_cores
 from torchspec.models.eagle3_config import Eagle3Config
 from torchspec.store.layout import USABLE_SHARE, stored_bytes
 
@@ -56,9 +55,7 @@ def make_plan(config: Config, target: TargetInfo, heldout_samples: int, vocab_pr
     """
     if on_gpu:
         check_gpus(config, torch.cuda.device_count())
-    cores = os.cpu_count() or 1
-    if config.cluster.num_cpus is not None:
-        cores = min(cores, config.cluster.num_cpus)
+    cores = usable_cores(config)
     threads = plan_threads(config, cores, on_gpu)
     sample_bytes = target.geometry.stored_bytes(config.data.max_seq_length)
     credit_bytes = int(config.store.segment_bytes * USABLE_SHARE)

@@ -31,7 +31,7 @@ from torchspec.driver.handle import PageControls
 from torchspec.driver.interrupts import Interrupts
 from torchspec.driver.janitor import MARK, Janitor
 from torchspec.driver.nodes import check_nodes
-from torchspec.driver.placement import Placement, check_room, nodes_of
+from torchspec.driver.placement import Placement, check_pools, nodes_of
 from torchspec.driver.prepare import Prepared, prepare
 from torchspec.driver.session import Session
 from torchspec.driver.store import StoreSupervisor
@@ -163,16 +163,10 @@ def _check_cluster(prepared: Prepared, cluster: Cluster) -> None:
     Raises:
         ValueError: one line for each thing that they lack.
     """
-    config, threads = prepared.config, prepared.plan.threads
+    config = prepared.config
+    check_pools(cluster.nodes, config, prepared.plan.threads, prepared.on_gpu)
     roles = config.cluster.inference_resource, config.cluster.training_resource
-    gpus = (config.inference.tp_size, 1) if prepared.on_gpu else (0, 0)
-    counts = config.inference.most_workers, config.training.world_size
-    knobs = "cluster.inference_resource", "cluster.training_resource"
-    for knob, role, count, cpus, gpu in zip(
-        knobs, roles, counts, (threads.inference, threads.training), gpus, strict=True
-    ):
-        check_room(cluster, knob, role, count, cpus, gpu)
-    nodes = {node.id: node for role in roles for node in nodes_of(cluster, role)}
+    nodes = {node.id: node for role in roles for node in nodes_of(cluster.nodes, role)}
     check_nodes(list(nodes.values()), prepared.run_dir, Path(config.target.path))
 
 

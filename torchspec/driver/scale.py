@@ -11,8 +11,11 @@ import torch
 from torchspec.config.load import load_config
 from torchspec.config.schema import Config
 from torchspec.controller.pools import with_sizes, with_workers
+from torchspec.driver.cluster import alive_nodes
+from torchspec.driver.placement import check_pools
 from torchspec.driver.plan import check_gpus, check_room
 from torchspec.driver.target import read_target
+from torchspec.driver.threads import plan_threads, usable_cores
 from torchspec.hardware import pick_device
 
 
@@ -20,12 +23,12 @@ def checked_workers(run_dir: Path, asked: str) -> int | Literal["auto"]:
     """How many inference workers ``asked`` means.
 
     Raises:
-        ValueError: it is neither a number nor ``auto``, or more than this machine can have.
+        ValueError: it is neither a number nor ``auto``, or more than there is room for.
     """
     if asked != "auto" and not (asked.isdecimal() and int(asked) > 0):
         raise ValueError(f"--inference {asked} must be a positive number or auto")
     workers: int | Literal["auto"] = "auto" if asked == "auto" else int(asked)
-    _check_gpus(with_workers(load_config(run_dir / "config.yaml"), workers))
+    _check_machines(with_workers(load_config(run_dir / "config.yaml"), workers))
     return workers
 
 
@@ -58,10 +61,14 @@ def checked_sizes(
     scaled = with_sizes(config, sizes)
     target = read_target(scaled.target, scaled.training.shard_formula)
     check_room(scaled, target)
-    _check_gpus(scaled)
+    _check_machines(scaled)
     return sizes
 
 
-def _check_gpus(config: Config) -> None:
-    if pick_device(config.training.device, "training.device") == "cuda":
+def _check_machines(config: Config) -> None:
+    """Raises ValueError: the machine, or the cluster that this process is connected to, has no room for ``config``."""
+    on_gpu = pick_device(config.training.device, "training.device") == "cuda"
+    if config.cluster.address is not None:
+        check_pools(alive_nodes(), config, plan_threads(config, usable_cores(config), on_gpu), on_gpu)
+    elif on_gpu:
         check_gpus(config, torch.cuda.device_count())

@@ -7,6 +7,7 @@ unless there are more processes than cores, and then each gets one.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from torchspec.config.schema import Config
@@ -18,6 +19,12 @@ class ThreadPlan:
 
     inference: int
     training: int
+
+
+def usable_cores(config: Config) -> int:
+    """Of this machine."""
+    cores = os.cpu_count() or 1
+    return cores if config.cluster.num_cpus is None else min(cores, config.cluster.num_cpus)
 
 
 def plan_threads(config: Config, cores: int, on_gpu: bool) -> ThreadPlan:

@@ -100,7 +100,7 @@ class Workers:
                 ray.kill(worker.actor)
 
     def _start(self) -> None:
-        name, actor = self._actors.worker(self._controller.actor)
+        name, actor = self._actors.worker(self._controller.actor, self._wanted)
         self._controller.send("worker_started", name)
         pulse = Pulse(lambda: actor.ping.remote().future(), self._recovery.hang_seconds, self._recovery.start_seconds)
         self._workers[actor.run.remote()] = Worker(name, actor, pulse)
