@@ -76,12 +76,19 @@ def test_an_actor_that_is_killed_leaves_its_temporary_files_to_the_janitor(drive
     assert_clean(mark, temp_dir)
 
 
-ACTOR = """
-import os, subprocess, sys, tempfile, time
+SPAWNED = """
+import multiprocessing, time
+lock = multiprocessing.get_context("spawn").Lock()
+print(lock._semlock.name.removeprefix("/"), flush=True)
+time.sleep(600)
+"""
+ACTOR = f"""
+import multiprocessing, os, subprocess, sys, tempfile, time
 from torchspec.driver.janitor import start_janitor
 janitor = start_janitor("worker-0")
 child = subprocess.Popen(["sleep", "600"], start_new_session=True)
 print(child.pid, tempfile.mkdtemp(), os.environ["TMPDIR"], flush=True)
+multiprocessing.get_context("spawn").Process(target=exec, args=({SPAWNED!r},)).start()
 time.sleep(600)
 """
 
@@ -102,23 +109,28 @@ def test_an_actors_janitor_outlives_it_and_sweeps_its_children_wherever_the_driv
     with start_actor(mark, tmp_path) as actor:
         child, file, folder = actor.stdout.readline().split()
         assert Path(file).parent == Path(folder) and Path(folder).parent == tmp_path
-        wait_until(
-            lambda: set(marked_processes(mark)) == {actor.pid, int(child)}
-        )  # a new process has it when exec ends
-        direct = psutil.Process(actor.pid).children()
-        assert [process.pid for process in direct] == [int(child)], "Ray would end its janitor with it"
+        semaphore = Path("/dev/shm") / f"sem.{actor.stdout.readline().strip()}"
+        assert semaphore.exists()
+        direct = {process.pid for process in psutil.Process(actor.pid).children()}
+        assert len(direct) == 3 and int(child) in direct  # child, spawned process and resource tracker
+        assert set(marked_processes(mark)) == {actor.pid, *direct}, "Ray would end its janitor with it"
+        for pid in direct:
+            os.kill(pid, signal.SIGKILL)
     wait_until(lambda: not marked_processes(mark) and not Path(folder).exists())
+    assert not semaphore.exists()
 
 
 def test_a_new_incarnation_is_left_alone_by_the_janitor_of_the_one_before(tmp_path):
     mark = f"test{os.getpid()}{time.monotonic_ns()}"
     with start_actor(mark, tmp_path) as old, start_actor(mark, tmp_path) as new:
         _, _, old_folder = old.stdout.readline().split()
-        new_child, _, new_folder = new.stdout.readline().split()
+        _, _, new_folder = new.stdout.readline().split()
+        semaphore = Path("/dev/shm") / f"sem.{new.stdout.readline().strip()}"
         old.kill()
         wait_until(lambda: not Path(old_folder).exists())
         assert new.poll() is None and Path(new_folder).exists()
-        wait_until(lambda: set(marked_processes(mark)) == {new.pid, int(new_child)})
+        assert semaphore.exists()
+        assert set(marked_processes(mark)) == {new.pid, *(p.pid for p in psutil.Process(new.pid).children())}
     wait_until(lambda: not marked_processes(mark) and not Path(new_folder).exists())
 
 

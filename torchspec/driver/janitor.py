@@ -3,8 +3,8 @@
 A driver, and each actor on whatever node, starts its janitor first and keeps a pipe to it open. When the pipe closes -
 the process has ended, or was killed with ``kill -9``, or Ray died on its node - the janitor kills every process of this
 user that still carries the mark in its environment (Ray, SGLang and Mooncake children inherit it), removes what SGLang
-left in ``/dev/shm``, and deletes the temporary folder, where all of them have their temporary files. An actor's mark
-begins with its driver's, so that the driver's janitor sweeps the actors of its machine, too.
+and multiprocessing left in ``/dev/shm``, and deletes the temporary folder, where all of them have their temporary
+files. An actor's mark begins with its driver's, so that the driver's janitor sweeps the actors of its machine, too.
 
 Standard library only, so that it starts at once and costs little.
 """
@@ -12,6 +12,7 @@ Standard library only, so that it starts at once and costs little.
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import secrets
 import shutil
@@ -22,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from torchspec.inference.leftovers import remove_shared_memory_leftovers
+from torchspec.inference.leftovers import SHARED_MEMORY, remove_shared_memory_leftovers
 
 MARK = "TORCHSPEC_RUN_MARK"
 """Environment variable that every process of a run inherits, from its driver or from an actor."""
@@ -53,12 +54,15 @@ class Janitor:
 def start_janitor(name: str) -> Janitor:
     """Have what this actor leaves behind removed from whatever machine it is on, however it ends.
 
-    Its children get a mark, and it a folder for temporary files, that no other incarnation of it has.
+    Its children get a mark, and it a folder for temporary files, that no other incarnation of it has. Its named
+    semaphores carry the mark: Ray ends Python's resource tracker, which should remove them, together with the actor.
     """
     folder = tempfile.mkdtemp(prefix="torchspec-")
-    os.environ[MARK] = f"{os.environ[MARK]}/{name}-{secrets.token_hex(4)}"
+    mark = os.environ[MARK] = f"{os.environ[MARK]}/{name}-{secrets.token_hex(4)}"
     os.environ["TMPDIR"] = tempfile.tempdir = folder
-    return Janitor(os.environ[MARK], Path(folder))
+    # processes that multiprocessing starts from here on inherit this, too
+    multiprocessing.current_process()._config["semprefix"] = f"/{_semaphores_of(mark)}"  # type: ignore[attr-defined]
+    return Janitor(mark, Path(folder))
 
 
 def marked_processes(mark: str) -> list[int]:
@@ -88,7 +92,14 @@ def sweep(mark: str, temp_dir: Path, since: float) -> None:
                     os.kill(pid, signal.SIGKILL)
         time.sleep(0.1)
     remove_shared_memory_leftovers(since)
+    for semaphore in SHARED_MEMORY.glob(f"sem.{_semaphores_of(mark)}-*"):
+        semaphore.unlink(missing_ok=True)
     shutil.rmtree(temp_dir, ignore_errors=True)
+
+
+def _semaphores_of(mark: str) -> str:
+    """What the names of an actor's named semaphores begin with; those of its driver's other actors begin alike."""
+    return f"torchspec-{mark.rpartition('#')[2].replace('/', '-')}"  # without the run's folder
 
 
 def _is_resource_tracker(pid: int) -> bool:

@@ -5,7 +5,8 @@ SGLang ends its processes with SIGKILL, so the load table of every engine (``sgl
 that no living process maps is garbage.
 
 Python's named semaphores (``sem.mp-*``) are not looked at: nothing says whose they are. The resource tracker of the
-process that made them removes them, so whoever ends processes of ours lets that one end by itself.
+process that made them removes them, so whoever ends processes of ours lets that one end by itself. Those of a run's
+actors have names of their own, by which the run's janitor knows them.
 """
 
 from __future__ import annotations
