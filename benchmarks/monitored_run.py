@@ -1,0 +1,164 @@
+"""What monitoring costs a whole run: the same run with monitoring on and off, in turns.
+
+    python -m benchmarks.monitored_run [--pairs 4] [--steps 120]
+
+The 135M target in SGLang, Mooncake, Ray, and the prompts of ``tests/online.py``, whose answers are there already. *On*
+is the default - a snapshot each second, reports of every worker and rank, the page - with somebody watching: the
+page's update is fetched once a second, as a browser does. *Off* has no history and no page. Both make the same steps on
+the same samples; the first steps, while caches warm up, do not count.
+
+A pair's overhead is the ratio of its two runs. All cores are busy throughout, so that what monitoring takes, the run
+lacks. Prints a table and writes benchmarks/results/monitored_run.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+from tests.online import Command, processes_of, run_to_end, steps_done, write_config
+from torchspec.controller.journal import read_lines
+from torchspec.inference.target_checkpoint import CACHE, MODEL, build
+from torchspec.processes import free_port
+
+RESULTS = Path(__file__).parent / "results" / "monitored_run.json"
+WARM_UP = 20
+"""Steps."""
+KNOBS = ("training.epochs=1000", "evaluation.heldout=null", "checkpoint.every_steps=10000")
+OFF = ("monitor.history_seconds=0", "monitor.ui=false")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run. CPU is that of all its processes."""
+
+    seconds_per_step: float
+    cpu_seconds_per_step: float
+    others_cpu_ms_per_s: float
+    """Of the driver and the controller alone, which do not compute."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=120)
+    options = parser.parse_args()
+    cache = CACHE.expanduser()
+    target = cache / MODEL
+    build(target, cache / "wheels")
+    pairs = []
+    with tempfile.TemporaryDirectory(prefix="torchspec-monitored-") as name:
+        folder = Path(name)
+        run_to_end(folder, "train", write_config(folder, target, "first"))
+        for number in range(options.pairs):
+            order = (True, False) if number % 2 else (False, True)
+            arms = {on: _play(folder, target, f"{number}-{'on' if on else 'off'}", on, options.steps) for on in order}
+            pairs.append(arms)
+            Console().print(f"pair {number + 1}/{options.pairs}: {arms}", highlight=False)
+    _report(pairs, options.steps)
+
+
+def _play(folder: Path, target: Path, name: str, on: bool, steps: int) -> Arm:
+    """One run, stopped when it has made its steps."""
+    run_dir, port = folder / name, free_port()
+    reuse = f"answer.reuse={folder / 'first' / 'answers.jsonl'}"
+    choice = (f"monitor.ui_port={port}",) if on else OFF
+    command = Command(folder, "train", write_config(folder, target, name), *KNOBS, reuse, *choice)
+    try:
+        command.wait_for(lambda: steps_done(run_dir) >= WARM_UP, "warm-up")
+        with _watched(port) if on else nullcontext():
+            before = _cpu_seconds(command, run_dir)
+            first = steps_done(run_dir)
+            command.wait_for(lambda: steps_done(run_dir) >= first + steps, "the last step")
+            after = _cpu_seconds(command, run_dir)
+            last = steps_done(run_dir)
+        assert run_to_end(folder, "stop", run_dir)
+        assert command.wait() == 0, command.text
+    finally:
+        command.process.kill()
+    times = {line["step"]: line["time"] for line in read_lines(run_dir / "metrics.jsonl") if line["split"] == "train"}
+    seconds = times[last] - times[first]
+    used = {role: after[role] - before[role] for role in after}
+    return Arm(
+        seconds / (last - first), sum(used.values()) / (last - first), 1e3 * used["driver and controller"] / seconds
+    )
+
+
+@contextmanager
+def _watched(port: int) -> Iterator[None]:
+    """Somebody has the page open."""
+    done = threading.Event()
+
+    def fetch() -> None:
+        while not done.wait(1):
+            since = "&".join(f"{name}={time.time() - 2}" for name in ("history", "entities", "steps", "events"))
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/update?run=0&{since}") as answer:
+                assert json.load(answer)
+
+    watcher = threading.Thread(target=fetch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _cpu_seconds(command: Command, run_dir: Path) -> dict[str, float]:
+    """Used so far by the run's processes, and those of them that do not compute."""
+    driver = psutil.Process(command.process.pid)
+    used = {"driver and controller": _of(driver), "others": 0.0}
+    for process in processes_of(run_dir):
+        role = "driver and controller" if "ray::Controller" in " ".join(process.cmdline()) else "others"
+        used[role] += _of(process)
+    return used
+
+
+def _of(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+def _report(pairs: list[dict[bool, Arm]], steps: int) -> None:
+    figures = {
+        "seconds a step": "seconds_per_step",
+        "CPU seconds a step, all processes": "cpu_seconds_per_step",
+        "CPU ms a second, driver and controller": "others_cpu_ms_per_s",
+    }
+    table = Table(title=f"A whole run, monitoring on against off ({len(pairs)} pairs of {steps} steps)")
+    for heading in ("", "off", "on", "overhead", "least", "most"):
+        table.add_column(heading, justify="right" if heading else "left")
+    rows = {}
+    for title, name in figures.items():
+        off, on = ([getattr(arms[monitored], name) for arms in pairs] for monitored in (False, True))
+        more = [b / a - 1 for a, b in zip(off, on, strict=True)]
+        rows[name] = {
+            "off": statistics.median(off),
+            "on": statistics.median(on),
+            "overhead": statistics.median(more),
+            "least": min(more),
+            "most": max(more),
+        }
+        row = rows[name]
+        shares = (f"{row[key]:+.2%}" for key in ("overhead", "least", "most"))
+        table.add_row(title, f"{row['off']:.4f}", f"{row['on']:.4f}", *shares)
+    Console().print(table)
+    arms = [{"on" if on else "off": asdict(arm) for on, arm in pair.items()} for pair in pairs]
+    RESULTS.write_text(json.dumps({"steps": steps, "summary": rows, "pairs": arms}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
