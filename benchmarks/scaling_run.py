@@ -6,6 +6,8 @@ The 135M target in SGLang, Mooncake, Ray; each phase lasts at least ``--steps`` 
 
     inference 1 -> 3 -> 1 workers while training stays, then training DP 1 -> DP 2 -> SP 2 -> DP 1
 
+The first epoch, in which prompts are answered, is over before the first phase begins; afterwards engines only prefill.
+
 - *Trained* and *captured* tokens a second are of the time between a phase's first and last step: with the new size at
   work, without the change itself. On a machine whose cores are all busy, more processes make nothing faster.
 - *Pause* is the longest time between two steps from the request to the end of the phase, a checkpoint and the start of
@@ -27,7 +29,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.online import Command, journal, steps_done, write_config
+from tests.online import Command, journal, run_to_end, steps_done, write_config
 from torchspec.controller.journal import read_lines
 from torchspec.data.order import epoch_order
 from torchspec.inference.target_checkpoint import CACHE, MODEL, build
@@ -41,8 +43,7 @@ PHASES: list[tuple[str, tuple[str, ...]]] = [
     ("1 worker, SP 2", ("--dp", "1", "--sp", "2")),
     ("1 worker, DP 1", ("--sp", "1")),
 ]
-BATCH, SEED, MARGIN = 4, 5, 8
-"""``MARGIN``: steps beyond the phases, for those that are made while a change is under way."""
+BATCH, SEED, PROMPTS, EPOCHS = 4, 5, 48, 1000
 READY_SECONDS = 900
 
 
@@ -68,26 +69,28 @@ def main() -> None:
     build(target, cache / "wheels")
     with tempfile.TemporaryDirectory(prefix="torchspec-scaling-") as name:
         folder = Path(name)
-        prompts = BATCH * ((options.steps + MARGIN) * len(PHASES)) // 2
         command = Command(
             folder,
             "train",
             write_config(folder, target),
-            f"data.limit={prompts}",
+            f"data.limit={PROMPTS}",
+            f"training.epochs={EPOCHS}",
             "checkpoint.every_steps=1000",
             "evaluation.every_steps=1000",
         )
         try:
+            command.wait_for(lambda: steps_done(folder / "run") >= PROMPTS // BATCH, "the first epoch", READY_SECONDS)
             phases = _run(command, folder / "run", options.steps)
+            run_to_end(folder, "stop", folder / "run")
             assert command.wait(READY_SECONDS) == 0, command.text
         finally:
             command.process.kill()
-        _check(folder / "run", prompts)
+        _check(folder / "run")
         _report(phases)
 
 
 def _run(command: Command, run_dir: Path, steps: int) -> list[Phase]:
-    """Go through the phases; the run ends by itself afterwards."""
+    """Go through the phases."""
     phases = []
     for sizes, arguments in PHASES:
         asked_after = steps_done(run_dir)
@@ -155,10 +158,10 @@ def _times(run_dir: Path) -> dict[int, tuple[float, int]]:
     return {line["step"]: (line["time"], line["tokens"]) for line in lines}
 
 
-def _check(run_dir: Path, prompts: int) -> None:
+def _check(run_dir: Path) -> None:
     """No step was lost, and every batch is the seeded one."""
-    line = [(e, int(p)) for e in range(2) for p in epoch_order(SEED, e, prompts)]
     batches = journal(run_dir)
+    line = [(e, int(p)) for e in range(len(batches) * BATCH // PROMPTS + 1) for p in epoch_order(SEED, e, PROMPTS)]
     assert sorted(batches) == list(range(1, len(batches) + 1))
     for step, batch in batches.items():
         assert sorted(map(tuple, batch)) == sorted(line[(step - 1) * BATCH : step * BATCH]), f"step {step}"

@@ -163,8 +163,8 @@ class Worker:
         """What it had in hand."""
         self.alive = False
         held, self.puts = [*self.engine, *self.putting], 0
-        self.sim.telemetry.worker_gone(self.name)
-        self.sim.telemetry.totals["worker_losses"] += 1
+        self.sim.telemetry.worker_gone(self.name, "gone")
+        self.sim.telemetry.totals.update(worker_losses=1, faults=1)
         return held
 
 

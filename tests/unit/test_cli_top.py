@@ -29,7 +29,7 @@ from torchspec.cli.top_app import PoolTable, TopApp
 from torchspec.cli.units import human_count, human_rate
 from torchspec.monitor.handle import this_process
 from torchspec.monitor.snapshot import read_latest
-from torchspec.monitor.watch import RunWatch, growth
+from torchspec.monitor.watch import RunWatch, course, growth
 
 SETUP = Setup(workers=12, engine_seconds=4.0, warm_up=5.0, pause_every=20, store_samples=400, window=600)
 
@@ -83,6 +83,15 @@ def test_rates_are_growth_over_time() -> None:
     assert growth(history, "n", 3) == [10.0, 0.0, 5.0]
     assert growth(history, "n", 6) == [10.0, 10.0, 0.0, 0.0, 0.0, 30.0]
     assert growth(history[:1], "n", 5) == []
+
+
+def test_curves_are_over_time_where_old_points_lie_further_apart() -> None:
+    times = [*range(0, 100, 20), *range(100, 111)]
+    history = [{"time": float(t), "n": 3 * t, "depth": float(t)} for t in times]
+    assert growth(history, "n", 11) == pytest.approx([3.0] * 11)
+    depths = course(history, "depth", 11)
+    assert len(depths) == 11 and depths == sorted(depths)
+    assert depths[:2] == [10.0, 10.0] and depths[-1] == 105.0
 
 
 def piloted(run: RunFolder, script: Callable[[TopApp, Pilot[None]], object], size: tuple[int, int] = (80, 24)) -> None:

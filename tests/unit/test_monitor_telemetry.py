@@ -12,6 +12,7 @@ from tests.clock import Clock
 from tests.simulation.pipeline import Simulation
 from tests.simulation.run_folder import SCENARIOS
 from torchspec.contracts import RankReport, SampleId, SampleRef, SampleTiming, WorkerReport, pack_mask, unpack_mask
+from torchspec.controller.rates import FEWEST_STEPS, Rate
 from torchspec.controller.telemetry import GONE_KEPT, Telemetry
 from torchspec.monitor import snapshot as snapshots
 from torchspec.monitor.latency import EMPTY, observe
@@ -56,13 +57,62 @@ def test_rates_and_latencies_are_those_of_the_last_half_minute(telemetry: Teleme
     assert worker.put_p99_seconds is not None and 0.01 < worker.put_p99_seconds <= 0.02, "the slow one was long ago"
 
 
+def test_ranks_with_long_steps_are_judged_by_several_of_them(telemetry: Telemetry, clock: Clock) -> None:
+    for second in range(1000):
+        steps = second // 60
+        counts = {"steps": steps, "tokens": 6000 * steps, "backward_seconds": 45.0 * steps}
+        telemetry.rank_report(RankReport(0, seconds=second, **counts))
+        clock.now += 1
+        if steps >= 5:
+            (rank,) = telemetry.snapshot(STATUS).ranks
+            off = 1 / (FEWEST_STEPS - 1)  # counters grow once a step, wherever the stretch begins in one
+            assert rank.tokens_per_s == pytest.approx(100, rel=off)
+            assert rank.backward_share == pytest.approx(0.75, rel=off)
+    (rank,) = telemetry.snapshot(STATUS).ranks
+    assert rank.step_seconds == pytest.approx(60, rel=0.25)
+
+
+def test_ranks_with_short_steps_are_judged_by_the_last_half_minute(telemetry: Telemetry, clock: Clock) -> None:
+    for second in range(200):
+        telemetry.rank_report(RankReport(0, seconds=second, steps=2 * second, tokens=max(0, second - 100) * 70))
+        clock.now += 1
+    (rank,) = telemetry.snapshot(STATUS).ranks
+    assert rank.tokens_per_s == pytest.approx(70) and rank.step_seconds == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("gap", [0.01, 1.0, 5.0, 45.0])
+def test_a_rate_is_right_from_the_second_piece_on_and_between_pieces(clock: Clock, gap: float) -> None:
+    rate = Rate(clock)
+    for piece in range(50):
+        rate.add(16, 1600)
+        if piece:
+            for _ in range(4):
+                assert rate.samples_per_s == pytest.approx(16 / gap)
+                assert rate.tokens_per_s == pytest.approx(1600 / gap)
+                clock.now += gap / 4
+        else:
+            assert rate.samples_per_s == 0.0
+            clock.now += gap
+
+
+def test_a_rate_falls_when_nothing_comes_any_more(clock: Clock) -> None:
+    rate = Rate(clock)
+    for _ in range(60):
+        rate.add(1, 10)
+        clock.now += 1.0
+    clock.now += 60
+    assert rate.samples_per_s < 0.1
+    clock.now += 3600
+    assert rate.samples_per_s < 0.01
+
+
 def test_totals_go_on_when_workers_and_ranks_are_replaced(telemetry: Telemetry, clock: Clock) -> None:
     telemetry.worker_started("w0")
     telemetry.worker_report(WorkerReport("w0", put_bytes=10, seconds=5))
     telemetry.worker_report(WorkerReport("w0", put_bytes=30, seconds=6))
-    telemetry.worker_gone("w0")
+    telemetry.worker_gone("w0", "gone")
     telemetry.worker_report(WorkerReport("older", put_bytes=10**9, seconds=10**6))  # than this controller
-    telemetry.worker_gone("older")
+    telemetry.worker_gone("older", "gone")
     telemetry.worker_started("w1")
     telemetry.worker_report(WorkerReport("w1", put_bytes=7, seconds=1))
     telemetry.rank_report(RankReport(0, wait_seconds=4.0, seconds=9))
@@ -88,15 +138,15 @@ def test_what_a_worker_is_doing(telemetry: Telemetry, clock: Clock) -> None:
     assert telemetry.worker_report(WorkerReport("worker-2", leases=3)), "its first"
     assert not telemetry.worker_report(WorkerReport("worker-2", leases=3))
     telemetry.worker_report(WorkerReport("worker-9"))
-    telemetry.worker_gone("worker-10")
-    assert doing() == {"worker-2": "working", "worker-9": "waiting", "worker-10": "gone"}
+    telemetry.worker_gone("worker-10", "ended")
+    assert doing() == {"worker-2": "working", "worker-9": "waiting", "worker-10": "ended"}
     clock.now += 4
     telemetry.worker_report(WorkerReport("worker-9"))
     clock.now += 2
-    assert doing() == {"worker-2": "silent", "worker-9": "waiting", "worker-10": "gone"}
+    assert doing() == {"worker-2": "silent", "worker-9": "waiting", "worker-10": "ended"}
     for i in range(100, 200):
         telemetry.worker_started(f"worker-{i}")
-        telemetry.worker_gone(f"worker-{i}")
+        telemetry.worker_gone(f"worker-{i}", "gone")
     assert list(doing().values()).count("gone") == GONE_KEPT and "worker-199" in doing()
 
 

@@ -155,14 +155,14 @@ def _pools(status: RunStatus) -> RenderableType:
 
 
 def _add_step_time(grid: Table, step: StepReport) -> None:
-    parts = {"wait": step.wait_seconds, "fetch": step.fetch_seconds, "compute": step.compute_seconds}
-    parts["optimizer"] = step.optimizer_seconds
+    parts = {"wait": step.wait_seconds, "compute": step.compute_seconds, "optimizer": step.optimizer_seconds}
     total = sum(parts.values())
     grid.add_row("step", Text(f"{total:.3g} s"))
     for name, seconds in parts.items():
         share = seconds / total if total else 0.0
         bar = _row(Text(f"{name:<9}", style="dim"), _bar(share, 1.0, "red" if name == "wait" else "blue"), wide=1)
         grid.add_row("", _columns(bar, [f"{share:.0%}"]))
+    grid.add_row("fetch", Text.assemble(f"{step.fetch_seconds:.3g} s", (" in the background", "dim")))
 
 
 def _ledger(status: RunStatus, width: int) -> RenderableType:

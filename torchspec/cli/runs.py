@@ -16,38 +16,40 @@ if TYPE_CHECKING:
 def status(
     run: Run, as_json: Annotated[bool, typer.Option("--json", help="Print everything that is known, as JSON.")] = False
 ) -> None:
-    """Show how a run is doing, or how it ended: which side limits it, by how much, and what to change."""
+    """Show how a run is doing, or how it ended: its health, which side limits it, by how much, what to change."""
     import json
+    import time
     from dataclasses import asdict
 
     from rich.console import Console
 
     from torchspec.cli.dashboard import Dashboard
-    from torchspec.cli.tables import verdict_text
+    from torchspec.cli.tables import health_text, verdict_text
     from torchspec.monitor.bottleneck import judge_run
     from torchspec.monitor.handle import is_live
+    from torchspec.monitor.health import assess_run
+    from torchspec.monitor.snapshot import read_latest
 
     folder = find_run(run)
-    live = is_live(folder)
-    now, verdict = _status_of(folder, live), judge_run(folder, live)
+    live, latest = is_live(folder), read_latest(folder)
+    now = latest.status if latest is not None else _ask_status(folder, live)
+    health, verdict = assess_run(folder, latest, live, time.time()), judge_run(folder, live)
     if as_json:
-        print(json.dumps({**asdict(now), "live": live, "verdict": asdict(verdict)}, indent=2))
+        seen = {"live": live, "time": latest.time if latest is not None else time.time()}
+        print(json.dumps({**asdict(now), **seen, "health": asdict(health), "verdict": asdict(verdict)}, indent=2))
         return
     console = Console(highlight=False)
     console.print(Dashboard(now, now.messages))
+    console.print(health_text(health))
     console.print(verdict_text(verdict))
     if not live and now.phase not in ("finished", "stopped"):
         console.print(f"not running now; continue it with: torchspec resume {folder}", style="yellow")
 
 
-def _status_of(folder: Path, live: bool) -> RunStatus:
-    """From the run's files; where monitoring is switched off, from the running run itself."""
+def _ask_status(folder: Path, live: bool) -> RunStatus:
+    """Where monitoring is switched off, the running run itself is asked."""
     from torchspec.driver.handle import connect
-    from torchspec.monitor.snapshot import read_latest
 
-    latest = read_latest(folder)
-    if latest is not None:
-        return latest.status
     if not live:
         raise ValueError(f"{folder} has ended and has no metrics (monitor.history_seconds was 0?)")
     with connect(folder) as handle:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torchspec.driver.plan import Plan
     from torchspec.driver.run import RunSummary
     from torchspec.monitor import bottleneck
+    from torchspec.monitor.health import Health
 
 
 def pairs_table(title: str, pairs: dict[str, str]) -> Table:
@@ -142,6 +143,12 @@ def verdict_table(title: str, verdict: Verdict) -> Table:
         figures = count.dataset, count.trained, count.committed, count.rejected, count.left
         table.add_row(str(count.epoch), *(f"{figure:,}" for figure in figures))
     return table
+
+
+def health_text(health: Health) -> Text:
+    """Whether a run is well, in words."""
+    style = {"good": "green", "warning": "yellow", "bad": "red", "idle": "dim"}[health.level]
+    return Text.assemble((health.headline, f"bold {style}"), f": {', '.join(health.text.splitlines())}")
 
 
 def verdict_text(verdict: bottleneck.Verdict) -> Text:

@@ -92,6 +92,7 @@ STATE_STYLES = {
     "training": top_view.TRAINING,
     "silent": top_view.LIMIT,
     "gone": top_view.BAD,
+    "ended": top_view.MUTED,
 }
 
 
@@ -142,9 +143,9 @@ class PoolTable(DataTable[Text]):
 
 def _at_rest(worker: WorkerState) -> WorkerState:
     """What a worker that is no more did last is not what it does."""
-    if worker.doing != "gone":
+    if worker.alive:
         return worker
-    return replace(worker, samples_per_s=0.0, tokens_per_s=0.0, wait_share=0.0, report=replace(worker.report, leases=0))
+    return WorkerState(worker.name, worker.doing, worker.since, worker.heard, replace(worker.report, leases=0))
 
 
 def _natural(value: Any) -> Any:

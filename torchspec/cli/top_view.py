@@ -23,7 +23,7 @@ from torchspec.cli.dashboard import sparkline
 from torchspec.cli.units import human_bytes, human_count, human_rate, human_seconds
 from torchspec.contracts import StepReport
 from torchspec.monitor.snapshot import Snapshot
-from torchspec.monitor.watch import Look, growth
+from torchspec.monitor.watch import Look, course, growth
 
 MUTED, INFERENCE, TRAINING, STORE, DRAFT, LIMIT = "#8b99aa", "#6ea8ff", "#41cfa0", "#b794f4", "#f08ab8", "#ffab66"
 BAD = "#ff8a80"
@@ -101,18 +101,18 @@ def _progress(snapshot: Snapshot) -> RenderableType:
 
 
 def _figures(look: Look, snapshot: Snapshot) -> Table:
-    """One line for each figure that matters, its curve over the last while at the right."""
+    """One line for each figure that matters, with its curve at the right, over the run so far."""
     table = Table.grid(expand=True, padding=(0, 2, 0, 0))
     table.add_column(style=MUTED, no_wrap=True, width=9)
     for _ in range(3):
         table.add_column(justify="right", no_wrap=True, min_width=9)
     table.add_column(ratio=1, no_wrap=True)
     status, point, history = snapshot.status, snapshot.point, look.history
-    workers = [worker.wait_share for worker in snapshot.workers if worker.doing not in ("gone", "starting")]
+    workers = [worker.wait_share for worker in snapshot.workers if worker.alive and worker.doing != "starting"]
     ranks = [rank.wait_share for rank in snapshot.ranks]
     capacity = point.store_capacity_bytes or 1
     dim = [Text(words, style=MUTED) for words in ("samples/s", "tokens/s", "waiting")]
-    table.add_row("", *dim, Text("over the last while", style=MUTED))
+    table.add_row("", *dim, Text("over time", style=MUTED))
     pools = (
         (
             "inference",
@@ -127,13 +127,13 @@ def _figures(look: Look, snapshot: Snapshot) -> Table:
     for pool, samples, tokens, waits, counter, style in pools:
         curve = Curve(growth(history, counter, CELLS), style)
         table.add_row(pool, human_rate(samples), human_rate(tokens), _mean(waits), curve)
-    depths, fills = ([line[name] for line in history] for name in ("queue_depth", "store_bytes"))
+    depths, fills = (course(history, name, CELLS) for name in ("queue_depth", "store_bytes"))
     table.add_row("queue", human_count(point.queue_depth), "ready", "", Curve(depths, MUTED))
     shares = f"{point.store_bytes / capacity:.0%}", f"{point.credit_bytes / capacity:.0%} res."
     table.add_row("store", human_bytes(point.store_bytes), *shares, Curve(fills, STORE))
     lengths, losses = ([line[name] for line in look.train] for name in ("accept_length", "loss"))
     train, heldout = status.last_step, status.last_heldout
-    table.add_row("", *(Text(words, style=MUTED) for words in ("train", "held out", "")), "")
+    table.add_row("", *(Text(words, style=MUTED) for words in ("train", "held out", "", "over steps")))
     table.add_row("accept", *_pair(train, heldout, "accept_length", 2), "tokens", Curve(lengths, DRAFT))
     rate = f"lr {train.learning_rate:.1e}" if train else ""
     table.add_row("loss", *_pair(train, heldout, "loss", 3), rate, Curve(losses, TRAINING))
@@ -167,7 +167,7 @@ def curves(look: Look) -> RenderableType:
         Plot("accept length", "over steps", [(learned[0], DRAFT)]),
         Plot("loss", "over steps", [(learned[1], TRAINING)]),
         Plot("samples/s", "inference blue, training green", [(speeds[0], INFERENCE), (speeds[1], TRAINING)]),
-        Plot("queue", "samples ready", [([line["queue_depth"] for line in look.history], MUTED)]),
+        Plot("queue", "samples ready", [(course(look.history, "queue_depth", CELLS), MUTED)]),
     )
 
 

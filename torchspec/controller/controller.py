@@ -156,16 +156,13 @@ class Controller:
     async def worker_lost(self, worker: str) -> int:
         """A worker died or was taken away: its leases go back. Returns how many."""
         lost = self.leases.lost(worker)
-        self._worker_gone(worker)
+        self.pool.left(worker)
         self.books.observer.worker_lost(worker, lost)
         return lost
 
     @after_begin
     async def worker_left(self, worker: str) -> None:
         """A worker has ended because it was no longer needed."""
-        self._worker_gone(worker)
-
-    def _worker_gone(self, worker: str) -> None:
         self.pool.left(worker)
         self.books.observer.worker_left(worker)
 

@@ -20,6 +20,7 @@ from torchspec.controller.ledger import Ledger, Record
 from torchspec.controller.rates import Rate
 from torchspec.controller.samples import Samples
 from torchspec.controller.telemetry import Telemetry
+from torchspec.monitor.health import FAULTS, count_faults
 from torchspec.monitor.ray_metrics import RayMetrics
 from torchspec.monitor.recorder import EventLog, Recorder
 from torchspec.monitor.snapshot import EventKind, Snapshot
@@ -51,11 +52,13 @@ class Observer:
         self._ray_metrics: RayMetrics | None = None
         self._inference, self._training = Rate(), Rate()
         self._started = time.monotonic()
+        self.telemetry.totals["faults"] = count_faults(run_dir)  # of controllers before this one, too
 
     def note(self, message: str, kind: EventKind = "note", **detail: Any) -> None:
         """An event worth a person's attention."""
         log.info(message)
         self._events.write(time.time(), kind, message, **detail)
+        self.telemetry.totals["faults"] += kind in FAULTS
         self._messages.append(message)
         del self._messages[:-RECENT_MESSAGES]
 
@@ -74,9 +77,12 @@ class Observer:
 
     def worker_left(self, worker: str) -> None:
         self.workers.pop(worker, None)
-        self.telemetry.worker_gone(worker)
+        self.telemetry.worker_gone(worker, "ended")
+        self.note(f"{worker} has ended; it was not needed any more", "worker_left", worker=worker)
 
     def worker_lost(self, worker: str, leases: int) -> None:
+        self.workers.pop(worker, None)
+        self.telemetry.worker_gone(worker, "gone")
         self.telemetry.totals["worker_losses"] += 1
         message = f"{worker} is gone; {leases} of its leases are pending again"
         self.note(message, "worker_lost", worker=worker, leases=leases)
@@ -142,7 +148,6 @@ class Observer:
         self.note(message, "checkpoint", step=step, best=best)
 
     def ended(self, phase: str, step: int) -> None:
-        self.telemetry.ranks_gone()
         self.note(f"{phase} after step {step}", "finished", step=step)
 
     async def record(self, status: RunStatus) -> None:

@@ -10,15 +10,17 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from torchspec.contracts import RankReport, RunStatus, WorkerReport
-from torchspec.controller.rates import WINDOW_SECONDS
+from torchspec.controller.rates import FEWEST_STEPS, WINDOW_SECONDS
 from torchspec.monitor.latency import percentile, since
 from torchspec.monitor.snapshot import SILENT_SECONDS, HistoryPoint, RankState, Snapshot, WorkerDoing, WorkerState
 
 GONE_KEPT = 16
 """How many workers that are no more stay visible."""
+LONGEST_SECONDS = 600.0
+"""Steps that take longer than a quarter of this are told of by fewer than :data:`FEWEST_STEPS`."""
 
 Report = TypeVar("Report", WorkerReport, RankReport)
 
@@ -47,13 +49,22 @@ class Trail:
     started: float
     heard: float
     reports: deque[tuple[float, Any]] = field(default_factory=deque)
-    gone: bool = False
+    of_steps: bool = False
+    """It is a rank's, whose counters grow once a step: fewer than :data:`FEWEST_STEPS` say little."""
+    end: Literal["gone", "ended"] | None = None
+    """How it came to be no more."""
 
     def add(self, now: float, report: Any) -> None:
         self.heard = now
         self.reports.append((now, report))
-        while len(self.reports) > 2 and self.reports[1][0] < now - WINDOW_SECONDS:
+        while len(self.reports) > 2 and self._enough(now, *self.reports[1]):
             self.reports.popleft()
+
+    def _enough(self, now: float, since: float, report: Any) -> bool:
+        """Whether what came after this report is enough to tell by."""
+        if self.of_steps and since > now - LONGEST_SECONDS and self.latest.steps - report.steps < FEWEST_STEPS:
+            return False
+        return since < now - WINDOW_SECONDS
 
     @property
     def latest(self) -> Any:
@@ -108,15 +119,16 @@ class Telemetry:
         now = self._clock()
         self._workers[name] = Trail(now, now)
 
-    def worker_gone(self, name: str) -> None:
+    def worker_gone(self, name: str, end: Literal["gone", "ended"]) -> None:
+        """A worker is no more: it died, or has ended in good order."""
         if name in self._workers:
-            self._workers[name].gone = True
-        gone = [name for name, trail in self._workers.items() if trail.gone]
+            self._workers[name].end = end
+        gone = [name for name, trail in self._workers.items() if trail.end]
         for name in gone[:-GONE_KEPT]:
             del self._workers[name]
 
     def is_gone(self, name: str) -> bool:
-        return name in self._workers and self._workers[name].gone
+        return name in self._workers and self._workers[name].end is not None
 
     def worker_report(self, report: WorkerReport) -> bool:
         """Whether it is this worker's first."""
@@ -130,9 +142,9 @@ class Telemetry:
 
     def rank_report(self, report: RankReport) -> None:
         now = self._clock()
-        trail = self._ranks.setdefault(report.rank, Trail(now, now))
+        trail = self._ranks.setdefault(report.rank, Trail(now, now, of_steps=True))
         if trail.reports and report.seconds < trail.latest.seconds:  # another process has taken its place
-            trail = self._ranks[report.rank] = Trail(now, now)
+            trail = self._ranks[report.rank] = Trail(now, now, of_steps=True)
         self._add(trail, RankReport(report.rank), report, RANK_TOTALS)
 
     def ranks_gone(self) -> None:
@@ -151,7 +163,7 @@ class Telemetry:
         now = self._clock()
         workers = tuple(self._worker(name, now) for name in sorted(self._workers, key=_natural))
         ranks = tuple(self._rank(rank) for rank in sorted(self._ranks))
-        alive = [w for w in workers if w.doing != "gone"]
+        alive = [w for w in workers if w.alive]
         point = HistoryPoint(
             time=now,
             phase=status.phase,
@@ -174,9 +186,7 @@ class Telemetry:
     def _worker(self, name: str, now: float) -> WorkerState:
         trail = self._workers[name]
         if not trail.reports:
-            return WorkerState(
-                name, "gone" if trail.gone else "starting", trail.started, trail.heard, WorkerReport(name)
-            )
+            return WorkerState(name, trail.end or "starting", trail.started, trail.heard, WorkerReport(name))
         latest, seconds = trail.latest, trail.change("seconds")
         latencies = since(latest.put_histogram, trail.earlier.put_histogram)
         return WorkerState(
@@ -217,8 +227,8 @@ class Telemetry:
 
 
 def _worker_doing(trail: Trail, now: float) -> WorkerDoing:
-    if trail.gone:
-        return "gone"
+    if trail.end is not None:
+        return trail.end
     if now - trail.heard > SILENT_SECONDS:
         return "silent"
     return "working" if trail.latest.leases else "waiting"

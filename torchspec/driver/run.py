@@ -110,7 +110,8 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
         controller = ControllerLine(actors.controller(), recovery.hang_seconds, recovery.start_seconds)
         controller.ask_at_start("begin")
         if config.monitor.ui:
-            stack.callback(_open_page(config, PageControls(run_dir, controller.actor), view).close)
+            page = _open_page(config, PageControls(run_dir, controller.actor), view)
+            after_cluster.callback(page.close)  # meanwhile, who watches it sees how the run has ended
         save_config(config, run_dir / "config.yaml")
         stack.callback((run_dir / "handle.json").unlink, missing_ok=True)
         handle = {

@@ -83,7 +83,7 @@ def _draw_throughput(ax: Axes, train: Series) -> None:
     if not train:
         return
     steps, tokens, wait = (_column(train, name) for name in ("step", "tokens", "wait_seconds"))
-    seconds = wait + sum(_column(train, f"{part}_seconds") for part in ("fetch", "compute", "optimizer"))
+    seconds = wait + sum(_column(train, f"{part}_seconds") for part in ("compute", "optimizer"))
     seconds = np.maximum(seconds, 1e-9)
     _draw_line(ax, steps, tokens / seconds, TRAIN, "tokens/s")
     ax.set_ylim(bottom=0)

@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from torchspec.monitor.series import tail
+from torchspec.monitor.series import read_series, tail
 from torchspec.monitor.snapshot import Snapshot, metrics_dir
 
 RECENT_SECONDS = 180.0
 """For so long a fault is worth a warning."""
+STALLED_SECONDS = 300.0
+"""A run that shows none of its :data:`PROGRESS` for so long is stuck, or its steps are very long."""
+PROGRESS = ("step", "captured_samples", "trained_samples", "rank_pause_seconds")
+"""Counters of a history point: one of them grows all the time, in evaluations and checkpoints the last."""
 CONTROLLER_SILENT_SECONDS = 10.0
 FAULTS = {"worker_lost": "worker", "trainer_lost": "trainer", "store_lost": "store", "controller_lost": "controller"}
 """Kinds of events that are faults of the system, and what was lost."""
@@ -29,15 +33,29 @@ class Health:
 
 def assess_run(run_dir: Path, snapshot: Snapshot | None, live: bool, now: float) -> Health:
     """The health of the run in ``run_dir``; ``now`` in seconds since the epoch."""
-    since = (now if live or snapshot is None else snapshot.time) - RECENT_SECONDS
-    return assess(snapshot, tail(metrics_dir(run_dir) / "events.jsonl", since), live, now)
+    metrics, newest = metrics_dir(run_dir), now if live or snapshot is None else snapshot.time
+    events = tail(metrics / "events.jsonl", newest - RECENT_SECONDS)
+    history = tail(metrics / "history.jsonl", newest - STALLED_SECONDS, before=True)
+    return assess(snapshot, events, history, live, now)
 
 
-def assess(snapshot: Snapshot | None, events: Sequence[dict[str, Any]], live: bool, now: float) -> Health:
+def count_faults(run_dir: Path) -> int:
+    """Faults of the system that the run has had so far."""
+    return sum(event["kind"] in FAULTS for event in read_series(metrics_dir(run_dir) / "events.jsonl"))
+
+
+def assess(
+    snapshot: Snapshot | None,
+    events: Sequence[dict[str, Any]],
+    history: Sequence[dict[str, Any]],
+    live: bool,
+    now: float,
+) -> Health:
     """The health of a run.
 
     Args:
         events: the latest ones, oldest first; those of the last :data:`RECENT_SECONDS` are enough.
+        history: the latest points, oldest first; :data:`STALLED_SECONDS` of them are enough.
         live: its driver is there.
     """
     if snapshot is None:
@@ -47,9 +65,12 @@ def assess(snapshot: Snapshot | None, events: Sequence[dict[str, Any]], live: bo
     silence = now - snapshot.time
     if silence > CONTROLLER_SILENT_SECONDS:
         return Health("bad", "Controller silent", f"not heard of for {_words(silence)}")
-    alive = [worker for worker in snapshot.workers if worker.doing != "gone"]
-    if not alive and snapshot.status.phase == "training":
+    alive = [worker for worker in snapshot.workers if worker.alive]
+    training = snapshot.status.phase == "training"
+    if training and not alive:
         return Health("bad", "No workers", "nobody captures samples")
+    if training and _stalled(snapshot, history):
+        return Health("bad", "Stalled", f"no sample captured and no step made for {_words(STALLED_SECONDS)}")
     silent = [worker for worker in alive if worker.doing == "silent"]
     if silent:
         longest = _words(now - min(worker.heard for worker in silent))
@@ -57,6 +78,8 @@ def assess(snapshot: Snapshot | None, events: Sequence[dict[str, Any]], live: bo
             "warning", _lost(len(silent), "worker", "silent"), f"{silent[0].name}: nothing heard for {longest}"
         )
     faults = [event for event in events if event["kind"] in FAULTS and event["time"] > now - RECENT_SECONDS]
+    if training and snapshot.status.step and not snapshot.ranks:
+        return Health("warning", "No ranks", "the training group is being started again")
     if faults:
         newest = faults[-1]
         same = sum(event["kind"] == newest["kind"] for event in faults)
@@ -77,6 +100,14 @@ def _ended(snapshot: Snapshot, events: Sequence[dict[str, Any]]) -> Health:
     return Health("bad", "Not running", "it ended without a word; torchspec resume goes on from its last checkpoint")
 
 
+def _stalled(snapshot: Snapshot, history: Sequence[dict[str, Any]]) -> bool:
+    """Whether nobody is starting, and yet nothing has come out of either pool."""
+    if not snapshot.ranks or any(worker.doing == "starting" for worker in snapshot.workers):
+        return False
+    before = [point for point in history if point["time"] <= snapshot.time - STALLED_SECONDS]
+    return bool(before) and all(before[-1][name] == history[-1][name] for name in PROGRESS)
+
+
 def _calm(snapshot: Snapshot, workers: int) -> str:
     starting = sum(worker.doing == "starting" for worker in snapshot.workers)
     pools = f"{workers} worker{'s' if workers != 1 else ''}" + (f" ({starting} starting)" if starting else "")
@@ -85,7 +116,7 @@ def _calm(snapshot: Snapshot, workers: int) -> str:
 
 
 def _losses(snapshot: Snapshot) -> str:
-    lost = snapshot.point.worker_losses + snapshot.point.trainer_losses
+    lost = snapshot.point.faults
     rejected = snapshot.status.samples.get("rejected", 0)
     parts = [
         f"{lost} recovered faults so far" if lost > 1 else "1 recovered fault so far" if lost else "no faults so far"

@@ -95,9 +95,11 @@ METRICS: tuple[Metric, ...] = (
     Metric("lost_objects", "run", "point.lost_objects", "counter", "samples",
            "Stored samples that a rank did not find, and that are captured again", _CONTROLLER),
     Metric("worker_losses", "run", "point.worker_losses", "counter", "",
-           "Workers that died or were taken away", _CONTROLLER),
+           "Workers that died or hung", _CONTROLLER),
     Metric("trainer_losses", "run", "point.trainer_losses", "counter", "",
            "Restarts of the training ranks", _CONTROLLER),
+    Metric("faults", "run", "point.faults", "gauge", "",
+           "Losses of workers, ranks, store or controller since the run began, restarts included", _CONTROLLER),
     # ---- both pools ----
     Metric("workers", "pools", "point.workers", "gauge", "", "Inference workers, those that start included", _REPORTS),
     Metric("workers_waiting", "pools", "point.workers_waiting", "gauge", "",
@@ -241,7 +243,7 @@ def _records(scope: Scope, snapshot: Snapshot) -> Iterator[tuple[Labels, Any]]:
     if scope in ("run", "pools"):
         yield {}, snapshot
     elif scope == "worker":
-        yield from (({"worker": w.name}, w) for w in snapshot.workers if w.doing != "gone")
+        yield from (({"worker": w.name}, w) for w in snapshot.workers if w.alive)
     elif scope == "rank":
         yield from (({"rank": str(r.rank)}, r) for r in snapshot.ranks)
     else:

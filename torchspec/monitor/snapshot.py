@@ -36,6 +36,7 @@ EventKind = Literal[
     "worker_started",
     "worker_ready",
     "worker_lost",
+    "worker_left",
     "sample_failed",
     "sample_lost",
     "rejected",
@@ -50,8 +51,8 @@ EventKind = Literal[
     "note",
 ]
 
-WorkerDoing = Literal["starting", "working", "waiting", "silent", "gone"]
-"""``silent``: nothing was heard of it for :data:`SILENT_SECONDS`. ``gone``: it died or was taken away."""
+WorkerDoing = Literal["starting", "working", "waiting", "silent", "gone", "ended"]
+"""``silent``: nothing was heard of it for :data:`SILENT_SECONDS`. ``gone``: it died. ``ended``: nobody needs it now."""
 
 SILENT_SECONDS = 5.0
 
@@ -97,6 +98,8 @@ class HistoryPoint:
     lost_objects: int = 0
     worker_losses: int = 0
     trainer_losses: int = 0
+    faults: int = 0
+    """Of every kind, since the run began: the only counter that goes on when a controller starts again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +122,14 @@ class WorkerState:
     wait_share: float = 0.0
     """Of the time, without a lease in hand."""
 
+    @property
+    def alive(self) -> bool:
+        return self.doing not in ("gone", "ended")
+
 
 @dataclass(frozen=True, slots=True)
 class RankState:
-    """One training rank. Rates, shares and latencies are those of the last half minute."""
+    """One training rank. Rates, shares and latencies are those of the last half minute, or of four steps."""
 
     rank: int
     heard: float
@@ -148,10 +155,10 @@ class Snapshot:
     """Everything that is known at one moment."""
 
     status: RunStatus
-    """As the terminal shows it; its ``workers`` are those of this snapshot that are not gone."""
+    """As the terminal shows it; its ``workers`` are those of this snapshot that are alive."""
     point: HistoryPoint
     workers: tuple[WorkerState, ...]
-    """By name; those that are gone stay for a while."""
+    """By name; those that are no more stay for a while."""
     ranks: tuple[RankState, ...]
     measured_accept_length: float | None = None
     """In a real server, if ``torchspec eval`` has measured it; a reader fills it in."""
@@ -211,7 +218,7 @@ def metrics_dir(run_dir: Path) -> Path:
 
 def entity_point(snapshot: Snapshot) -> EntityPoint:
     """The few counters of each worker and rank that are kept over time."""
-    alive = [w for w in snapshot.workers if w.doing != "gone"]
+    alive = [w for w in snapshot.workers if w.alive]
     return EntityPoint(
         snapshot.time,
         {w.name: tuple(getattr(w.report, name) for name in WORKER_COLUMNS) for w in alive},
@@ -238,7 +245,7 @@ def read_latest(run_dir: Path) -> Snapshot | None:
     snapshot: Snapshot = adapter(Snapshot).validate_json(text)
     if snapshot.schema > SCHEMA:
         raise ValueError(f"{run_dir}: its metrics have schema {snapshot.schema}, this torchspec reads {SCHEMA}")
-    reports = tuple(w.report for w in snapshot.workers if w.doing != "gone")
+    reports = tuple(w.report for w in snapshot.workers if w.alive)
     measured = read_series(evaluations_path(run_dir))
     return replace(
         snapshot,

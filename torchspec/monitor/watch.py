@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from torchspec.monitor.bottleneck import Verdict, judge_run
@@ -63,7 +65,7 @@ class RunWatch:
             snapshot,
             live,
             judge_run(self.run_dir, live),
-            assess(snapshot, events, live, self._clock()),
+            assess(snapshot, events, history, live, self._clock()),
             history,
             train,
             heldout,
@@ -83,11 +85,24 @@ class Trail:
 
 
 def growth(history: list[Record], counter: str, cells: int) -> list[float]:
-    """What a counter has grown a second, over at most ``cells`` equal stretches of the history."""
+    """What a counter has grown a second, in each of at most ``cells`` stretches of equal time."""
     rates = []
-    count = min(cells, len(history) - 1)
-    for i in range(count):
-        first, last = (history[j * (len(history) - 1) // count] for j in (i, i + 1))
-        grown, seconds = last[counter] - first[counter], last["time"] - first["time"]
-        rates.append(max(0.0, grown) / seconds if seconds > 0 else 0.0)  # it falls where the controller restarted
+    for first, last in _stretches(history, cells):
+        grown = history[last][counter] - history[first][counter]
+        rates.append(max(0.0, grown) / (history[last]["time"] - history[first]["time"]))  # less after a restart
     return rates
+
+
+def course(history: list[Record], gauge: str, cells: int) -> list[float]:
+    """Means of a gauge, in each of at most ``cells`` stretches of equal time."""
+    return [fmean(point[gauge] for point in history[a : b + 1]) for a, b in _stretches(history, cells)]
+
+
+def _stretches(history: list[Record], cells: int) -> Iterator[tuple[int, int]]:
+    """First and last point of stretches of equal time: old points lie further apart than new ones."""
+    times = [point["time"] for point in history]
+    count = min(cells, len(times) - 1)
+    for i in range(count):
+        start, end = (times[0] + (times[-1] - times[0]) * j / count for j in (i, i + 1))
+        first = bisect_right(times, start) - 1
+        yield first, max(first + 1, min(bisect_left(times, end), len(times) - 1))

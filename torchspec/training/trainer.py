@@ -210,7 +210,7 @@ class Trainer:
         flops = sum(batch_flops(self.draft.config, batch, training.ttt_length) for batch in batches)
         self.clock.step_made(
             self.step,
-            tokens=sum(int(batch.lengths_B.sum()) for batch in batches) if self.counts_tokens else 0,
+            tokens=sum(int(batch.lengths_B.sum()) for batch in batches) // training.sp_size,
             forward_seconds=forward,
             backward_seconds=gradients - forward,
             reduce_seconds=max(0.0, report.compute_seconds - gradients),
