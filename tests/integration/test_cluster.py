@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -21,9 +22,9 @@ from torchspec.controller.controller import Controller
 from torchspec.controller.verify import verify_run
 from torchspec.driver.cluster import Cluster, namespace, pack_code, start_cluster
 from torchspec.driver.nodes import check_nodes, differences, look
-from torchspec.driver.placement import Placement, check_pools, check_room, nodes_of
+from torchspec.driver.placement import Placement, check_pools, check_room, nodes_of, nodes_within
 from torchspec.driver.plan import Plan
-from torchspec.driver.scale import checked_workers
+from torchspec.driver.scale import checked_change
 from torchspec.driver.threads import ThreadPlan
 from torchspec.inference.sglang_patch import our_edits
 from torchspec.network import LOOPBACK
@@ -126,11 +127,38 @@ def test_both_pools_must_fit_together(cluster):
 
 
 def test_a_size_that_the_cluster_has_no_room_for_is_refused(cluster, tmp_path, target_path):
-    tree = {"target": {"path": str(target_path)}, "cluster": {"address": cluster.address, "nodes": 4}}
+    tree = {
+        "target": {"path": str(target_path), "dtype": "bfloat16"},
+        "inference": {"buffer_bytes": 1 << 30},
+        "store": {"segment_bytes": 8 << 30},
+        "cluster": {"address": cluster.address, "nodes": 4},
+    }
     save_config(parse_config(tree), tmp_path / "config.yaml")
-    assert checked_workers(tmp_path, "3") == 3
+    handle = tmp_path / "handle.json"
+    handle.write_text(json.dumps({"machine": None}))
+    assert checked_change(tmp_path, "3").workers == 3
     with pytest.raises(ValueError, match=r"77 actors .* do not fit"):
-        checked_workers(tmp_path, "77")
+        checked_change(tmp_path, "77")
+    with pytest.raises(ValueError, match=r"6 inference workers and 4 training ranks need 10 CPUs"):
+        checked_change(tmp_path, "6", dp=4)
+    handle.write_text(json.dumps({"machine": "10.9.8.7"}))
+    with pytest.raises(ValueError, match="no node of the cluster that the run can use"):
+        checked_change(tmp_path, "3")
+
+
+def test_a_run_on_loopback_stays_on_its_machine_when_others_join(cluster):
+    """Its store could not be reached from there."""
+    machine = cluster.nodes[0].address
+    (rank,) = Placement(cluster, ROLES).ranks(1, 1, 0)[2]
+    for options in (Placement(cluster, ROLES).worker(), rank):
+        assert options["resources"].keys() > {f"node:{machine}"}
+        assert places([options], num_cpus=0)[0] in {node.id for node in cluster.nodes}
+    other = replace(cluster.nodes[0], id="other", address="10.9.8.7")
+    assert nodes_within([*cluster.nodes, other], cluster.only_machine) == list(cluster.nodes)
+    spanning = replace(cluster, host=machine)
+    assert spanning.only_machine is None and Placement(spanning, ROLES).worker()["resources"].keys() == {
+        "torchspec_inference"
+    }
 
 
 def test_nodes_that_have_what_the_driver_has_are_accepted(cluster, tmp_path, target_path):

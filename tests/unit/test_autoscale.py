@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from torchspec.config.load import parse_config
-from torchspec.controller.autoscale import COOL_DOWN_SECONDS, Limits, Load, decide
-from torchspec.controller.pools import InferencePool, with_sizes, with_workers
+from torchspec.controller.autoscale import COOL_DOWN_SECONDS, Limits, Load, Move, decide
+from torchspec.controller.pools import MOST_LOOKS, InferencePool, with_sizes, with_workers
 
 LIMITS = Limits(least=1, most=8)
 
@@ -29,7 +29,7 @@ def simulate(pool: InferencePool, clock: list[float], needed: float, seconds: fl
             pool._waiting = set(idle)
             pool.look(starved, busy=lambda _: False)
         clock[0] += 10
-        pool.autoscale(training=True)
+        pool.autoscale(step=int(clock[0]))
         if pool.wanted != sizes[-1]:
             sizes.append(pool.wanted)
     return sizes
@@ -64,6 +64,22 @@ def test_nothing_is_decided_while_a_move_settles():
     assert pool.wanted == 1
     simulate(pool, clock, 9.0, 20)
     assert pool.wanted == 2
+
+
+def test_what_is_too_little_to_tell_decides_nothing():
+    """Of a long step, ten seconds are all waiting or none."""
+    clock = [1000.0]
+    pool = make_pool(clock, running=4)
+    for name in "abcd":
+        pool.joined(name)
+    clock[0] += 100
+    for step in (1, 2):
+        assert pool.autoscale(step) is None, "nothing was seen"
+    pool.forget_looks(2)
+    for look in range(MOST_LOOKS):
+        assert pool.autoscale(3) is None
+        pool.look(look % 2 == 0, busy=lambda _: True)
+    assert pool.autoscale(3) == Move(8, "training waits for samples 50% of the time")
 
 
 def test_a_number_switches_it_off_and_auto_begins_where_it_is():

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from torchspec.config.load import parse_config, save_config
-from torchspec.driver.scale import checked_sizes, checked_workers
+from torchspec.config.load import load_config, parse_config, save_config
+from torchspec.controller.pools import with_sizes, with_workers
+from torchspec.driver.scale import Change, checked_change, sizes_so_far
 
 
 @pytest.fixture
@@ -38,7 +39,8 @@ def run_dir(tmp_path: Path, target_path: Path) -> Path:
     ids=str,
 )
 def test_what_is_not_said_is_filled_in(run_dir: Path, asked: tuple, expected: tuple) -> None:
-    assert tuple(checked_sizes(run_dir, *asked).values()) == expected
+    change = checked_change(run_dir, None, *asked)
+    assert change.workers is None and tuple(change.sizes.values()) == expected
 
 
 @pytest.mark.parametrize(
@@ -52,11 +54,22 @@ def test_what_is_not_said_is_filled_in(run_dir: Path, asked: tuple, expected: tu
 )
 def test_what_cannot_be_is_refused(run_dir: Path, asked: tuple, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        checked_sizes(run_dir, *asked)
+        checked_change(run_dir, None, *asked)
 
 
 def test_workers_are_a_number_or_auto(run_dir: Path) -> None:
-    assert (checked_workers(run_dir, "3"), checked_workers(run_dir, "auto")) == (3, "auto")
+    assert checked_change(run_dir, "3") == Change(3, None)
+    assert checked_change(run_dir, "auto") == Change("auto", None)
     for nonsense in ("0", "-1", "many", "1.5"):
         with pytest.raises(ValueError, match="positive number or auto"):
-            checked_workers(run_dir, nonsense)
+            checked_change(run_dir, nonsense)
+
+
+def test_what_was_scaled_is_kept_by_whoever_starts_from_the_first_config(run_dir: Path) -> None:
+    first = run_dir / "config.yaml"
+    scaled = with_sizes(with_workers(load_config(first), 3), checked_change(run_dir, dp=2, sp=3).sizes)
+    later = run_dir / "later"
+    later.mkdir()
+    save_config(scaled, later / "config.yaml")
+    assert load_config(first, sizes_so_far(later)) == scaled
+    assert load_config(first, [*sizes_so_far(later), "inference.workers=5"]).inference.workers == 5

@@ -116,19 +116,19 @@ def scale(
     Workers come and go without a pause. Training goes on from a checkpoint that is made at once, with the same batches.
     """
     from torchspec.driver.handle import connect
-    from torchspec.driver.scale import checked_sizes, checked_workers
+    from torchspec.driver.scale import checked_change
 
     folder = find_run(run)
     if inference is None and {dp, sp, sp_ulysses, sp_ring} == {None}:
         raise ValueError("say what to change: --inference K, --dp D, --sp N (with --sp-ulysses U or --sp-ring R)")
     with connect(folder) as handle:
-        if inference is not None:
-            handle.scale_inference(checked_workers(folder, inference))
-            print(f"{folder}: inference workers: {inference}")
-        if {dp, sp, sp_ulysses, sp_ring} != {None}:
-            sizes = checked_sizes(folder, dp, sp, sp_ulysses, sp_ring)
-            handle.scale_training(sizes)
-            shown = ", ".join(f"{name} {size}" for name, size in sizes.items())
+        change = checked_change(folder, inference, dp, sp, sp_ulysses, sp_ring)
+        if change.workers is not None:
+            handle.scale_inference(change.workers)
+            print(f"{folder}: inference workers: {change.workers}")
+        if change.sizes is not None:
+            handle.scale_training(change.sizes)
+            shown = ", ".join(f"{name} {size}" for name, size in change.sizes.items())
             print(f"{folder}: training goes on from its next checkpoint with {shown}")
 
 

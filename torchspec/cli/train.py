@@ -32,12 +32,18 @@ def train(
 ) -> None:
     """Train a draft as CONFIG says. Ctrl-C once stops with a checkpoint, twice at once."""
     from torchspec.config.load import load_config
+    from torchspec.driver.scale import sizes_so_far
 
     changes = list(overrides or [])
     if address is not None:
         changes.append(f"cluster.address={address}")
     checked = load_config(config, changes)
-    run_training(checked, resume or (or_resume and (checked.run_dir / "config.yaml").exists()))
+    resume = resume or or_resume
+    if resume and (checked.run_dir / "config.yaml").exists():
+        checked = load_config(config, [*sizes_so_far(checked.run_dir), *changes])
+    elif or_resume:
+        resume = False
+    run_training(checked, resume)
 
 
 def resume(run: Run, overrides: Overrides = None) -> None:

@@ -267,6 +267,9 @@ class RecoveryConfig(Section):
     beyond its cores needs more; seconds in which the driver itself was stopped do not count."""
     start_seconds: float = Field(default=900.0, ge=10)
     """What an engine or a training rank has to start up, its model loaded, before it is taken for hung."""
+    stuck_seconds: float = Field(default=600.0, ge=10)
+    """A collective of the training ranks, or a step of an engine's scheduler, that takes longer is stuck, though its
+    process lives: the ranks start anew, the engine is replaced."""
     max_restarts: int = Field(default=3, ge=0)
     """How often the training group, or the controller, is restarted without a new step in between. Then the run fails
     and says why; it can be resumed."""

@@ -381,14 +381,20 @@ class Controller:
         while True:
             for _ in range(LOOKS):
                 await asyncio.sleep(AUTOSCALE_SECONDS / LOOKS)
-                starved = self._group is not None and self._group.starved
-                self.pool.look(starved, self.leases.busy)
+                self._look_at_pools()
             self.books.room()  # others than our own steps may have made room in the store
             self._advance()
-            move = self.pool.autoscale(training=self._group is not None and not self._group.closing)
+            move = self.pool.autoscale(self.books.ledger.trained_step)
             if move is not None:
                 message = f"inference workers: {move.workers}, because {move.reason}"
                 self.books.observer.note(message, "scaled", workers=move.workers)
+
+    def _look_at_pools(self) -> None:
+        """While ranks start, evaluate or save, nobody waits for samples and the store fills: that says nothing."""
+        if self._group is None or not self._group.at_work:
+            self.pool.forget_looks(self.books.ledger.trained_step)
+        elif not self.books.observer.telemetry.pausing:
+            self.pool.look(self._group.starved, self.leases.busy)
 
     async def _record(self) -> None:
         """Write a snapshot each ``monitor.history_seconds``, until the run has ended."""

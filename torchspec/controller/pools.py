@@ -20,6 +20,10 @@ SIZES = ("dp_size", "attention_backend", "sp_ulysses_size", "sp_ring_size")
 """Knobs of ``training`` that can change while a run goes on."""
 
 
+FEWEST_LOOKS, MOST_LOOKS = 20, 120
+FEWEST_STEPS = 2
+
+
 class InferencePool:
     """The workers that there are, and how many there should be.
 
@@ -40,6 +44,7 @@ class InferencePool:
         self._waiting: set[str] = set()
         self._gone: set[str] = set()
         self._looks: list[tuple[float, float]] = []  # starvation and backpressure
+        self._looking_since = 0  # the step
         self._settled_at = clock()
 
     def ask_for(self, workers: int | Literal["auto"]) -> None:
@@ -84,20 +89,30 @@ class InferencePool:
         idle = sum(not busy(worker) for worker in self._waiting & self._active)
         self._looks.append((float(starved), idle / max(1, len(self._active))))
 
-    def autoscale(self, training: bool) -> Move | None:
-        """Think about what was seen since the last time, and move if that is called for.
+    def autoscale(self, step: int) -> Move | None:
+        """Think about what was seen since the last time, if that was enough, and move if that is called for.
 
         Args:
-            training: whether there is a training group at work, without which nothing can be said.
+            step: the last one that was made. A stretch of less than :data:`FEWEST_STEPS` looks like waiting or like
+                none, as it happens.
         """
+        if len(self._looks) < FEWEST_LOOKS:
+            return None
+        if step - self._looking_since < FEWEST_STEPS and len(self._looks) < MOST_LOOKS:
+            return None
         starvation, backpressure = (sum(column) / len(self._looks) for column in zip(*self._looks, strict=True))
-        self._looks.clear()
+        self.forget_looks(step)
         load = Load(len(self._active), starvation, backpressure)
         settled = load.workers == self.wanted and self._clock() >= self._settled_at + COOL_DOWN_SECONDS
-        move = decide(load, self.limits) if self.auto and training and settled else None
+        move = decide(load, self.limits) if self.auto and settled else None
         if move is not None:
             self._resize(move.workers)
         return move
+
+    def forget_looks(self, step: int) -> None:
+        """Begin a new stretch after ``step``."""
+        self._looks.clear()
+        self._looking_since = step
 
     def _within_limits(self, workers: int) -> int:
         return min(max(workers, self.limits.least), self.limits.most)

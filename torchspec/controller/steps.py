@@ -68,7 +68,7 @@ class TrainingGroup:
         self._acks: dict[int, set[int]] = {}
         self._asking = 0  # ranks that wait for a step
         self._over = self._heldout_told = False
-        self._seen = ledger.trained_step
+        self._seen = self._first = ledger.trained_step
         self._changed = Signal()
 
     def close(self) -> None:
@@ -80,6 +80,11 @@ class TrainingGroup:
         """The group is gone: whatever its ranks still wait for ends with :class:`GroupEnded`."""
         self._over = True
         self._changed.fire()
+
+    @property
+    def at_work(self) -> bool:
+        """Whether it has made a step, or waits for its first, and goes on."""
+        return not self.closing and (self._asking > 0 or self._ledger.trained_step > self._first)
 
     @property
     def starved(self) -> bool:

@@ -147,6 +147,11 @@ class Telemetry:
             trail = self._ranks[report.rank] = Trail(now, now, of_steps=True)
         self._add(trail, RankReport(report.rank), report, RANK_TOTALS)
 
+    @property
+    def pausing(self) -> bool:
+        """Whether ranks evaluate or save."""
+        return any(trail.latest.doing == "paused" for trail in self._ranks.values())
+
     def ranks_gone(self) -> None:
         """The trainer has ended, or starts again with another number of ranks."""
         self._ranks.clear()

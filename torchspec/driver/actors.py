@@ -133,6 +133,7 @@ class ActorFactory:
             mem_fraction_static=inference.mem_fraction_static,
             trust_remote_code=self._config.target.trust_remote_code,
             hang_seconds=self._config.recovery.hang_seconds,
+            stuck_seconds=self._config.recovery.stuck_seconds,
             extra_args=inference.engine_args,
         )
         gpus = inference.tp_size if prepared.on_gpu else 0

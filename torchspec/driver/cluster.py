@@ -54,6 +54,11 @@ class Cluster:
     def spans_machines(self) -> bool:
         return not is_loopback(self.host)
 
+    @property
+    def only_machine(self) -> str | None:
+        """The address that Ray knows this machine by, if the run must stay on it: its store is on loopback."""
+        return None if self.spans_machines else next(n.address for n in self.nodes if n.id == self.node_id)
+
 
 def namespace(run_dir: Path) -> str:
     """Actors of a run live here, so that several runs share a cluster without touching each other."""

@@ -53,10 +53,12 @@ class PageControls:
 
     def scale_inference(self, workers: int) -> None:
         """Raises ValueError: the machine cannot have so many, or the run does not answer."""
-        from torchspec.driver.scale import checked_workers
+        from torchspec.driver.scale import checked_change
 
         with self._handle() as handle:
-            handle.scale_inference(checked_workers(self._run_dir, str(workers)))
+            change = checked_change(self._run_dir, str(workers))
+            assert change.workers is not None
+            handle.scale_inference(change.workers)
 
     def stop(self, reason: str) -> None:
         """Raises ValueError: the run does not answer."""

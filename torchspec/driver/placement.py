@@ -42,7 +42,7 @@ class Placement:
         return {"scheduling_strategy": NodeAffinitySchedulingStrategy(self._cluster.node_id, soft=False)}
 
     def worker(self) -> Options:
-        return {"resources": _sliver(self._config.inference_resource)}
+        return {"resources": self._resources(self._config.inference_resource)}
 
     def ranks(self, count: int, cpus: int, gpus: int) -> tuple[str, int, list[Options]]:
         """Room for ``count`` training ranks: rank 0's address, a port that is free there, and the options of each.
@@ -51,10 +51,10 @@ class Placement:
             ValueError: the cluster has no room for them.
         """
         if not self._cluster.spans_machines:
-            return LOOPBACK, free_port(), [{"resources": _sliver(self._config.training_resource)}] * count
+            return LOOPBACK, free_port(), [{"resources": self._resources(self._config.training_resource)}] * count
         if self._ranks is not None:
             remove_placement_group(self._ranks)
-        bundle = {"CPU": cpus, "GPU": gpus, **_sliver(self._config.training_resource)}
+        bundle = {"CPU": cpus, "GPU": gpus, **self._resources(self._config.training_resource)}
         self._ranks = placement_group([{name: amount for name, amount in bundle.items() if amount}] * count)
         places = [PlacementGroupSchedulingStrategy(self._ranks, number) for number in range(count)]
         find = ray.remote(meeting_point).options(num_cpus=0, scheduling_strategy=places[0])
@@ -68,6 +68,12 @@ class Placement:
                 f"sp_ring_size) of {cpus} CPUs and {gpus} GPUs in {PLACEMENT_SECONDS:.0f} s"
             ) from None
         return address, port, [{"scheduling_strategy": place} for place in places]
+
+    def _resources(self, role: str | None) -> dict[str, float]:
+        """A sliver of the role's, and of this machine's own if the run must stay on it when others join the cluster."""
+        machine = self._cluster.only_machine
+        names = (role, None if machine is None else f"node:{machine}")
+        return {name: SLIVER for name in names if name is not None}
 
 
 def check_pools(nodes: Sequence[Node], config: Config, threads: ThreadPlan, on_gpu: bool) -> None:
@@ -94,6 +100,11 @@ def check_pools(nodes: Sequence[Node], config: Config, threads: ThreadPlan, on_g
             )
 
 
+def nodes_within(nodes: Sequence[Node], machine: str | None) -> list[Node]:
+    """Those on the machine with that address; None: all of them."""
+    return [node for node in nodes if machine in (None, node.address)]
+
+
 def nodes_of(nodes: Sequence[Node], role: str | None) -> list[Node]:
     """Nodes that actors of a role may go to: those with a CPU and, if it has a name, the role's resource."""
     return [n for n in nodes if n.resources.get("CPU", 0) >= 1 and (role is None or role in n.resources)]
@@ -102,6 +113,8 @@ def nodes_of(nodes: Sequence[Node], role: str | None) -> list[Node]:
 def check_room(nodes: Sequence[Node], knob: str, role: str | None, count: int, cpus: int, gpus: int) -> None:
     """Raises ValueError: ``count`` actors of a role do not fit on its nodes, even if nothing else runs there."""
     nodes = nodes_of(nodes, role)
+    if not nodes and role is None:
+        raise ValueError("no node of the cluster that the run can use has a CPU for it")
     if not nodes:
         raise ValueError(
             f"no node of the cluster offers the resource {role} of {knob}: start Ray there with "
@@ -119,7 +132,3 @@ def check_room(nodes: Sequence[Node], knob: str, role: str | None, count: int, c
 def _room(node: Node, cpus: int, gpus: int) -> int:
     room = int(node.resources["CPU"] // cpus)
     return min(room, int(node.resources.get("GPU", 0) // gpus)) if gpus else room
-
-
-def _sliver(role: str | None) -> dict[str, float]:
-    return {} if role is None else {role: SLIVER}

@@ -117,6 +117,7 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
         handle = {
             "address": cluster.address,
             "namespace": prepared.namespace,
+            "machine": cluster.only_machine,
             "store_metrics": master.endpoint.metrics,
             **this_process(),
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from math import gcd
 from pathlib import Path
 from typing import Literal
@@ -10,39 +11,64 @@ import torch
 
 from torchspec.config.load import load_config
 from torchspec.config.schema import Config
-from torchspec.controller.pools import with_sizes, with_workers
+from torchspec.controller.pools import SIZES, with_sizes, with_workers
 from torchspec.driver.cluster import alive_nodes
-from torchspec.driver.placement import check_pools
+from torchspec.driver.placement import check_pools, nodes_within
 from torchspec.driver.plan import check_gpus, check_room
 from torchspec.driver.target import read_target
 from torchspec.driver.threads import plan_threads, usable_cores
 from torchspec.hardware import pick_device
+from torchspec.monitor.handle import only_machine
 
 
-def checked_workers(run_dir: Path, asked: str) -> int | Literal["auto"]:
-    """How many inference workers ``asked`` means.
+@dataclass(frozen=True)
+class Change:
+    """What is asked for; None where it stays as it is."""
 
-    Raises:
-        ValueError: it is neither a number nor ``auto``, or more than there is room for.
-    """
-    if asked != "auto" and not (asked.isdecimal() and int(asked) > 0):
-        raise ValueError(f"--inference {asked} must be a positive number or auto")
-    workers: int | Literal["auto"] = "auto" if asked == "auto" else int(asked)
-    _check_machines(with_workers(load_config(run_dir / "config.yaml"), workers))
-    return workers
+    workers: int | Literal["auto"] | None
+    sizes: dict[str, int | str] | None
+    """:data:`SIZES` of the training group."""
 
 
-def checked_sizes(
-    run_dir: Path, dp: int | None, sp: int | None, ulysses: int | None, ring: int | None
-) -> dict[str, int | str]:
-    """The sizes of the training group that are asked for; what is not stays as it is.
+def checked_change(
+    run_dir: Path,
+    inference: str | None = None,
+    dp: int | None = None,
+    sp: int | None = None,
+    ulysses: int | None = None,
+    ring: int | None = None,
+) -> Change:
+    """What the sizes that are asked for mean; those that are not stay as they are.
 
     Without a word on how to share samples among ``sp`` ranks, as many split the heads as can.
 
     Raises:
         ValueError: the run could not go on with them.
     """
+    config, change = load_config(run_dir / "config.yaml"), Change(None, None)
+    if inference is not None:
+        if inference != "auto" and not (inference.isdecimal() and int(inference) > 0):
+            raise ValueError(f"--inference {inference} must be a positive number or auto")
+        workers: int | Literal["auto"] = "auto" if inference == "auto" else int(inference)
+        config, change = with_workers(config, workers), replace(change, workers=workers)
+    if {dp, sp, ulysses, ring} != {None}:
+        sizes = _sizes(config, dp, sp, ulysses, ring)
+        config, change = with_sizes(config, sizes), replace(change, sizes=sizes)
+        check_room(config, read_target(config.target, config.training.shard_formula))
+    _check_machines(config, run_dir)
+    return change
+
+
+def sizes_so_far(run_dir: Path) -> list[str]:
+    """What ``torchspec scale`` may have changed since a run began, as overrides of its first config."""
     config = load_config(run_dir / "config.yaml")
+    sizes = (f"training.{name}={getattr(config.training, name)}" for name in SIZES)
+    return [f"inference.workers={config.inference.workers}", *sizes]
+
+
+def _sizes(
+    config: Config, dp: int | None, sp: int | None, ulysses: int | None, ring: int | None
+) -> dict[str, int | str]:
     training = config.training
     heads = read_target(config.target).draft.num_heads
     if sp is None:
@@ -52,23 +78,19 @@ def checked_sizes(
     ring = ring or (sp or ulysses) // ulysses
     if sp is not None and ulysses * ring != sp:
         raise ValueError(f"--sp {sp} is not --sp-ulysses {ulysses} times --sp-ring {ring}")
-    sizes: dict[str, int | str] = {
+    return {
         "dp_size": dp or training.dp_size,
         "attention_backend": "usp" if ulysses * ring > 1 else "flash",
         "sp_ulysses_size": ulysses,
         "sp_ring_size": ring,
     }
-    scaled = with_sizes(config, sizes)
-    target = read_target(scaled.target, scaled.training.shard_formula)
-    check_room(scaled, target)
-    _check_machines(scaled)
-    return sizes
 
 
-def _check_machines(config: Config) -> None:
+def _check_machines(config: Config, run_dir: Path) -> None:
     """Raises ValueError: the machine, or the cluster that this process is connected to, has no room for ``config``."""
     on_gpu = pick_device(config.training.device, "training.device") == "cuda"
     if config.cluster.address is not None:
-        check_pools(alive_nodes(), config, plan_threads(config, usable_cores(config), on_gpu), on_gpu)
+        threads = plan_threads(config, usable_cores(config), on_gpu)
+        check_pools(nodes_within(alive_nodes(), only_machine(run_dir)), config, threads, on_gpu)
     elif on_gpu:
         check_gpus(config, torch.cuda.device_count())

@@ -51,7 +51,7 @@ class Session:
         recovery = prepared.config.recovery
         self.controller, self.store, self.trackers, self.view = controller, store, trackers, view
         self.interrupts, self.stopping = interrupts, False
-        self.workers = Workers(actors, controller, recovery, view)
+        self.workers = Workers(actors, controller, prepared.config, view)
         self.trainers = Trainers(actors, controller, recovery, view)
         self._patience = recovery.hang_seconds
         self._restarts = Restarts(recovery.max_restarts)

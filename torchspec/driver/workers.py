@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 
-from torchspec.config.schema import RecoveryConfig
+from torchspec.config.schema import Config
 from torchspec.driver.actors import ActorFactory
 from torchspec.driver.controller import ControllerLine
 from torchspec.driver.failure import RunFailed, root_cause
@@ -15,7 +16,10 @@ from torchspec.driver.supervise import Pulse
 from torchspec.driver.view import View
 
 MAX_FRUITLESS_STARTS = 2
-"""An inference pool in which so many workers die in a row, while nobody has made a single sample, will never work."""
+"""An inference pool in which so many workers die in a row, before they were given any work, will never work."""
+DEATHS_A_TRY = 2
+"""So many times ``controller.max_attempts`` workers may die in a row with work in hand, while nobody makes a sample: it
+may be the work that kills them, and which sample it is turns out by trying."""
 
 
 @dataclass
@@ -31,10 +35,13 @@ class Worker:
 class Workers:
     """The actors of the pool. A worker that dies loses nothing: the controller gives its leases to others."""
 
-    def __init__(self, actors: ActorFactory, controller: ControllerLine, recovery: RecoveryConfig, view: View):
-        self._actors, self._controller, self._recovery, self._view = actors, controller, recovery, view
+    def __init__(self, actors: ActorFactory, controller: ControllerLine, config: Config, view: View):
+        self._actors, self._controller, self._view = actors, controller, view
+        self._recovery, self._max_deaths = config.recovery, DEATHS_A_TRY * config.controller.max_attempts
         self._workers: dict[ray.ObjectRef, Worker] = {}
-        self._wanted = self._fruitless = 0
+        self._wanted = 0
+        self._fruitless: Counter[str] = Counter()
+        """Deaths since somebody has made a sample: of workers ``without`` and ``with`` work in hand."""
 
     def __len__(self) -> int:
         return len(self._workers)
@@ -74,13 +81,8 @@ class Workers:
             ray.get(ref)
         except ray.exceptions.RayError as error:
             reason = worker.verdict or root_cause(error)
-            reports = {w.worker: w.samples for w in self._controller.ask("status").workers}
-            self._controller.ask("worker_lost", worker.name)
-            if any(reports.get(other.name, 0) for other in self._workers.values()):
-                self._fruitless = 0
-            elif not worker.draining:
-                self._fruitless += 1
-            if self._fruitless >= MAX_FRUITLESS_STARTS:
+            self._count_death(worker)
+            if self._fruitless["without"] >= MAX_FRUITLESS_STARTS or self._fruitless["with"] >= self._max_deaths:
                 raise RunFailed(f"{worker.name} cannot work: {reason} (log: {log})") from None
             replaced = "" if worker.draining else "; starting another"
             self._view.message(f"{worker.name} died ({reason}; log: {log}){replaced}")
@@ -91,6 +93,14 @@ class Workers:
         ray.kill(worker.actor)
         del self._workers[ref]
         self.resize(self._wanted)
+
+    def _count_death(self, worker: Worker) -> None:
+        made = {report.worker: report.samples for report in self._controller.ask("status").workers}
+        leases = self._controller.ask("worker_lost", worker.name)
+        if any(made.get(other.name, 0) for other in self._workers.values()):
+            self._fruitless.clear()
+        elif not worker.draining:
+            self._fruitless["with" if leases else "without"] += 1
 
     def check(self, elapsed: float) -> None:
         """Kill those that hang: their futures end."""

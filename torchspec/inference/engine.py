@@ -110,6 +110,8 @@ class EngineConfig:
     trust_remote_code: bool = False
     hang_seconds: float = 15.0
     """An engine one of whose processes has been stopped for so long is taken for dead."""
+    stuck_seconds: float = 600.0
+    """One step of the scheduler that takes longer is stuck, and ends the engine."""
     extra_args: Mapping[str, Any] = field(default_factory=dict)
     """More arguments of ``sglang.Engine``; they win over the ones above."""
 
@@ -130,6 +132,7 @@ class EngineConfig:
             "enable_return_aux_hidden_states": True,
             "speculative_algorithm": "EAGLE3",  # names the capture convention; no draft is loaded
             "return_aux_hidden_state_layer_ids": list(self.aux_layers),
+            "watchdog_timeout": self.stuck_seconds,
             "sleep_on_idle": True,  # the scheduler would spin on a core that others need
             "log_level": "error",
             "custom_sigquit_handler": signal.SIG_IGN,  # a dying child must not take this process along

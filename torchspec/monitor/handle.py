@@ -23,6 +23,12 @@ def started_at(pid: int) -> int | None:
     return int(stat.rpartition(")")[2].split()[19])
 
 
+def only_machine(run_dir: Path) -> str | None:
+    """The address of the one machine that a running run is on; None: of its cluster's machines it can use them all."""
+    machine: str | None = json.loads((run_dir / "handle.json").read_text())["machine"]
+    return machine
+
+
 def is_live(run_dir: Path) -> bool:
     """Whether the run in ``run_dir`` has a driver: on this machine one that lives, elsewhere one that has not ended."""
     try:

@@ -24,19 +24,22 @@ from torch.distributed.fsdp import fully_shard
 
 from torchspec.network import address_towards, interface_of
 
-TIMEOUT = timedelta(minutes=30)
 
-
-def join_ranks(rank: int, world_size: int, address: str, port: int, device: torch.device) -> None:
+def join_ranks(
+    rank: int, world_size: int, address: str, port: int, device: torch.device, stuck_seconds: float = 600.0
+) -> None:
     """Meet the other ranks at ``address:port``; rank 0 binds it, and nothing wider.
+
+    Who waits for the others longer than ``stuck_seconds``, here or in a collective, fails.
 
     Collectives of CPU tensors go over gloo, of CUDA tensors over NCCL, both in the network of ``address``.
     """
     # They would choose an interface by the host's name otherwise, which need not be one that the others can reach.
     os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = interface_of(address_towards(address))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    store = _rendezvous(rank, world_size, address, port)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=TIMEOUT)
+    timeout = timedelta(seconds=stuck_seconds)
+    store = _rendezvous(rank, world_size, address, port, timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
 
 
 def build_mesh(device: torch.device, ulysses_size: int, ring_size: int) -> DeviceMesh:
@@ -71,9 +74,9 @@ def shard_module(module: nn.Module, device: torch.device) -> None:
     sharded.set_reduce_scatter_unused_params(True)
 
 
-def _rendezvous(rank: int, world_size: int, address: str, port: int) -> TCPStore:
+def _rendezvous(rank: int, world_size: int, address: str, port: int, timeout: timedelta) -> TCPStore:
     if rank != 0:
-        return TCPStore(address, port, world_size, is_master=False, timeout=TIMEOUT)
+        return TCPStore(address, port, world_size, is_master=False, timeout=timeout)
     # TCPStore binds all interfaces when left to itself, so it is given a socket that is already bound
     listener = socket.create_server((address, port))
-    return TCPStore(address, port, world_size, is_master=True, timeout=TIMEOUT, master_listen_fd=listener.detach())
+    return TCPStore(address, port, world_size, is_master=True, timeout=timeout, master_listen_fd=listener.detach())

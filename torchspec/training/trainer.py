@@ -98,7 +98,8 @@ class Trainer:
         self.rank = RankId(spec.generation, spec.rank)
         torch.set_num_threads(spec.threads)
         self.device = torch.device(pick_device(training.device, "training.device"))
-        join_ranks(spec.rank, spec.world_size, spec.address, spec.port, self.device)
+        stuck = spec.config.recovery.stuck_seconds
+        join_ranks(spec.rank, spec.world_size, spec.address, spec.port, self.device, stuck)
         self.mesh = build_mesh(self.device, training.sp_ulysses_size, training.sp_ring_size)
         self.counts_tokens = self.mesh.get_local_rank("ring") == self.mesh.get_local_rank("ulysses") == 0
         self.draft_ids = torch.from_numpy(spec.draft_ids)
