@@ -33,7 +33,10 @@ RESULTS = Path(__file__).parent / "results" / "staged_runs.json"
 LONG = ("training.epochs=200", "evaluation.heldout=null", "checkpoint.every_steps=1000")
 STAGES = {
     "inference": ("answer.max_tokens=96", "data.max_seq_length=256", "data.limit=600", "training.ttt_length=1"),
-    "training": ("training.ttt_length=7", "draft.vocab_size=16384", "training.batch_size=8"),
+    "training": (
+        *("training.ttt_length=7", "draft.vocab_size=16384", "training.batch_size=8"),
+        *("controller.reorder_window=64", "store.segment_bytes=268435456"),
+    ),
     "store": (
         *("training.batch_size=16", "store.segment_bytes=33554432", "controller.prefetch_steps=1"),
         *("data.max_seq_length=192", "controller.reorder_window=64"),
