@@ -38,7 +38,7 @@ STAGES = {
         *("controller.reorder_window=64", "store.segment_bytes=268435456"),
     ),
     "store": (
-        *("training.batch_size=16", "store.segment_bytes=33554432", "controller.prefetch_steps=1"),
+        *("training.batch_size=16", "store.segment_bytes=46137344", "controller.prefetch_steps=1"),
         *("data.max_seq_length=192", "controller.reorder_window=64"),
     ),
 }
