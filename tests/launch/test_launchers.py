@@ -93,14 +93,28 @@ def test_mistakes_are_told(programs, arguments, variables, message):
     assert done.returncode == 2 and message in done.stderr and not calls(programs[0], "ray")
 
 
+def test_a_worker_joins_again_when_its_node_was_in_the_cluster_and_gives_up_when_it_never_gets_there(programs):
+    folder, environment = programs
+    command = [LAUNCH / "ray_start.sh", "worker", "127.0.0.1:7000", "--block"]
+    environment |= {"RAY_AUTH_TOKEN": "secret", "TORCHSPEC_WAIT": "1"}
+    program(folder, "ray", '(($(grep -c "^ray start" "$CALLS") > 1)) || { echo Ray runtime started.; sleep 2; exit 1; }')
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
+    assert len(calls(folder, "ray")) == 2
+    (folder.parent / "calls").write_text("")
+    program(folder, "ray", "sleep 2; exit 1")
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2 and "no node could be started for the cluster at 127.0.0.1:7000" in done.stderr
+    assert len(calls(folder, "ray")) == 1
+
+
 # ---- Slurm ----
 
 TORCHSPEC = """
 until (($(grep -c "^ray start" "$CALLS") >= ${AWAIT:-0})); do sleep 0.05; done
 n=$(grep -c ^torchspec "$CALLS")
 code=$(sed -n "${n}p" "$PLAN")
-if [[ $code == long ]]; then
-  trap 'echo stopping >>"$CALLS"; exit 0' TERM
+if [[ $code == long* ]]; then
+  trap 'echo stopping >>"$CALLS"; sleep 0.3; exit "${code#long}"' TERM
   echo started >>"$CALLS"
   while true; do sleep 0.05; done
 fi
@@ -119,8 +133,10 @@ class Slurm:
         self.where = self.folder.parent
         program(self.folder, "torchspec", TORCHSPEC)
         program(self.folder, "srun", 'while [[ $1 == --* ]]; do shift; done; exec "$@"')
-        program(self.folder, "scontrol", f"[[ $1 != show ]] || yes localhost | head -{nodes}")
-        program(self.folder, "ray", "exec sleep 600")
+        all_nodes = f'[[ $3 == "n[0-2]" ]] && yes localhost | head -{nodes}'
+        program(self.folder, "scontrol", f"[[ $1 != show ]] || {{ {all_nodes} || echo another; }}")
+        program(self.folder, "squeue", 'echo "$LEFT"')
+        program(self.folder, "ray", "[[ $* == *--head* || -z $LEFT ]] || exit 1; exec sleep 600")
         self.environment = environment | {
             "SLURM_JOB_ID": "7",
             "SLURM_JOB_NODELIST": "n[0-2]",
@@ -128,6 +144,7 @@ class Slurm:
             "TORCHSPEC_HOME": str(LAUNCH.parents[1]),
             "TORCHSPEC_INTERFACE": "lo",
             "PLAN": str(self.where / "plan"),
+            "LEFT": "",
             **variables,
         }
 
@@ -171,12 +188,16 @@ def test_ray_is_started_on_every_node_by_role(programs):
     assert token.stat().st_mode & 0o777 == 0o600 and len(token.read_text()) == 64
 
 
-def test_failures_are_requeued_three_times_in_a_row_and_mistakes_never(programs):
+@pytest.mark.parametrize("code", [1, 134, 137, 139])
+def test_failures_and_kills_are_requeued_three_times_in_a_row(programs, code):
     slurm = Slurm(programs, nodes=1)
-    assert slurm.run(1, 1, 1, 1) == [1, 1, 1, 1] and slurm.requeues() == 3
-    (slurm.where / ".torchspec-7.failures").unlink()
-    (slurm.where / "calls").write_text("")
-    assert slurm.run(2) == [2] and slurm.requeues() == 0
+    assert slurm.run(*[code] * 4) == [code] * 4 and slurm.requeues() == 3
+
+
+@pytest.mark.parametrize("code", [2, 130])
+def test_mistakes_and_interrupts_are_never_requeued(programs, code):
+    slurm = Slurm(programs, nodes=1)
+    assert slurm.run(code) == [code] and slurm.requeues() == 0
 
 
 def test_a_good_end_forgets_earlier_failures(programs):
@@ -185,17 +206,36 @@ def test_a_good_end_forgets_earlier_failures(programs):
     assert not (slurm.where / ".torchspec-7.failures").exists()
 
 
-@pytest.mark.parametrize(("number", "requeues"), [(signal.SIGUSR1, 1), (signal.SIGTERM, 0)])
-def test_before_the_time_limit_the_run_stops_and_the_job_is_requeued(programs, number, requeues):
-    """On SIGTERM it stops too, but whether it starts again is for Slurm to say."""
+USR1, TERM = signal.SIGUSR1, signal.SIGTERM
+
+
+@pytest.mark.parametrize("code", [0, 1])
+@pytest.mark.parametrize(("numbers", "requeues"), [([USR1], 1), ([TERM], 0), ([USR1, TERM], 0), ([TERM, USR1], 0)])
+def test_before_the_time_limit_the_job_is_requeued_and_after_a_cancellation_never(programs, numbers, requeues, code):
+    """On SIGTERM the run stops too, well or not, but whether it starts again is for Slurm to say."""
     slurm = Slurm(programs, nodes=1)
-    (slurm.where / "plan").write_text("long\n")
+    (slurm.where / "plan").write_text(f"long{code}\n")
     job = slurm.start()
     slurm.wait_for("started")
-    job.send_signal(number)
-    assert job.wait(60) == 0
-    slurm.wait_for("stopping")
+    for number in numbers:
+        job.send_signal(number)
+        slurm.wait_for("stopping")
+    assert job.wait(60) == code
     assert slurm.requeues() == requeues
+
+
+@pytest.mark.parametrize(("left", "requeues"), [("n[1-2]", 1), ("n[0-2]", 0)])
+def test_a_worker_that_has_lost_the_head_has_the_job_requeued_if_its_node_is_gone(programs, left, requeues):
+    slurm = Slurm(programs, nodes=3, LEFT=left, TORCHSPEC_WAIT="0")
+    (slurm.where / "plan").write_text("long0\n")
+    job = slurm.start()
+    slurm.wait_for("started")
+    slurm.wait_for(f"scontrol show hostnames {left}\n")
+    slurm.wait_for("scontrol requeue" if requeues else "squeue")
+    assert slurm.requeues() == requeues
+    job.send_signal(signal.SIGTERM)
+    assert job.wait(60) == 0
+    assert slurm.requeues() == requeues and all("--no-kill" in step for step in calls(slurm.folder, "srun"))
 
 
 def test_nothing_of_a_job_is_left(programs):
