@@ -13,11 +13,13 @@
 #   TORCHSPEC_INTERFACE  network interface that the hosts share (default: the one towards the head, or towards the
 #                        default route on the head itself)
 #   RAY_PORT             of the head (6379)
-#   TORCHSPEC_WAIT       seconds that a worker waits for the head (300)
+#   TORCHSPEC_WAIT       seconds that a worker waits for the head (300), at first and whenever it has lost it
+#   TORCHSPEC_GIVE_UP    command that a worker runs when it has waited in vain (none)
 #   RAY_AUTH_TOKEN_PATH  file with the cluster's token, the same on every host (default: ~/.ray/auth_token, which the
 #                        head makes if it is not there; copy it to the others, readable by you alone)
 #
-# More arguments go to `ray start`, as in: ray_start.sh worker 10.0.0.1:6379 --block
+# More arguments go to `ray start`, as in: ray_start.sh worker 10.0.0.1:6379 --block, which stays, and joins the cluster
+# again when it has taken the node for dead: after a network that was cut, or for want of memory.
 set -euo pipefail
 
 die() {
@@ -64,9 +66,10 @@ require_token() {
 }
 
 # `ray start`, in a way that leaves signals to us. It fails while the head is still starting, as under Slurm, which starts
-# all nodes at the same time.
+# all nodes at the same time; with --block also when the node has been in the cluster and is no more. Which of the two it
+# was, only what it has printed tells: it may try for minutes to reach a head.
 join() {
-  ray start "$@" &
+  ray start "$@" > >(tee "$said") &
   child=$!
   wait "$child"
 }
@@ -94,8 +97,16 @@ case $mode in
     require_token
     address=$(own_address "$(getent ahostsv4 "${head%:*}" | awk '{ print $1; exit }')") || no_address
     trap 'kill "$child" 2>/dev/null; wait "$child"; exit 143' TERM INT
+    said=$(mktemp)
+    trap 'rm -f "$said"' EXIT
     until join --address="$head" --node-ip-address="$address" "${common[@]}" "$@"; do
-      ((SECONDS < ${TORCHSPEC_WAIT:-300})) || die "no node could be started for the cluster at $head"
+      if grep -q "Ray runtime started" "$said"; then
+        SECONDS=0 # a new beginning: the node was in the cluster
+      fi
+      if ((SECONDS >= ${TORCHSPEC_WAIT:-300})); then
+        bash -c "${TORCHSPEC_GIVE_UP:-}" || true
+        die "no node could be started for the cluster at $head"
+      fi
       sleep 5
     done
     ;;
