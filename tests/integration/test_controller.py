@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -45,6 +47,37 @@ def test_objects_are_gone_from_the_store_after_their_step(endpoint, client, tmp_
     controller = make(endpoint, tmp_path)
     seen = asyncio.run(drive(controller, client, 1, 1))
     assert not any(client.exists(r.key, r.tensors) for refs in seen.values() for r in refs)
+
+
+def test_the_journal_is_on_the_disk_before_a_checkpoint_has_its_ledger(endpoint, client, tmp_path, monkeypatch):
+    """A machine that ends suddenly after a checkpoint leaves a journal that knows the checkpoint's step."""
+    synced: dict[str, str] = {}
+    fsync = os.fsync
+
+    def record(descriptor: int) -> None:
+        fsync(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        synced[path.name] = path.read_text() if path.is_file() else ""
+
+    async def scenario() -> None:
+        controller = await start(make(endpoint, tmp_path, training={"dp_size": 2}))
+        pool = asyncio.create_task(worker(controller, client, "w0", random.Random(1)))
+        for number in (0, 1):
+            assert (await controller.next_batch(member(number))).step == 1
+        await asyncio.gather(*(controller.fetched(member(number), 1, []) for number in (0, 1)))
+        await controller.step_done(member(0), 1, None)
+        snapshot = asyncio.create_task(controller.ledger_snapshot(member(0), 1))
+        await asyncio.sleep(0.05)
+        assert not snapshot.done(), "the journal does not have the step yet"
+        await controller.step_done(member(1), 1, None)
+        assert json.loads(await snapshot)["step"] == 1
+        (tmp_path / "kept.jsonl").write_text(synced["ledger.jsonl"])
+        pool.cancel()
+        await controller.finish()
+
+    monkeypatch.setattr(os, "fsync", record)
+    asyncio.run(scenario())
+    assert list(trained_batches(tmp_path / "kept.jsonl")) == [1]
 
 
 def test_credits_bound_what_is_leased(endpoint, client, tmp_path):

@@ -97,7 +97,9 @@ def test_a_worker_joins_again_when_its_node_was_in_the_cluster_and_gives_up_when
     folder, environment = programs
     command = [LAUNCH / "ray_start.sh", "worker", "127.0.0.1:7000", "--block"]
     environment |= {"RAY_AUTH_TOKEN": "secret", "TORCHSPEC_WAIT": "1"}
-    program(folder, "ray", '(($(grep -c "^ray start" "$CALLS") > 1)) || { echo Ray runtime started.; sleep 2; exit 1; }')
+    program(
+        folder, "ray", '(($(grep -c "^ray start" "$CALLS") > 1)) || { echo Ray runtime started.; sleep 2; exit 1; }'
+    )
     assert subprocess.run(command, env=environment, capture_output=True).returncode == 0
     assert len(calls(folder, "ray")) == 2
     (folder.parent / "calls").write_text("")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from torchspec.contracts import Answer, SampleId
 from torchspec.controller.journal import AnswerBook, JsonLines, read_lines, trained_batches
@@ -16,6 +17,15 @@ def test_a_torn_last_line_is_dropped_and_written_over(tmp_path):
     assert list(read_lines(path)) == [{"a": 1}]
     JsonLines(path).write({"a": 3})
     assert list(read_lines(path)) == [{"a": 1}, {"a": 3}]
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 16) - 1, 1 << 16, 200_000])
+@pytest.mark.parametrize("whole", ["", '{"a": 1}\n'])
+def test_a_torn_line_of_any_size_goes(tmp_path, whole, size):
+    path = tmp_path / "x.jsonl"
+    path.write_text(whole + "x" * size)
+    JsonLines(path).close()
+    assert path.read_text() == whole
 
 
 def test_a_resume_undoes_later_steps(tmp_path):

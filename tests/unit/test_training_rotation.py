@@ -58,6 +58,28 @@ def test_the_same_step_again_replaces_what_was_there(tmp_path: Path) -> None:
     assert names(tmp_path) == ["step_000007"]
 
 
+def test_names_are_on_the_disk_before_anything_points_at_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each system call in its order: what a folder holds, then the folder's own name, then the pointer."""
+    calls: list[str] = []
+    fsync, rename, replace = os.fsync, Path.rename, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(f"sync {os.readlink(f'/proc/self/fd/{fd}')}"), fsync(fd)))
+    monkeypatch.setattr(Path, "rename", lambda a, b: (calls.append(f"rename {b}"), rename(a, b)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(f"replace {b}"), replace(a, b)))
+    folder = step_folder(tmp_path, 1)
+    (partial_folder(folder) / "state").mkdir(parents=True)
+    publish(folder)
+    point(tmp_path, "latest", folder)
+    partial = partial_folder(folder)
+    contents = [f"sync {partial}", f"sync {partial / 'state'}"]
+    assert calls == [
+        *contents,
+        f"rename {folder}",
+        f"sync {tmp_path}",
+        f"replace {tmp_path / 'latest'}",
+        f"sync {tmp_path}",
+    ]
+
+
 def test_publishing_what_was_not_written_fails(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         publish(step_folder(tmp_path, 1))

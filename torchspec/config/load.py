@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
@@ -15,6 +14,7 @@ from pydantic.fields import FieldInfo
 
 from torchspec.config.describe import describe_type, is_section
 from torchspec.config.schema import Config
+from torchspec.data.files import write_atomically
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -50,9 +50,8 @@ def parse_config(tree: dict[str, Any]) -> Config:
 
 def save_config(config: Config, path: Path) -> None:
     """Write the resolved config as YAML, at once; :func:`load_config` reads it back to an equal one."""
-    partial = path.with_name(f"{path.name}.tmp")
-    partial.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
-    os.replace(partial, path)
+    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    write_atomically(path, lambda file: file.write(text.encode()), durable=True)
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

@@ -203,13 +203,15 @@ class Controller:
             self.books.train(step)
 
     async def ledger_snapshot(self, rank: RankId, step: int) -> str:
-        """The ledger as of ``step``, to be saved inside its checkpoint."""
-        self._group_of(rank)
-        return self.books.ledger.snapshot(step)
+        """The ledger as of ``step``, to be saved inside its checkpoint. The journal is on the disk up to there."""
+        await self._group_of(rank).trained(step)  # another rank's step_done may still be on its way
+        snapshot = self.books.ledger.snapshot(step)
+        await asyncio.to_thread(self.books.journal.sync)
+        return snapshot
 
     async def committed(self, rank: RankId, step: int, folder: str, best: bool) -> None:
         """A checkpoint of ``step`` is safely in ``folder``."""
-        await self._group_of(rank).trained(step)  # another rank's step_done may still be on its way
+        self._group_of(rank)
         self.books.ledger.commit(step)
         self.books.journal.write({"event": "committed", "step": step, "folder": folder})
         self.books.observer.committed(step, folder, best)

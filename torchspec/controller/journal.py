@@ -1,6 +1,7 @@
 """Append-only files of a run: the ledger's journal, the answers, the rejected samples, the metrics.
 
-JSON lines, flushed at every write, so that a ``kill -9`` costs at most a torn last line, which readers skip.
+JSON lines, flushed at every write, so that a ``kill -9`` costs at most a torn last line, which readers skip. What must
+outlive the machine's sudden end is brought to the disk by :meth:`JsonLines.sync`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from torchspec.contracts import Answer, SampleId
+from torchspec.data.files import sync_folder
 
 
 class JsonLines:
@@ -26,10 +28,15 @@ class JsonLines:
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_torn_line(path)
         self._file = path.open("a")
+        sync_folder(path.parent)
 
     def write(self, record: dict[str, Any]) -> None:
         self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Returns when all that has been written is on the disk. Any thread may call it."""
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
@@ -45,10 +52,19 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def _drop_torn_line(path: Path) -> None:
+def _drop_torn_line(path: Path, block: int = 1 << 16) -> None:
     if not path.exists():
         return
-    os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    with path.open("rb+") as file:
+        kept = file.seek(0, os.SEEK_END)
+        while kept > 0:
+            start = max(0, kept - block)
+            file.seek(start)
+            line_feed = file.read(kept - start).rfind(b"\n")
+            kept = start + line_feed + 1
+            if line_feed >= 0:
+                break
+        file.truncate(kept)
 
 
 def count_events(path: Path) -> Counter[str]:

@@ -44,13 +44,13 @@ class DraftVocab:
         return known
 
     def save(self, path: Path) -> None:
-        """Write JSON, complete or not at all."""
+        """Write JSON, complete or not at all: without it no checkpoint can be resumed."""
         content = {
             "vocab_size": self.vocab_size,
             "coverage": self.coverage,
             "target_ids": self.target_ids.tolist(),
         }
-        write_atomically(path, lambda file: file.write(json.dumps(content).encode()))
+        write_atomically(path, lambda file: file.write(json.dumps(content).encode()), durable=True)
 
     @classmethod
     def load(cls, path: Path) -> DraftVocab:

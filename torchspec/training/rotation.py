@@ -1,7 +1,8 @@
 """Folders that are made one a step: their names, the ``latest`` and ``best`` pointers, and which of them stay.
 
 A folder named ``step_000123`` is complete: it was written as ``step_000123.tmp`` and renamed. Pointers are relative
-symbolic links, replaced in one system call, so at every moment they name a complete folder.
+symbolic links, replaced in one system call, so at every moment they name a complete folder; also after the machine's
+sudden end, if what is in the files was on the disk.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+
+from torchspec.data.files import sync_folder
 
 PARTIAL = ".tmp"
 
@@ -35,7 +38,11 @@ def partial_folder(folder: Path) -> Path:
 def publish(folder: Path) -> None:
     """Turn the partial folder into ``folder``, replacing what an abandoned run left there."""
     discard(folder)
-    partial_folder(folder).rename(folder)
+    partial = partial_folder(folder)
+    for inside in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
+        sync_folder(inside)
+    partial.rename(folder)
+    sync_folder(folder.parent)
 
 
 def discard(folder: Path) -> None:
@@ -53,6 +60,7 @@ def point(root: Path, pointer: str, folder: Path) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(folder.name)
     os.replace(link, root / pointer)
+    sync_folder(root)
 
 
 def rotate(root: Path, keep: int) -> None:
