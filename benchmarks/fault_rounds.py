@@ -167,6 +167,7 @@ def _disturb(run_dir: Path, part: str, kind: str, command: Command) -> tuple[Com
     elif part == "disk":
         with _no_room(run_dir):
             assert command.wait(ROUND_SECONDS) == 1 and "No space left" in command.text, command.text
+            assert "Traceback" not in command.text, command.text
     elif part == "store":
         _fill_store(run_dir)
         return command, None

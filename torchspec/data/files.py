@@ -1,4 +1,4 @@
-"""Files that are complete or absent, whoever else writes them at the same time, and folders that keep what is in them."""
+"""Files that are complete or absent, whoever else writes them at the same time and however the machine ends."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ finish         workers leave, files are closed, the cluster goes, the janitor sw
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -15,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,6 +46,12 @@ from torchspec.store.errors import StoreUnavailable
 from torchspec.store.master import MooncakeMaster
 from torchspec.training.rotation import latest_checkpoint
 
+_DISK_FAULTS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
+    *(errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG),
+}
+"""What a file system has to say; any other OSError is a mistake of ours."""
+
 
 @dataclass(frozen=True)
 class RunSummary:
@@ -71,14 +78,34 @@ def train(config: Config, *, resume: bool, view: View) -> RunSummary:
         KeyboardInterrupt: interrupted twice.
     """
     started = time.monotonic()
-    prepared = prepare(config, resume, view.message)
-    with _launch(prepared, view) as session:
-        try:
-            status, stopped = session.run()
-        except RunFailed as error:
-            EventLog(prepared.run_dir).write(time.time(), "failed", str(error))
-            raise RunFailed(f"{error}; continue with: torchspec resume {prepared.run_dir}") from None
-    return _summary(prepared, status, stopped, time.monotonic() - started)
+    try:
+        prepared = prepare(config, resume, view.message)
+    except OSError as error:
+        raise ValueError(f"{_disk_fault(error)} (run.dir is {config.run_dir})") from None
+    try:
+        with _launch(prepared, view) as session:
+            try:
+                status, stopped = session.run()
+            except RunFailed as error:
+                raise _failed(prepared.run_dir, str(error)) from None
+        return _summary(prepared, status, stopped, time.monotonic() - started)
+    except OSError as error:
+        raise _failed(prepared.run_dir, _disk_fault(error)) from None
+
+
+def _failed(run_dir: Path, reason: str) -> RunFailed:
+    """``reason`` is written down, if the disk has room for it, and told with how to go on."""
+    with suppress(OSError):
+        EventLog(run_dir).write(time.time(), "failed", reason)
+    begun = (run_dir / "config.yaml").exists()
+    return RunFailed(f"{reason}; {f'continue with: torchspec resume {run_dir}' if begun else 'start it again'}")
+
+
+def _disk_fault(error: OSError) -> str:
+    """One line about a file that cannot be written. Raises ``error`` itself if it is about anything else."""
+    if error.errno not in _DISK_FAULTS:
+        raise error
+    return f"cannot write {error.filename or 'a file or the output'}: {error.strerror}"
 
 
 @contextmanager
@@ -129,12 +156,15 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
 
 def _lock(run_dir: Path, stack: ExitStack) -> None:
     """A run has one driver. The kernel lets go of the lock, however this process ends."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = stack.enter_context((run_dir / "driver.lock").open("w"))
     try:
+        file = stack.enter_context((run_dir / "driver.lock").open("w"))
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"{run_dir} is running already; see it with: torchspec status {run_dir}") from None
+    except OSError as error:
+        raise ValueError(
+            f"run.dir: {run_dir} cannot be locked ({error.strerror}); it must be writable, on a file system with flock"
+        ) from None
 
 
 def _open_page(config: Config, controls: PageControls, view: View) -> ServerThread:

@@ -1,0 +1,86 @@
+"""How a run ends when its folder cannot be written to: in one line that says why, whatever else then fails, too."""
+
+from __future__ import annotations
+
+import fcntl
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from torchspec.config.load import parse_config
+from torchspec.driver import run
+from torchspec.driver.failure import RunFailed
+
+VIEW: Any = SimpleNamespace(message=lambda text: None)
+
+
+def full_disk() -> None:
+    with open("/dev/full", "w") as file:
+        file.write("x")
+        file.flush()
+
+
+def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, session: Callable[[], None]) -> None:
+    """A run whose only real part is how it ends."""
+
+    @contextmanager
+    def launch(prepared: Any, view: Any) -> Iterator[Any]:
+        yield SimpleNamespace(run=session)
+
+    monkeypatch.setattr(run, "prepare", lambda config, resume, message: SimpleNamespace(run_dir=tmp_path))
+    monkeypatch.setattr(run, "_launch", launch)
+    run.train(parse_config({"target": {"path": "unused"}}), resume=False, view=VIEW)
+
+
+def test_a_driver_whose_disk_is_full_says_so_and_how_to_go_on(monkeypatch, tmp_path):
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(RunFailed, match=rf"No space left on device; continue with: torchspec resume {tmp_path}$"):
+        train(monkeypatch, tmp_path, full_disk)
+    assert "No space left" in (tmp_path / "metrics" / "events.jsonl").read_text()
+
+
+def test_a_failure_that_cannot_be_written_down_is_told_all_the_same(monkeypatch, tmp_path):
+    def fail() -> None:
+        raise RunFailed("trainer rank 0 failed: it ate itself")
+
+    (tmp_path / "metrics").touch()  # where the folder of the events would be
+    with pytest.raises(RunFailed, match=r"^trainer rank 0 failed: it ate itself; start it again$"):
+        train(monkeypatch, tmp_path, fail)
+
+
+def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
+    with pytest.raises(FileNotFoundError):
+        train(monkeypatch, tmp_path, lambda: (tmp_path / "never made").read_text())
+
+
+def test_a_folder_that_cannot_be_made_is_the_users_mistake(monkeypatch):
+    def prepare(config: Any, resume: bool, message: Any) -> None:
+        config.run_dir.mkdir(parents=True)
+
+    monkeypatch.setattr(run, "prepare", prepare)
+    config = parse_config({"target": {"path": "unused"}, "run": {"dir": "/dev/null", "name": "x"}})
+    with pytest.raises(ValueError, match=r"/dev/null/x: Not a directory \(run\.dir is /dev/null/x\)"):
+        run.train(config, resume=False, view=VIEW)
+
+
+def test_a_file_system_without_locks_is_named(monkeypatch, tmp_path):
+    def unsupported(file: Any, operation: int) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with (
+        ExitStack() as stack,
+        pytest.raises(ValueError, match=rf"run\.dir: {tmp_path} .*Operation not supported.*flock"),
+    ):
+        run._lock(tmp_path, stack)
+
+
+def test_a_run_has_one_driver(tmp_path):
+    with ExitStack() as first, ExitStack() as second:
+        run._lock(tmp_path, first)
+        with pytest.raises(ValueError, match="running already"):
+            run._lock(tmp_path, second)
