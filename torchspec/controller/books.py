@@ -7,7 +7,7 @@ leases, ranks for steps) is told by ``changed``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -133,14 +133,12 @@ class Books:
 
     # ---- a sample's way ----
 
-    def settle(self, ledger: Ledger, samples: Iterable[SampleId]) -> None:
+    def settle(self, ledger: Ledger, samples: Collection[SampleId]) -> None:
         """After failures: report what was rejected for good, and let the others go on."""
-        rejected = {r.sample: r for r in ledger.rejected.values()}
-        for sample in samples:
-            if sample in rejected:
-                self.credits.release(sample)
-                self.rejections.write(self._journal_rejection(rejected[sample]))
-                self.observer.rejected(sample, self.samples.name(sample), rejected[sample].reason)
+        for rejection in [r for r in ledger.rejected.values() if r.sample in samples] if samples else ():
+            self.credits.release(rejection.sample)
+            self.rejections.write(self._journal_rejection(rejection))
+            self.observer.rejected(rejection.sample, self.samples.name(rejection.sample), rejection.reason)
         self.count_vocabulary()
         self._changed()
 
@@ -211,6 +209,8 @@ class Books:
 
     def count_vocabulary(self) -> None:
         """Count what answers there are, until there are enough."""
+        if self.vocabulary.vocab is not None:
+            return
         rejected = {r.sample for r in self.ledger.rejected.values()}
         if self.vocabulary.update(self.samples.answer, rejected):
             self.counted.fire()

@@ -355,8 +355,8 @@ class Controller:
 
     @after_begin
     async def steps_since(self, count: int) -> list[StepReport]:
-        """Reports after the first ``count``, for trackers."""
-        return self.books.observer.steps[count:]
+        """Reports after the first ``count``, for trackers, which never ask for those again."""
+        return self.books.observer.steps_since(count)
 
     @after_begin
     async def status(self) -> RunStatus:

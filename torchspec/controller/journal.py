@@ -10,7 +10,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -96,27 +96,36 @@ class AnswerBook:
     """
 
     def __init__(self, path: Path, reuse: Path | None = None):
-        self._answers: dict[str, tuple[int, ...]] = {}
+        self._answers: dict[bytes, bytes] = {}  # int32: a run may have a million, a tuple takes 36 bytes a token
+        self._saved: set[bytes] = set()
         for source in (reuse, path):
             for record in read_lines(source) if source else ():
-                self._answers[record["prompt_hash"]] = tuple(record["token_ids"])
+                digest = bytes.fromhex(record["prompt_hash"])
+                self._answers[digest] = _packed(record["token_ids"])
+                if source == path:
+                    self._saved.add(digest)
         self._file = JsonLines(path)
-        self._saved = {record["prompt_hash"] for record in read_lines(path)}
 
-    def get(self, prompt_ids: np.ndarray) -> tuple[int, ...] | None:
-        return self._answers.get(prompt_hash(prompt_ids))
+    def get(self, prompt_ids: np.ndarray) -> np.ndarray | None:
+        """int32 token ids, or None where there is no answer."""
+        packed = self._answers.get(_digest(prompt_ids))
+        return None if packed is None else np.frombuffer(packed, dtype=np.int32)
 
     def add(self, prompt_id: str, prompt_ids: np.ndarray, answer: Answer) -> None:
-        digest = prompt_hash(prompt_ids)
+        digest = _digest(prompt_ids)
         if digest in self._saved:
             return
         self._saved.add(digest)
-        self._answers[digest] = answer.token_ids
+        self._answers[digest] = _packed(answer.token_ids)
         self._file.write(
-            {"id": prompt_id, "prompt_hash": digest, **{k: v for k, v in asdict(answer).items() if k != "prompt"}}
+            {"id": prompt_id, "prompt_hash": digest.hex(), **{k: v for k, v in asdict(answer).items() if k != "prompt"}}
         )
 
 
-def prompt_hash(prompt_ids: np.ndarray) -> str:
+def _packed(token_ids: Sequence[int]) -> bytes:
+    return np.array(token_ids, dtype=np.int32).tobytes()
+
+
+def _digest(prompt_ids: np.ndarray) -> bytes:
     """Names a prompt by its token ids."""
-    return hashlib.sha256(np.ascontiguousarray(prompt_ids, dtype="<i4").tobytes()).hexdigest()[:24]
+    return hashlib.sha256(np.ascontiguousarray(prompt_ids, dtype="<i4").tobytes()).digest()[:12]

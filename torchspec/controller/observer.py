@@ -41,7 +41,8 @@ class Observer:
     def __init__(self, run_dir: Path, interval: float):
         self.interval = interval
         self.workers: dict[str, WorkerReport] = {}
-        self.steps: list[StepReport] = []
+        self._steps: list[StepReport] = []
+        self._steps_taken = 0  # before those
         self.telemetry = Telemetry()
         self.timelines = Timelines(run_dir, PER_SECOND if interval else 0)
         self._last: dict[str, StepReport] = {}
@@ -168,8 +169,18 @@ class Observer:
     def report(self, report: StepReport) -> None:
         """An optimizer step or a held-out evaluation."""
         self._last[report.split] = report
-        self.steps.append(report)
+        self._steps.append(report)
         self._metrics.write({"time": time.time(), **asdict(report)})
+
+    def steps_since(self, count: int) -> list[StepReport]:
+        """Reports after the first ``count``. Nobody needs the others any more, and they are forgotten.
+
+        Who has lost touch with the controller counts from 0 again, and goes on with what is left.
+        """
+        if count >= self._steps_taken:
+            del self._steps[: count - self._steps_taken]
+        self._steps_taken = count
+        return list(self._steps)
 
     def status(self, config: Config, phase: str, ledger: Ledger, heldout: Ledger, credit: Credits) -> RunStatus:
         total, counts = ledger.total_steps, ledger.counts()

@@ -29,7 +29,7 @@ class Samples:
     def name(self, sample: SampleId) -> str:
         return f"{self._prompts(sample).ids[sample.prompt]} (epoch {sample.epoch})"
 
-    def answer(self, sample: SampleId) -> tuple[int, ...] | None:
+    def answer(self, sample: SampleId) -> np.ndarray | None:
         """What the target has written for its prompt, in whatever epoch or run."""
         return self._answers.get(self._prompts(sample).input_ids(sample.prompt))
 
@@ -50,7 +50,7 @@ class Samples:
         if mask is None:
             answer = self.answer(sample)
             if answer is not None:
-                read = np.asarray(answer[:-1], dtype=np.int32)  # as when it was written: the last token is not read
+                read = answer[:-1]  # as when it was written: the last token is not read
                 mask = pack_mask([False] * len(ids) + [True] * len(read))
                 ids = np.concatenate([ids, read])
         lease = Lease(

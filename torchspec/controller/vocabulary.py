@@ -44,7 +44,7 @@ class VocabularyCount:
         self._counter = VocabCounter(vocab_size)
         self._counter.add_answered(prompts)
 
-    def update(self, answer: Callable[[SampleId], tuple[int, ...] | None], rejected: Container[SampleId]) -> bool:
+    def update(self, answer: Callable[[SampleId], np.ndarray | None], rejected: Container[SampleId]) -> bool:
         """Build the vocabulary if every sample it waits for is answered or rejected; whether it was built just now."""
         if self.vocab is not None:
             return False
@@ -54,7 +54,7 @@ class VocabularyCount:
             return False
         for ids in map(answer, self._waiting):
             if ids is not None:
-                self._counter.add(np.asarray(ids))
+                self._counter.add(ids)
         # What the answers have not shown yet is taken from what the prompts talk about.
         prior = np.bincount(self._prompts.token_ids, minlength=len(self._counter.counts))
         self.vocab = self._counter.build(self._size, self._always, prior)
