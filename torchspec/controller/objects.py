@@ -18,6 +18,8 @@ BUFFER_BYTES = 1 << 20
 """Who only removes needs hardly any buffer."""
 _ATTEMPTS, _PAUSE_SECONDS = 30, 1.0
 """What it takes to notice that a master is gone, and to start another."""
+_LONG_PAUSE_SECONDS = 10.0
+"""Between two such series of attempts."""
 _WORKER_ENDS_SECONDS = 15.0
 """Children of a killed actor may live on for 11 s, and put what they have in hand."""
 
@@ -36,6 +38,7 @@ class StoredObjects:
         self._suffixes: dict[str, None] = {}
         self._removals: set[asyncio.Task[None]] = set()
         self._repeats: set[asyncio.TimerHandle] = set()
+        self._closing = False
 
     async def connect(self, suffixes: Iterable[str]) -> None:
         """Join the store, as soon as it is there.
@@ -51,14 +54,31 @@ class StoredObjects:
         self._suffixes |= dict.fromkeys(suffixes)
 
     async def remove(self, keys: Iterable[str]) -> None:
-        await self._insist(self._remove, list(keys))  # one thread for all: a step may free hundreds
+        """Remove samples, however long the store is away: whoever repairs it decides when to give it up.
+
+        Raises:
+            StoreError: it is away, and all are leaving.
+        """
+        wanted = list(keys)
+        while True:
+            try:
+                return await self._insist(self._remove, wanted)  # one thread for all: a step may free hundreds
+            except StoreError:
+                if self._closing:
+                    raise
+            await asyncio.sleep(_LONG_PAUSE_SECONDS)
 
     def remove_soon(self, keys: Iterable[str], then: Callable[[], None] = lambda: None) -> None:
-        """Remove in the background; ``then`` is called when all of them are gone."""
+        """Remove in the background, however long the store is away; ``then`` is called when all of them are gone."""
+        wanted = list(keys)
 
         async def remove() -> None:
-            await self.remove(keys)
-            then()
+            try:
+                await self.remove(wanted)
+            except StoreError as error:
+                log.warning("left to the end of the store: %s", error)
+            else:
+                then()
 
         task = asyncio.create_task(remove())
         self._removals.add(task)
@@ -76,7 +96,8 @@ class StoredObjects:
         await self._insist(self._store.remove_all, prefix)
 
     async def close(self) -> None:
-        """Wait for what is being removed, then leave the store."""
+        """Wait for what is being removed, then leave the store; if it is away, not for long."""
+        self._closing = True
         for repeat in self._repeats:
             repeat.cancel()
         while self._removals:
