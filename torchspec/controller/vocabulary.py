@@ -46,8 +46,7 @@ class VocabularyCount:
 
     def update(self, answer: Callable[[SampleId], np.ndarray | None], rejected: Container[SampleId]) -> bool:
         """Build the vocabulary if every sample it waits for is answered or rejected; whether it was built just now."""
-        if self.vocab is not None:
-            return False
+        assert self.vocab is None
         while self._unknown and (self._unknown[-1] in rejected or answer(self._unknown[-1]) is not None):
             self._unknown.pop()
         if self._unknown:
