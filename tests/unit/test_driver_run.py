@@ -24,12 +24,20 @@ def full_disk() -> None:
         file.flush()
 
 
-def train(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, session: Callable[[], None]) -> None:
+def train(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    session: Callable[[], None],
+    cleanup: Callable[[], None] = lambda: None,
+) -> None:
     """A run whose only real part is how it ends."""
 
     @contextmanager
     def launch(prepared: Any, view: Any) -> Iterator[Any]:
-        yield SimpleNamespace(run=session)
+        try:
+            yield SimpleNamespace(run=session)
+        finally:
+            cleanup()
 
     monkeypatch.setattr(run, "prepare", lambda config, resume, message: SimpleNamespace(run_dir=tmp_path))
     monkeypatch.setattr(run, "_launch", launch)
@@ -43,13 +51,13 @@ def test_a_driver_whose_disk_is_full_says_so_and_how_to_go_on(monkeypatch, tmp_p
     assert "No space left" in (tmp_path / "metrics" / "events.jsonl").read_text()
 
 
-def test_a_failure_that_cannot_be_written_down_is_told_all_the_same(monkeypatch, tmp_path):
+def test_a_failure_that_cannot_be_written_down_nor_cleaned_up_after_is_told_all_the_same(monkeypatch, tmp_path):
     def fail() -> None:
         raise RunFailed("trainer rank 0 failed: it ate itself")
 
     (tmp_path / "metrics").touch()  # where the folder of the events would be
     with pytest.raises(RunFailed, match=r"^trainer rank 0 failed: it ate itself; start it again$"):
-        train(monkeypatch, tmp_path, fail)
+        train(monkeypatch, tmp_path, fail, full_disk)
 
 
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, tmp_path):

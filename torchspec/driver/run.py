@@ -82,15 +82,17 @@ def train(config: Config, *, resume: bool, view: View) -> RunSummary:
         prepared = prepare(config, resume, view.message)
     except OSError as error:
         raise ValueError(f"{_disk_fault(error)} (run.dir is {config.run_dir})") from None
+    failure: RunFailed | None = None
     try:
         with _launch(prepared, view) as session:
             try:
                 status, stopped = session.run()
             except RunFailed as error:
-                raise _failed(prepared.run_dir, str(error)) from None
+                failure = _failed(prepared.run_dir, str(error))
+                raise failure from None
         return _summary(prepared, status, stopped, time.monotonic() - started)
     except OSError as error:
-        raise _failed(prepared.run_dir, _disk_fault(error)) from None
+        raise failure or _failed(prepared.run_dir, _disk_fault(error)) from None  # what came first is the reason
 
 
 def _failed(run_dir: Path, reason: str) -> RunFailed:
@@ -102,10 +104,10 @@ def _failed(run_dir: Path, reason: str) -> RunFailed:
 
 
 def _disk_fault(error: OSError) -> str:
-    """One line about a file that cannot be written. Raises ``error`` itself if it is about anything else."""
+    """One line about a file that cannot be used. Raises ``error`` itself if it is about anything else."""
     if error.errno not in _DISK_FAULTS:
         raise error
-    return f"cannot write {error.filename or 'a file or the output'}: {error.strerror}"
+    return f"cannot use {error.filename or 'a file or the output'}: {error.strerror}"
 
 
 @contextmanager
