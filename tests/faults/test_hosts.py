@@ -84,6 +84,22 @@ def test_a_run_across_hosts_keeps_to_its_network_and_outlives_a_cable_that_is_pu
 
 
 @pytest.mark.slow
+def test_a_host_that_is_cut_off_for_longer_than_rays_patience_comes_back(hosts, tmp_path, target_path):
+    """Ray takes the node for dead; its launcher joins again, and another engine starts there."""
+    head, worker = hosts
+    started, run_dir = time.time(), tmp_path / "run"
+    command = train(head, tmp_path, target_path)
+    try:
+        command.wait_for(lambda: len(journal(run_dir)) >= 4, "step 4")
+        worker.unplug(seconds=90)
+        assert command.wait() == 0, command.text
+    finally:
+        command.process.kill()
+    assert "worker-0 died" in command.text and "worker-1" in command.text, command.text
+    check_end(run_dir, started, resumes=0)
+
+
+@pytest.mark.slow
 def test_a_driver_that_is_killed_leaves_nothing_on_any_host_and_a_run_to_resume(hosts, tmp_path, target_path):
     head, _ = hosts
     started, run_dir = time.time(), tmp_path / "run"
