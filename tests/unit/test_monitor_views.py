@@ -140,11 +140,12 @@ def inspected(tmp_path: Path) -> Path:
     tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<|end|>"])
     (tmp_path / "target").mkdir()
     tokenizer.save(str(tmp_path / "target" / "tokenizer.json"))
     save_config(parse_config({"target": {"path": str(tmp_path / "target")}}), tmp_path / "config.yaml")
-    ids = tokenizer.encode("Où? Là.").ids
-    prompt = len(tokenizer.encode("Où? ").ids)
+    ids = tokenizer.encode("Où? <|end|>Là.").ids
+    prompt = len(tokenizer.encode("Où? <|end|>").ids)
     mask = [0] * prompt + [1] * (len(ids) - prompt)
     record = SampleRecord(
         time=20.0,
@@ -181,8 +182,10 @@ def test_a_sample_is_shown_as_text_with_its_loss_mask_over_the_tokens(inspected:
     (listed,) = views.samples_view(inspected)["samples"]
     assert listed["sample"] == "e0p3" and "token_ids" not in listed
     sample = views.sample_view(inspected, "e0p3")
-    assert (sample["prompt"], sample["answer"]) == ("Où? ", "Là.")
-    assert "".join(sample["pieces"]) == "Où? Là." and len(sample["pieces"]) == len(sample["mask"]) == 9
+    end = sample["prompt_tokens"]
+    assert ("".join(sample["pieces"][:end]), "".join(sample["pieces"][end:])) == ("Où? <|end|>", "Là.")
+    assert len(sample["pieces"]) == len(sample["mask"]) == 10
+    assert [p for p, s in zip(sample["pieces"], sample["special"], strict=True) if s] == ["<|end|>"]
     assert "".join(p for p, m in zip(sample["pieces"], sample["mask"], strict=True) if m) == "Là."
     with pytest.raises(KeyError):
         views.sample_view(inspected, "e0p4")
@@ -191,7 +194,7 @@ def test_a_sample_is_shown_as_text_with_its_loss_mask_over_the_tokens(inspected:
 def test_without_the_targets_tokenizer_there_are_numbers(inspected: Path) -> None:
     (inspected / "target" / "tokenizer.json").unlink()
     sample = views.sample_view(inspected, "e0p3")
-    assert len(sample["pieces"]) == 9 and all(p.strip("⟨⟩").isdigit() for p in sample["pieces"])
+    assert len(sample["pieces"]) == 10 and all(p.strip("⟨⟩").isdigit() for p in sample["pieces"])
 
 
 def test_a_trace_shows_the_way_from_worker_to_training(inspected: Path) -> None:

@@ -198,29 +198,23 @@ def sample_view(run_dir: Path, sample: str) -> Record:
     record = found[-1]
     ids = [int.from_bytes(word, "little") for word in _words(b64decode(record.pop("token_ids")))]
     mask = unpack_mask(b64decode(record.pop("loss_mask")), len(ids))
-    pieces, text = _decode(run_dir, ids)
-    prompt = record["prompt_tokens"]
-    return {
-        **record,
-        "pieces": pieces,
-        "mask": [int(m) for m in mask],
-        "prompt": None if prompt is None else text(ids[:prompt]),
-        "answer": None if prompt is None else text(ids[prompt:]),
-    }
+    pieces, special = _decode(run_dir, ids)
+    return {**record, "pieces": pieces, "special": special, "mask": [int(m) for m in mask]}
 
 
-def _decode(run_dir: Path, ids: Sequence[int]) -> tuple[list[str], Callable[[Sequence[int]], str]]:
-    """Each token as text, and a decoder of many; numbers where the target's tokenizer is not there any more."""
+def _decode(run_dir: Path, ids: Sequence[int]) -> tuple[list[str], list[int]]:
+    """Each token as text, and whether it is special; numbers where the target's tokenizer is not there any more."""
     from tokenizers import Tokenizer
     from tokenizers.decoders import DecodeStream
 
     config = yaml.safe_load((run_dir / "config.yaml").read_text())
     path = Path(config["target"]["path"]) / "tokenizer.json"
     if not path.exists():
-        return [f"⟨{i}⟩" for i in ids], lambda some: " ".join(map(str, some))
+        return [f"⟨{i}⟩" for i in ids], [0] * len(ids)
     tokenizer, stream = Tokenizer.from_file(str(path)), DecodeStream(skip_special_tokens=False)
     pieces = [stream.step(tokenizer, i) or "" for i in ids]  # a character of several tokens comes with the last
-    return pieces, lambda some: tokenizer.decode(list(some), skip_special_tokens=True)
+    added = tokenizer.get_added_tokens_decoder()
+    return pieces, [int(i in added and added[i].special) for i in ids]
 
 
 def _records(run_dir: Path, name: str, since: float | None, points: int | None) -> list[Record]:

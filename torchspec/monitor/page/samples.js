@@ -91,8 +91,7 @@ function draw(record) {
         ...facts.map(([name, value]) => h("div", {}, h("dt", { text: name }), h("dd", { text: value }))),
       ),
     ),
-    ...text("Prompt", record.prompt),
-    ...text("Answer", record.answer),
+    ...(record.prompt_tokens === null ? [] : conversation(record)),
     h("h4", { text: "Tokens and loss mask" }),
     h(
       "p",
@@ -107,8 +106,12 @@ function draw(record) {
   ];
 }
 
-function text(title, value) {
-  return value ? [h("h4", { text: title }), h("p", { class: "prose", text: value })] : [];
+/** What the target was given and what it answered. Special tokens mark where turns begin and end. */
+function conversation({ pieces, special, prompt_tokens: end }) {
+  const texts = pieces.map((piece, i) => (special[i] ? h("span", { class: "special", text: piece }) : piece));
+  const part = (title, shown) =>
+    shown.length ? [h("h4", { text: title }), h("p", { class: "prose" }, ...shown)] : [];
+  return [...part("Prompt", texts.slice(0, end)), ...part("Answer", texts.slice(end))];
 }
 
 /** Neighbouring tokens with the same mask lie in one run, so that the boundary between them is easy to see. */
