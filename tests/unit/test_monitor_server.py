@@ -9,7 +9,7 @@ import stat
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -27,7 +27,7 @@ class Recorded:
     actions: list[Any] = field(default_factory=list)
     failure: str | None = None
 
-    def scale_inference(self, workers: int) -> None:
+    def scale_inference(self, workers: int | Literal["auto"]) -> None:
         self._act(workers)
 
     def stop(self, reason: str) -> None:
@@ -146,9 +146,11 @@ def test_controls_need_the_token_and_their_own_page(client: Client) -> None:
 def test_controls_act_on_the_run(client: Client) -> None:
     origin = f"http://127.0.0.1:{client.server.port}"
     assert client.control("/api/scale", {"workers": 3}, Origin=origin)[0] == 200
+    status, answer = client.control("/api/scale", {"workers": "auto"})
+    assert status == 200 and "automatically" in answer["message"]
     assert client.control("/api/stop", {})[0] == 200
-    assert client.controls.actions == [3, "asked from the page"]
-    for workers in (0, -1, 2.5, "3", None, True, 10**9):
+    assert client.controls.actions == [3, "auto", "asked from the page"]
+    for workers in (0, -1, 2.5, "3", "Auto", None, True, 10**9):
         status, answer = client.control("/api/scale", {"workers": workers})
         assert status == 400 and "workers" in answer["error"]
     assert client.control("/api/scale", "[]")[0] == client.control("/api/scale", "{")[0] == 400

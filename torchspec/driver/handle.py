@@ -51,7 +51,7 @@ class PageControls:
     def __init__(self, run_dir: Path, controller: Any = None):
         self._run_dir, self._controller = run_dir, controller
 
-    def scale_inference(self, workers: int) -> None:
+    def scale_inference(self, workers: int | Literal["auto"]) -> None:
         """Raises ValueError: the machine cannot have so many, or the run does not answer."""
         from torchspec.driver.scale import checked_change
 

@@ -15,7 +15,7 @@ import secrets
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
 
 from aiohttp import ClientError, ClientSession, ClientTimeout, web
@@ -43,7 +43,7 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Controls(Protocol):
     """What a page may do to a run. Both raise ValueError, with the reason, where it cannot be done."""
 
-    def scale_inference(self, workers: int) -> None: ...
+    def scale_inference(self, workers: int | Literal["auto"]) -> None: ...
     def stop(self, reason: str) -> None: ...
 
 
@@ -156,10 +156,11 @@ class PageServer:
     async def _scale(self, request: web.Request) -> web.Response:
         folder, body = await self._controlled(request)
         workers = body.get("workers")
-        if type(workers) is not int or not 1 <= workers <= MAX_WORKERS:
-            raise _refusal(400, f"workers is {workers!r}, but must be a whole number from 1 to {MAX_WORKERS}")
+        if workers != "auto" and (type(workers) is not int or not 1 <= workers <= MAX_WORKERS):
+            raise _refusal(400, f"workers is {workers!r}, but must be a whole number from 1 to {MAX_WORKERS}, or auto")
         await self._act(folder, lambda controls: controls.scale_inference(workers))
-        return _json({"message": f"the inference pool becomes {workers}"})
+        size = "is sized automatically" if workers == "auto" else f"becomes {workers}"
+        return _json({"message": f"the inference pool {size}"})
 
     async def _stop(self, request: web.Request) -> web.Response:
         folder, _ = await self._controlled(request)

@@ -1,6 +1,6 @@
 // Scaling the inference pool and stopping the run, for who has the token.
 
-import { post, setToken, token } from "./api.js";
+import { get, post, setToken, token } from "./api.js";
 import { h, say } from "./dom.js";
 
 export class Control {
@@ -20,11 +20,26 @@ export class Control {
     this.stop = h("button", { type: "button", class: "button danger", on: { click: () => this.#stop() } });
     this.unlocked = h("p", { class: "chart-note" });
     const close = h("button", { type: "button", class: "button", text: "Close", on: { click: () => dialog.close() } });
+    this.auto = h("button", {
+      type: "button",
+      class: "button",
+      text: "Auto",
+      on: { click: () => this.#scale("auto") },
+    });
+    this.sizing = h("p", { class: "chart-note" });
     const scale = h(
       "form",
-      { on: { submit: (event) => this.#scale(event) } },
+      {
+        on: {
+          submit: (event) => {
+            event.preventDefault();
+            this.#scale(Number(this.workers.value));
+          },
+        },
+      },
       h("label", { for: "workers", text: "Inference workers" }),
-      h("div", { class: "row" }, this.workers, h("button", { class: "button primary", text: "Scale" })),
+      h("div", { class: "row" }, this.workers, h("button", { class: "button primary", text: "Scale" }), this.auto),
+      this.sizing,
       h("p", {
         class: "chart-note",
         text: "New workers take a while to load the target; those taken away finish what they have first.",
@@ -74,7 +89,25 @@ export class Control {
     this.#arm(false);
     this.#state();
     say(this.said, "");
+    this.#size(this.run.config.inference);
     this.dialog.showModal();
+    this.#reread();
+  }
+
+  /** Says who decides on the number of workers, a person or the run. */
+  #size({ workers = 1, min_workers: least = 1, max_workers: most = 4 } = {}) {
+    const auto = workers === "auto";
+    this.auto.setAttribute("aria-pressed", auto);
+    const text = auto
+      ? `Sized automatically, ${least} to ${most} as training needs them; a number fixes it.`
+      : `Fixed at ${workers}; Auto holds ${least} to ${most}, as training needs them.`;
+    say(this.sizing, text);
+  }
+
+  /** The pool's size may have been decided on anew, by another page or a terminal. */
+  async #reread() {
+    const about = await get("/api/run", { run: this.run.index }).catch(() => this.run);
+    this.#size((this.run.config = about.config).inference);
   }
 
   #state() {
@@ -93,9 +126,9 @@ export class Control {
     this.#state();
   }
 
-  async #scale(event) {
-    event.preventDefault();
-    await this.#send("/api/scale", { workers: Number(this.workers.value) });
+  async #scale(workers) {
+    await this.#send("/api/scale", { workers });
+    await this.#reread();
   }
 
   /** Asks once more before it stops anything. */
