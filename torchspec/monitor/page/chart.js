@@ -117,7 +117,7 @@ export class Chart {
             ...look,
             grid,
             values: (_, splits) => splits.map(axis),
-            space: 34,
+            space: 26,
             size: widest,
             incrs: steps === "binary" ? BINARY : undefined,
           },

@@ -4,22 +4,19 @@ import { Chart } from "./chart.js";
 import { h, reconcile, say } from "./dom.js";
 import { bytes, count, fixed, percent, rate, span } from "./format.js";
 import { last } from "./run.js";
-import { smooth, windowMean } from "./smooth.js";
+import { mean, smooth, windowMean } from "./smooth.js";
 import { join } from "./training.js";
 
-const mean = (values = []) => {
-  const known = values.filter((value) => value !== null);
-  return known.length ? known.reduce((a, b) => a + b, 0) / known.length : null;
-};
+const average = (name) => (run) => mean(run.history.time, run.history[name]);
 const ROWS = [
   ["Step", (run) => run.snapshot?.point.step, count],
   ["Accept length, train", (run) => run.snapshot?.status.last_step?.accept_length, fixed(3)],
   ["Accept length, held out", (run) => run.snapshot?.status.last_heldout?.accept_length, fixed(3)],
   ["Loss, train", (run) => run.snapshot?.status.last_step?.loss, fixed(3)],
   ["Loss, held out", (run) => run.snapshot?.status.last_heldout?.loss, fixed(3)],
-  ["Samples trained a second, mean", (run) => mean(run.history.training_samples_per_s), rate],
-  ["Ranks waiting, mean", (run) => mean(run.history.rank_wait_share), percent],
-  ["Workers waiting, mean", (run) => mean(run.history.worker_wait_share), percent],
+  ["Samples trained a second, mean", average("training_samples_per_s"), rate],
+  ["Ranks waiting, mean", average("rank_wait_share"), percent],
+  ["Workers waiting, mean", average("worker_wait_share"), percent],
   ["Inference workers", (run) => run.snapshot?.point.workers, count],
   ["Training ranks", (run) => run.snapshot?.point.ranks, count],
   ["Workers lost", (run) => run.snapshot?.point.worker_losses, count],
@@ -69,13 +66,13 @@ export class Compare {
     const both = (split, name, change) =>
       join(
         a.steps[split].step,
-        change(a.steps[split][name] ?? []),
+        change(a.steps[split].step, a.steps[split][name] ?? []),
         b.steps[split].step,
-        change(b.steps[split][name] ?? []),
+        change(b.steps[split].step, b.steps[split][name] ?? []),
       );
     this.accept.set(both("train", "accept_length", smooth));
     this.loss.set(both("train", "loss", smooth));
-    this.heldout.set(both("heldout", "accept_length", (values) => values));
+    this.heldout.set(both("heldout", "accept_length", (_, values) => values));
     const elapsed = (run) => run.history.time.map((time) => Math.round(time - run.history.time[0]));
     const speed = (run) => windowMean(run.history.time, run.history.training_samples_per_s ?? []);
     this.throughput.set(join(elapsed(a), speed(a), elapsed(b), speed(b)));

@@ -2,7 +2,7 @@
 
 const SHORTEST = 30;
 const PART = 1 / 100;
-const KEEP = 0.94;
+const STRETCH = 0.04;
 
 /** Mean over the last while: a hundredth of what is shown, 30 seconds at least; rows count by the time they cover. */
 export function windowMean(times, values, seconds = reach(times)) {
@@ -26,14 +26,24 @@ function reach(times) {
   return Math.max(SHORTEST, PART * ((times.at(-1) ?? 0) - (times[0] ?? 0)));
 }
 
-/** Exponential mean over steps, corrected for its start; a missing value stays one. */
-export function smooth(values) {
+/** Mean over all of the time; null where nothing is known. */
+export const mean = (times, values = []) => windowMean(times, values, Infinity).at(-1) ?? null;
+
+/** Centred mean over a part of all steps, near the ends over what there is; a missing value stays one. */
+export function smooth(steps, values) {
+  const half = (STRETCH / 2) * ((steps.at(-1) ?? 0) - (steps[0] ?? 0));
   let sum = 0;
-  let weight = 0;
-  return values.map((value) => {
-    if (value === null) return null;
-    sum = KEEP * sum + (1 - KEEP) * value;
-    weight = KEEP * weight + (1 - KEEP);
-    return sum / weight;
+  let known = 0;
+  let first = 0;
+  let next = 0;
+  const add = (i, sign) => {
+    if (values[i] === null || values[i] === undefined) return;
+    sum += sign * values[i];
+    known += sign;
+  };
+  return steps.map((step, i) => {
+    while (next < steps.length && steps[next] <= step + half) add(next++, 1);
+    while (steps[first] < step - half) add(first++, -1);
+    return values[i] === null || values[i] === undefined ? null : sum / known;
   });
 }

@@ -2,20 +2,17 @@
 
 import { s } from "./dom.js";
 
-/** Draw means of the values into an SVG of 100 x 24. */
-export function sparkline(svg, values) {
-  const known = values.filter((value) => value !== null);
-  const points = [];
-  const cells = Math.min(50, known.length);
-  for (let i = 0; i < cells; i++) {
-    const part = known.slice(Math.floor((i * known.length) / cells), Math.floor(((i + 1) * known.length) / cells));
-    points.push(part.reduce((a, b) => a + b) / part.length);
-  }
+const CELLS = 50;
+
+/** Draw values into an SVG of 100 x 24, as means of equal stretches of xs: rows lie closer where they are newer. */
+export function sparkline(svg, xs, values) {
+  const points = means(xs, values);
   if (points.length < 2) return svg.replaceChildren();
-  const low = Math.min(...points),
-    high = Math.max(...points);
-  const at = (value, i) =>
-    `${((100 * i) / (cells - 1)).toFixed(1)},${(22 - (high > low ? (20 * (value - low)) / (high - low) : 10)).toFixed(1)}`;
+  const heights = points.map(([, value]) => value);
+  const low = Math.min(...heights),
+    high = Math.max(...heights);
+  const at = ([x, value]) =>
+    `${(100 * x).toFixed(1)},${(22 - (high > low ? (20 * (value - low)) / (high - low) : 10)).toFixed(1)}`;
   const line = points.map(at).join(" ");
   if (svg.dataset.line === line) return;
   svg.dataset.line = line;
@@ -23,4 +20,20 @@ export function sparkline(svg, values) {
     s("polygon", { points: `0,24 ${line} 100,24`, class: "spark-area" }),
     s("polyline", { points: line, class: "spark-line", "vector-effect": "non-scaling-stroke" }),
   );
+}
+
+/** [place from 0 to 1, mean] of each stretch that holds a value. */
+function means(xs, values) {
+  const known = values.map((value, i) => [xs[i], value]).filter(([, value]) => value !== null);
+  if (known.length < 2) return [];
+  const cells = Math.min(CELLS, known.length);
+  const start = known[0][0],
+    length = known[known.length - 1][0] - start || 1;
+  const sums = Array.from({ length: cells }, () => [0, 0]);
+  for (const [x, value] of known) {
+    const cell = sums[Math.min(cells - 1, Math.floor((cells * (x - start)) / length))];
+    cell[0] += value;
+    cell[1] += 1;
+  }
+  return sums.map(([sum, count], i) => [i / (cells - 1), sum / count]).filter(([, mean]) => !Number.isNaN(mean));
 }

@@ -46,7 +46,7 @@ export class Summary {
     say(this.text, capital(verdict?.text ?? "Nothing has been measured yet.") + doubt);
     const advice = verdict?.advice ?? [];
     if (this.advice.textContent !== advice.join(""))
-      this.advice.replaceChildren(...advice.map((text) => h("li", { text })));
+      this.advice.replaceChildren(...advice.map((text) => h("li", {}, ...withCommand(text))));
     this.health.element.dataset.level = health.level;
     this.health.set(health.headline, health.text, "", SIGNS[health.level]);
     if (!snapshot) return [this.speed, this.quality, this.left].forEach((tile) => tile.set("–", ""));
@@ -59,7 +59,8 @@ export class Summary {
     const tokens = `${rate(status.training_tokens_per_s)} tokens/s trained`;
     const inference = `${rate(status.inference_samples_per_s)} samples/s captured`;
     this.speed.set(rate(status.training_samples_per_s), `${tokens}\n${inference}`, "samples/s");
-    this.speed.spark(windowMean(history.time, history.training_samples_per_s ?? []));
+    const speed = windowMean(history.time, history.training_samples_per_s ?? []);
+    this.speed.spark(history.time, speed);
   }
 
   #quality({ status, measured_accept_length: measured }, steps) {
@@ -73,7 +74,7 @@ export class Summary {
       "accept length",
     );
     const curve = steps.heldout.time.length > 5 ? steps.heldout : steps.train;
-    this.quality.spark(curve.accept_length);
+    this.quality.spark(curve.step, curve.accept_length);
   }
 
   #left(status, run) {
@@ -118,9 +119,12 @@ class Tile {
     say(this.text, text);
   }
 
-  spark(values = []) {
-    sparkline(this.line, values);
+  spark(xs, values = []) {
+    sparkline(this.line, xs, values);
   }
 }
 
+/** A command at the end of a text stays in one piece. */
+const withCommand = (text) =>
+  text.split(/(?=torchspec )/).map((part, i) => (i ? h("span", { class: "command", text: part }) : part));
 const capital = (text) => text.charAt(0).toUpperCase() + text.slice(1);

@@ -53,13 +53,13 @@ export class Training {
     if (positions && this.positions !== positions) this.#positions(positions);
     const both = (name) => {
       const [xs, ys, others] = join(train.step, train[name] ?? [], heldout.step, heldout[name] ?? []);
-      return [xs, ys, smooth(ys), others];
+      return [xs, ys, smooth(xs, ys), others];
     };
     this.accept.set(both("accept_length"));
     this.loss.set(both("loss"));
     this.rate.set([train.step, train.learning_rate ?? []]);
-    this.norm.set([train.step, train.grad_norm ?? [], smooth(train.grad_norm ?? [])]);
-    this.accuracies?.[0].set([train.step, ...train.full_accuracy.map(smooth)]);
+    this.norm.set([train.step, train.grad_norm ?? [], smooth(train.step, train.grad_norm ?? [])]);
+    this.accuracies?.[0].set([train.step, ...train.full_accuracy.map((values) => smooth(train.step, values))]);
     this.accuracies?.[1].set([heldout.step, ...heldout.full_accuracy]);
   }
 
