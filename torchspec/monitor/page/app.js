@@ -24,6 +24,8 @@ const RANGES = [
   ["2 h", 7200],
   ["All", null],
 ];
+/** Phases after which a server that is away stays away. */
+const LAST_PHASES = ["stopping", "stopped", "finished", "failed"];
 const CURVES_EVERY = 10 * SECOND,
   SAMPLES_EVERY = 5 * SECOND;
 
@@ -74,8 +76,8 @@ async function loadMore() {
     due.curves = now + CURVES_EVERY;
     const since = (run.snapshot?.point.time ?? 0) - 1800;
     const curves = await get("/api/entities", { run: run.index, since, points: 60 });
-    panels.workers.curves = curves.workers;
-    panels.ranks.curves = curves.ranks;
+    panels.workers.curves = { time: curves.time, rows: curves.workers };
+    panels.ranks.curves = { time: curves.time, rows: curves.ranks };
   }
   if (tab === "samples" && now >= due.samples) {
     due.samples = now + SAMPLES_EVERY;
@@ -96,8 +98,7 @@ async function poll() {
   if (asking) return void (again = true);
   asking = true;
   lost = !(await ask());
-  by("connection").hidden = !lost;
-  document.body.classList.toggle("stale", lost);
+  tellConnection(runs[shown]);
   draw();
   timer = setTimeout(poll, again && !lost ? 0 : pause());
   asking = again = false;
@@ -107,15 +108,28 @@ async function poll() {
 async function ask() {
   try {
     if (lost || !runs.length) await load();
-    else await Promise.all((tab === "compare" ? runs : [runs[shown]]).map((run) => run.update()));
+    else await Promise.all((tab === "compare" ? runs : [runs[shown]]).map((run) => run.update(seconds())));
     await loadMore();
     heard = performance.now();
     return true;
   } catch (error) {
-    const away = span((performance.now() - heard) / 1000);
-    say(by("connection"), `Connection lost, retrying (${away}). What is shown is from before.`);
     console.info(`no answer: ${error.message}`);
     return false;
+  }
+}
+
+/** A run that was at its end is over, and its driver, which served this page, is gone. */
+function tellConnection(run) {
+  const over = lost && LAST_PHASES.includes(run?.snapshot?.status.phase);
+  by("connection").hidden = !lost;
+  by("connection").classList.toggle("over", over);
+  document.body.classList.toggle("stale", lost && !over);
+  if (over) {
+    run.live = false;
+    say(by("connection"), `The run has ended; torchspec ui ${run.folder} shows it.`);
+  } else if (lost) {
+    const away = span((performance.now() - heard) / 1000);
+    say(by("connection"), `Connection lost, retrying (${away}). What is shown is from before.`);
   }
 }
 
@@ -126,11 +140,17 @@ function pause() {
 
 async function load() {
   const known = await get("/api/runs");
-  const fresh = known.length === runs.length ? runs : known.map(({ index }) => new Run(index, range));
-  await Promise.all(fresh.map((run) => run.load()));
-  if (fresh !== runs) shown = Math.min(Number(new URLSearchParams(location.search).get("run")) || 0, fresh.length - 1);
+  const fresh = known.length === runs.length ? runs : known.map(({ index }) => new Run(index));
+  await Promise.all(fresh.map((run) => run.load(seconds())));
+  if (fresh === runs) return;
   runs = fresh;
+  shown = Math.min(Number(new URLSearchParams(location.search).get("run")) || 0, runs.length - 1);
   switcher();
+}
+
+/** Of the history that is shown; runs are compared over all of their time. */
+function seconds() {
+  return tab === "compare" ? null : range;
 }
 
 function now() {
@@ -143,33 +163,25 @@ function now() {
 function switcher() {
   const bar = by("run-switch");
   bar.hidden = by("tab-compare").hidden = runs.length < 2;
-  bar.replaceChildren(
-    ...runs.map((run, i) =>
-      segment(run.name, i === shown, () => {
-        shown = i;
-        switcher();
-        now();
-      }),
-    ),
-  );
+  const names = runs.map((run) => run.name);
+  segments(bar, names, shown, (i) => {
+    shown = i;
+    now();
+  });
 }
 
-function segment(text, on, choose) {
-  return h("button", { type: "button", "aria-pressed": String(on), text, on: { click: choose } });
-}
-
-function ranges() {
-  by("range").replaceChildren(
-    ...RANGES.map(([text, seconds]) =>
-      segment(text, seconds === range, async () => {
-        range = seconds;
-        ranges();
-        runs.forEach((run) => (run.range = range));
-        await Promise.all(runs.map((run) => run.loadHistory()));
-        draw();
-      }),
-    ),
-  );
+/** Buttons of which one is pressed; they stay as they are when another is chosen, and so does the focus. */
+function segments(bar, texts, pressed, choose) {
+  const press = (at) => buttons.forEach((button, i) => button.setAttribute("aria-pressed", i === at));
+  const buttons = texts.map((text, i) => {
+    const click = () => {
+      press(i);
+      choose(i);
+    };
+    return h("button", { type: "button", text, on: { click } });
+  });
+  press(pressed);
+  bar.replaceChildren(...buttons);
 }
 
 const tabs = [...by("tabs").children];
@@ -182,7 +194,7 @@ function choose(button, focus = false) {
     other.tabIndex = on ? 0 : -1;
     by(other.getAttribute("aria-controls")).hidden = !on;
   }
-  by("range").hidden = !["flow", "compare"].includes(tab);
+  by("range").hidden = tab !== "flow";
   if (focus) button.focus();
   draw();
   if (runs.length) now();
@@ -214,6 +226,10 @@ function theme(wanted) {
 dark.addEventListener("change", () => theme(localStorage.getItem("torchspec-theme")));
 document.addEventListener("visibilitychange", () => document.hidden || now());
 theme(localStorage.getItem("torchspec-theme"));
-ranges();
+const texts = RANGES.map(([text]) => text);
+segments(by("range"), texts, texts.length - 1, (i) => {
+  range = RANGES[i][1];
+  now();
+});
 choose(tabs[0]);
 poll();

@@ -7,9 +7,9 @@ const POINTS = 1200;
 const RECENT = 30;
 
 export class Run {
-  constructor(index, range) {
+  constructor(index) {
     this.index = index;
-    this.range = range;
+    this.range = null;
     this.name = "";
     this.live = false;
     this.config = {};
@@ -20,19 +20,20 @@ export class Run {
     this.events = [];
   }
 
-  /** Everything anew: at first, and after the server was away. */
-  async load() {
+  /** Everything anew: at first, and after the server was away. History: see `update`. */
+  async load(range) {
+    this.range = range;
     const about = await get("/api/run", { run: this.index });
     this.name = about.name;
     this.folder = about.folder;
     this.config = about.config;
     this.meaning = new Map(about.metrics.map((metric) => [`${metric.scope}.${metric.key}`, metric.meaning]));
     this.#take(about);
-    await Promise.all([this.loadHistory(), this.#loadSteps(), this.#loadEvents()]);
+    await Promise.all([this.#loadHistory(), this.#loadSteps(), this.#loadEvents()]);
   }
 
-  /** The last `range` seconds of the run (null: all of it), in as many points as a chart can show. */
-  async loadHistory() {
+  /** In as many points as a chart can show. */
+  async #loadHistory() {
     const end = this.snapshot?.point.time ?? 0;
     const since = this.range === null ? null : end - this.range;
     this.history = await get("/api/history", { run: this.index, since, points: POINTS });
@@ -46,8 +47,8 @@ export class Run {
     this.events = (await get("/api/events", { run: this.index })).events;
   }
 
-  /** What is new since the last call. */
-  async update() {
+  /** What is new since the last call; the history is of the last `range` seconds (null: of the whole run). */
+  async update(range) {
     const since = {
       history: last(this.history.time) ?? 0,
       events: last(this.events)?.time ?? 0,
@@ -61,8 +62,11 @@ export class Run {
     if (again) await this.#loadSteps(); // steps that were undone have been made again
     else for (const split of splits) append(this.steps[split], fresh.steps[split]);
     this.events.push(...fresh.events);
-    if (this.range !== null) dropBefore(this.history, (last(this.history.time) ?? 0) - this.range);
-    if (this.history.time.length > 2 * POINTS) await this.loadHistory();
+    if (range !== null) dropBefore(this.history, (last(this.history.time) ?? 0) - range);
+    if (range !== this.range || this.history.time.length > 2 * POINTS) {
+      this.range = range;
+      await this.#loadHistory();
+    }
     if (this.steps.train.time.length > 2 * POINTS) await this.#loadSteps();
   }
 
