@@ -17,6 +17,9 @@ export function count(value) {
   return form(value, 0);
 }
 
+/** As `count`, in the room of six digits: 123456 becomes "123k". */
+export const brief = (value) => (value >= 99_999.5 && value < 999_500 ? `${form(value / 1e3, 0)}k` : count(value));
+
 /** Three digits that matter: 0.123, 4.56, 78.9, 1,234. */
 export function rate(value) {
   if (!known(value)) return DASH;

@@ -2,7 +2,8 @@
 
 import { s } from "./dom.js";
 import { Edge, arrowHead } from "./edge.js";
-import { bandwidth, bytes, count, fixed, percent, plural, rate } from "./format.js";
+import { bandwidth, brief, bytes, count, fixed, percent, plural, rate } from "./format.js";
+import { hasLeft } from "./pools.js";
 import { Station } from "./station.js";
 
 const STATIONS = ["prompts", "inference", "store", "queues", "training", "draft"];
@@ -29,11 +30,11 @@ export class Pipeline {
     const width = this.parent.clientWidth;
     if (width === 0 || width === this.width) return;
     this.width = width;
-    const columns = width >= 1000 ? 6 : width >= 600 ? 3 : 1;
-    const gap = columns === 6 ? Math.min(92, Math.max(68, 0.06 * width)) : 84;
+    const columns = width >= 1200 ? 6 : width >= 600 ? 3 : 1;
+    const gap = columns === 6 ? 72 : 84;
     const box = columns === 1 ? width - 2 : (width - 2 - gap * (columns - 1)) / columns;
     const down = columns === 1 ? 58 : 64;
-    const height = columns === 1 ? 112 : 148;
+    const height = columns === 1 ? 122 : 148;
     const places = STATIONS.map((_, i) => ({
       x: 1 + (i % columns) * (box + gap),
       y: TOP + Math.floor(i / columns) * (height + down),
@@ -62,12 +63,14 @@ export class Pipeline {
   }
 }
 
+const large = (value) => (value >= 99_999.5 ? brief(value) : rate(value));
+
 /** What each station and edge shows. */
 function describe(run) {
   const { snapshot } = run;
   const { status, point } = snapshot;
   const samples = Object.values(status.samples).reduce((a, b) => a + b, 0);
-  const alive = snapshot.workers.filter((worker) => worker.doing !== "gone");
+  const alive = snapshot.workers.filter((worker) => !hasLeft(worker));
   const mean = (list, read) => (list.length ? list.reduce((sum, item) => sum + read(item), 0) / list.length : null);
   const draft = status.last_heldout ?? status.last_step;
   const steps = point.step && status.last_step ? status.training_samples_per_s / batchSize(snapshot) : null;
@@ -82,20 +85,23 @@ function describe(run) {
     text: "samples/s",
     more: bandwidth(run.recent("get_bytes_per_s")),
   };
+  const curve = run.steps.heldout.time.length > 5 ? run.steps.heldout : run.steps.train;
+  const ahead = Math.max(1, (run.config.controller?.prefetch_steps ?? 2) - 1); // the step in training is one of them
   const pending = status.samples.pending ?? 0;
   return {
     prompts: {
-      value: count(pending),
+      value: brief(pending),
       unit: "pending",
       text: `of ${count(samples)} samples`,
       gauge: { used: samples ? 1 - pending / samples : 0 },
     },
     inference: {
-      value: rate(status.inference_tokens_per_s),
+      value: large(status.inference_tokens_per_s),
       unit: "tokens/s",
       text: `${plural(alive.length, "worker")}, waiting ${percent(mean(alive.filter((w) => w.doing !== "starting"), (w) => w.wait_share))}`,
       units: snapshot.workers
-        .filter((w) => w.doing !== "gone" || point.time - w.heard < 60)
+        .filter((w) => !hasLeft(w) || point.time - w.heard < 60)
+        .sort((a, b) => (a.doing === "ended") - (b.doing === "ended"))
         .map((w) => ({ key: w.name, state: w.doing })),
     },
     store: {
@@ -108,10 +114,10 @@ function describe(run) {
       value: count(point.queue_depth),
       unit: "samples",
       text: "ready, in order",
-      bars: snapshot.ranks.map((r) => ({ key: String(r.rank), height: Math.min(1, r.report.queue_depth / 4) })),
+      bars: snapshot.ranks.map((r) => ({ key: String(r.rank), height: Math.min(1, r.report.queue_depth / ahead) })),
     },
     training: {
-      value: rate(status.training_tokens_per_s),
+      value: large(status.training_tokens_per_s),
       unit: "tokens/s",
       text: `${plural(snapshot.ranks.length, "rank")}, waiting ${percent(mean(snapshot.ranks, (r) => r.wait_share))}`,
       units: snapshot.ranks.map((r) => ({
@@ -123,7 +129,7 @@ function describe(run) {
       value: fixed(2)(draft?.accept_length),
       unit: "accept length",
       text: `${count(status.samples.committed ?? 0)} committed`,
-      curve: (run.steps.heldout.time.length > 5 ? run.steps.heldout : run.steps.train).accept_length,
+      curve: [curve.step, curve.accept_length ?? []],
     },
     edges: [
       { value: puts.value, text: "samples/s" },

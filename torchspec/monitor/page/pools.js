@@ -3,8 +3,11 @@
 import { bandwidth, bytes, count, duration, percent, rate, span } from "./format.js";
 import { Table } from "./table.js";
 
+/** Whether a worker is no more: it died, or was taken away on purpose. */
+export const hasLeft = ({ doing }) => doing === "gone" || doing === "ended";
+
 /** What a worker that is no more does not have. */
-const GONE = {
+const LEFT = {
   samples_per_s: null,
   tokens_per_s: null,
   wait_share: null,
@@ -25,13 +28,22 @@ const column = (name, key, show) => ({
   numeric: true,
 });
 
+/** A small curve of the last half hour, from `curves`: a time for each row, and values by row and name. */
+const curve = (pool, spark) => ({
+  name: "half an hour",
+  spark,
+  values: (row) => [pool.curves.time, pool.curves.rows[pool.table.key(row)]?.tokens_per_s ?? []],
+});
+const NO_CURVES = { time: [], rows: {} };
+
 export class Workers {
   constructor(parent) {
-    this.curves = {};
+    this.curves = NO_CURVES;
     this.table = new Table(parent, {
       caption: "Inference workers",
       scope: "worker",
       key: (row) => row.name,
+      last: (row) => row.doing === "ended",
       sort: { name: "worker", down: false },
       columns: [
         { name: "worker", value: (row) => row.name, show: (row) => row.name },
@@ -43,7 +55,7 @@ export class Workers {
         },
         column("samples/s", "samples_per_s", rate),
         column("tokens/s", "tokens_per_s", rate),
-        { name: "half an hour", spark: "inference", values: (row) => this.curves[row.name]?.tokens_per_s ?? [] },
+        curve(this, "inference"),
         column("waiting", "wait_share", percent),
         column("in hand", "leases", count),
         column("put", "put_bytes_per_s", bandwidth),
@@ -65,15 +77,18 @@ export class Workers {
       ...worker,
       age: now - worker.since,
       silence: now - worker.heard,
-      ...(worker.doing === "gone" && GONE),
+      ...(hasLeft(worker) && LEFT),
     }));
     this.table.set(rows, meaning);
   }
 }
 
+/** Of the ranks that share samples, the first counts their tokens. */
+const sharing = ({ leader }) => (leader === undefined ? "" : `shares rank ${leader}'s samples`);
+
 export class Ranks {
   constructor(parent) {
-    this.curves = {};
+    this.curves = NO_CURVES;
     this.table = new Table(parent, {
       caption: "Training ranks",
       scope: "rank",
@@ -87,8 +102,8 @@ export class Ranks {
           show: (row) => row.doing,
           badge: (row) => `badge badge-${RANK_STATES[row.doing]}`,
         },
-        column("tokens/s", "tokens_per_s", rate),
-        { name: "half an hour", spark: "training", values: (row) => this.curves[row.rank]?.tokens_per_s ?? [] },
+        { ...column("tokens/s", "tokens_per_s", rate), title: sharing },
+        curve(this, "training"),
         column("step", "step_seconds", duration),
         column("wait", "wait_share", percent),
         column("forward", "forward_share", percent),
@@ -107,9 +122,11 @@ export class Ranks {
   }
 
   update({ snapshot, meaning }) {
-    this.table.set(
-      (snapshot?.ranks ?? []).map((rank) => ({ ...rank.report, ...rank })),
-      meaning,
-    );
+    const size = snapshot?.status.sp_size ?? 1;
+    const rows = (snapshot?.ranks ?? []).map((rank) => {
+      const leader = rank.rank - (rank.rank % size);
+      return { ...rank.report, ...rank, ...(leader !== rank.rank && { leader, tokens_per_s: null }) };
+    });
+    this.table.set(rows, meaning);
   }
 }

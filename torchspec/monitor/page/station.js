@@ -13,6 +13,7 @@ export class Station {
     const low = height < 140;
     this.value = s("tspan", { class: "station-value" });
     this.unit = s("tspan", { class: "station-unit", dx: 6 });
+    this.figure = s("text", { x: PAD, y: low ? 60 : 66 }, this.value, this.unit);
     this.text = s("text", { x: PAD, y: low ? 80 : 90, class: "station-text" });
     this.extra = s("g", { transform: `translate(${PAD},${low ? 92 : 106})` });
     this.tag = s("g", { class: "station-tag" });
@@ -21,7 +22,7 @@ export class Station {
       { class: `station station-${name}`, transform: `translate(${x},${y})` },
       s("rect", { class: "station-box", width, height, rx: 10 }),
       s("text", { x: PAD, y: 28, class: "station-title", text: title }),
-      s("text", { x: PAD, y: low ? 60 : 66 }, this.value, this.unit),
+      this.figure,
       this.text,
       this.extra,
       this.tag,
@@ -32,15 +33,25 @@ export class Station {
     say(this.value, view.value);
     say(this.unit, view.unit);
     say(this.text, view.text);
+    const room = this.width - 2 * PAD;
+    fit(this.figure, room);
+    fit(this.text, room);
     this.element.classList.toggle("limit", limits);
     if (limits && !this.tag.firstChild) this.tag.append(...bottleneckTag(this.width));
     if (!limits) this.tag.replaceChildren();
-    const room = this.width - 2 * PAD;
     if (view.gauge) drawGauge(this.extra, room, view.gauge);
     if (view.units) drawUnits(this.extra, room, view.units);
     if (view.bars) drawBars(this.extra, room, view.bars);
     if (view.curve) drawCurve(this.extra, room, view.curve);
   }
+}
+
+/** Draws letters closer where a text is too long. */
+function fit(text, room) {
+  text.removeAttribute("textLength");
+  if (text.getComputedTextLength() <= room) return;
+  text.setAttribute("textLength", room);
+  text.setAttribute("lengthAdjust", "spacingAndGlyphs");
 }
 
 function bottleneckTag(width) {
@@ -101,10 +112,10 @@ function drawBars(group, room, bars) {
   });
 }
 
-function drawCurve(group, room, values) {
+function drawCurve(group, room, [xs, values]) {
   if (!group.firstChild) {
     const box = { width: room, height: 24, y: 0, viewBox: "0 0 100 24", preserveAspectRatio: "none" };
     group.append(s("svg", { ...box, class: "station-curve" }));
   }
-  sparkline(group.firstChild, values);
+  sparkline(group.firstChild, xs, values);
 }

@@ -4,11 +4,12 @@ import { h, reconcile, say, s } from "./dom.js";
 import { sparkline } from "./sparkline.js";
 
 /**
- * columns: [{name, key (of its metric), value (row => what to sort by), show (row => text), numeric, badge (row => class), spark}]
+ * columns: [{name, key (of its metric), value (row => what to sort by), show (row => text), title (row => a cell's),
+ * numeric, badge (row => class), spark, values (row => [xs, values] of it)}]; last: row => whether it comes after others.
  */
 export class Table {
-  constructor(parent, { caption, scope, columns, key, sort, onSelect }) {
-    Object.assign(this, { scope, columns, key, onSelect });
+  constructor(parent, { caption, scope, columns, key, sort, onSelect, last = () => false }) {
+    Object.assign(this, { scope, columns, key, onSelect, last });
     this.sort = { column: columns.find((c) => c.name === sort.name), down: sort.down };
     this.rows = [];
     const heads = columns.map((column) => {
@@ -54,7 +55,8 @@ export class Table {
   #draw() {
     const { column, down } = this.sort;
     const sign = down ? -1 : 1;
-    const sorted = [...this.rows].sort((a, b) => sign * compare(column.value(a), column.value(b)));
+    const order = (a, b) => this.last(a) - this.last(b) || sign * compare(column.value(a), column.value(b));
+    const sorted = [...this.rows].sort(order);
     for (const { head, value, name } of this.columns) {
       if (!value) continue;
       const state = name === column.name ? (down ? "descending" : "ascending") : "none";
@@ -94,10 +96,11 @@ export class Table {
   #fill(element, row) {
     this.columns.forEach((column, i) => {
       const cell = element.children[i];
-      if (column.spark) return sparkline(cell.firstChild, column.values(row));
+      if (column.spark) return sparkline(cell.firstChild, ...column.values(row));
       const place = cell.firstElementChild ?? cell;
       if (column.badge) place.className = column.badge(row);
       say(place, column.show(row));
+      if (column.title) place.title = column.title(row);
     });
     if (this.onSelect) element.classList.toggle("selected", this.key(row) === this.selected);
   }
