@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from tests.simulation.pipeline import Setup, Simulation
 from tests.simulation.run_folder import RunFolder
 from torchspec.cli.units import human_count, human_seconds
 from torchspec.monitor.snapshot import read_latest
+from torchspec.monitor.views import history_view
 
 expect = pytest.importorskip("playwright.sync_api").expect
 TABS = ("flow", "training", "workers", "ranks", "events", "samples")
@@ -84,6 +86,28 @@ def test_controls_need_the_token(live: LiveRun, url: str, open_page: Opener) -> 
     assert live.asked == ["scale 3"]
 
 
+def test_the_pool_can_be_sized_automatically_again(live: LiveRun, url: str, open_page: Opener) -> None:
+    live.scale_inference("auto")
+    page = open_page(f"{url}#token={live.token}")
+    page.get_by_role("button", name="Control").click()
+    auto = page.get_by_role("button", name="Auto")
+    page.get_by_text("Sized automatically, 1 to 4").wait_for()
+    page.get_by_role("spinbutton", name="Inference workers").fill("1")
+    page.get_by_role("button", name="Scale").click()
+    page.get_by_text("Fixed at 1;").wait_for()
+    expect(auto).to_have_attribute("aria-pressed", "false")
+    auto.click()
+    page.get_by_text("Sized automatically, 1 to 4").wait_for()
+    expect(auto).to_have_attribute("aria-pressed", "true")
+    assert live.asked == ["scale auto", "scale 1", "scale auto"]
+    page.keyboard.press("Escape")
+    page.click("#tab-workers")
+    ended = page.get_by_role("row", name="worker-1")
+    ended.get_by_text("ended").wait_for()
+    assert "–" in ended.inner_text() and page.locator(".badge-gone, .unit-gone").count() == 0
+    assert page.locator(".unit-ended").count() == 1 and "no faults so far" in tile(page, "Health")
+
+
 def test_the_address_brings_the_token_and_loses_it(live: LiveRun, url: str, open_page: Opener) -> None:
     page = open_page(f"{url}#token={live.token}")
     assert live.token not in page.url and live.token not in page.content()
@@ -111,6 +135,24 @@ def test_it_says_when_the_server_is_away_and_catches_up(live: LiveRun, browser: 
     server.close()
 
 
+def test_it_says_when_the_run_has_ended(tmp_path: Path, open_page: Opener) -> None:
+    open_page.allowed = "ERR_CONNECTION"
+    run = RunFolder(tmp_path / "short", Simulation(Setup(workers=2, samples=400, warm_up=5.0), now=time.time() - 20))
+    run.follow(20)
+    live = LiveRun(run)
+    server = serve(live.path)
+    page = open_page(server.server.url)
+    live.close()
+    assert "Done" not in tile(page, "Time left")
+    run.follow(300)
+    page.locator("#phase", has_text="finished").wait_for()
+    server.close()
+    page.get_by_text(f"The run has ended; torchspec ui {run.folder} shows it.").wait_for()
+    assert "Done" in tile(page, "Time left") and page.get_by_text("retrying").count() == 0
+    page.get_by_role("button", name="Control").click()
+    page.get_by_text("This run is not running").wait_for()
+
+
 def test_whatever_a_run_holds_is_text(tmp_path: Path, open_page: Opener, servers: ExitStack) -> None:
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
@@ -118,7 +160,9 @@ def test_whatever_a_run_holds_is_text(tmp_path: Path, open_page: Opener, servers
     evil = "<img src=x onerror=alert(1)>"
     (tmp_path / "target").mkdir()
     vocabulary = {f"{evil}{i}": i for i in range(49_001)}
-    Tokenizer(WordLevel(vocabulary, unk_token=f"{evil}0")).save(str(tmp_path / "target" / "tokenizer.json"))
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=f"{evil}0"))
+    tokenizer.add_special_tokens([f"{evil}{i}" for i in range(4000)])
+    tokenizer.save(str(tmp_path / "target" / "tokenizer.json"))
     run = RunFolder(tmp_path / "finished", Simulation(Setup(workers=2, samples=400, warm_up=5.0)))
     run.event("note", evil)
     run.follow(300)
@@ -138,6 +182,7 @@ def test_whatever_a_run_holds_is_text(tmp_path: Path, open_page: Opener, servers
     assert tokens.count() == record["tokens"] and page.locator(".tokens .counted").count() == sum(detail["mask"])
     marked = tokens.evaluate_all("spans => spans.map(span => Number(span.classList.contains('counted')))")
     assert marked == detail["mask"]
+    assert page.locator(".prose .special").count() == sum(detail["special"]) > 0
     assert evil in page.locator(".prose").first.inner_text() and page.locator("main img").count() == 0
     moments = page.locator(".timeline li").count()
     assert moments == len(record["timeline"]) > 5
@@ -161,19 +206,26 @@ def test_two_runs_are_compared(tmp_path: Path, open_page: Opener, servers: ExitS
         run = RunFolder(
             tmp_path / name, Simulation(Setup(workers=2, engine_seconds=engine, warm_up=5.0, pause_every=20))
         )
-        run.follow(200, 2.0)
+        run.follow(400, 2.0)
         folders.append(run.folder)
     address = served(servers, *folders)
     page = open_page(f"{address}?run=1")
     assert page.locator("#run-name").inner_text() == "slow"
     page.get_by_role("button", name="fast").click()
     expect(page.locator("#run-name")).to_have_text("fast")
+    page.get_by_role("button", name="5 min").click()
     page.click("#tab-compare")
+    assert not page.locator("#range").is_visible()
     expect(page.locator("#panel-compare canvas")).to_have_count(4)
+    expect(page.get_by_role("row", name="Time").get_by_role("cell")).to_have_text(["6m38s"] * 2)
     table = {
         row.split("\t")[0]: row.split("\t")[1:]
         for row in page.locator("#panel-compare tbody").inner_text().splitlines()
     }
+    histories = [history_view(folder) for folder in folders]
+    assert table["Time"] == [human_seconds(h["time"][-1] - h["time"][0]) for h in histories]
+    waiting = [h["rank_wait_share"][1:] for h in histories]  # rows lie equally far from each other
+    assert table["Ranks waiting, mean"] == [f"{sum(shares) / len(shares):.0%}" for shares in waiting]
     latest = [read_latest(folder) for folder in folders]
     assert table["Step"] == [human_count(snapshot.point.step) for snapshot in latest if snapshot]
     assert table["Loss, train"] == [f"{s.status.last_step.loss:.3f}" for s in latest if s and s.status.last_step]
@@ -206,6 +258,68 @@ def test_nothing_sticks_out_and_all_text_can_be_read(width: int, scheme: str, ur
         assert page.evaluate(CLIPPED) == [], tab
         assert page.evaluate(FAINT) == [], tab
         assert page.evaluate(NAMELESS) == [], tab
+
+
+def altered(page: Any, change: Callable[[Any], None]) -> None:
+    """Has the page see its run's snapshots changed."""
+
+    def answer(route: Any) -> None:
+        response = route.fetch()
+        update = response.json()
+        change(update["snapshot"])
+        route.fulfill(response=response, json=update)
+
+    page.route("**/api/update*", answer)
+    with page.expect_response("**/api/update*"):
+        pass
+    page.wait_for_timeout(300)
+
+
+@pytest.mark.parametrize("width", [1040, 1280, 1440])
+def test_large_figures_fit(width: int, url: str, open_page: Opener) -> None:
+    def grown(snapshot: Any) -> None:
+        snapshot["status"] |= {"inference_tokens_per_s": 98_765.4, "training_tokens_per_s": 987_654.3}
+        snapshot["status"]["samples"] |= {"pending": 139_984, "committed": 765_432}
+        snapshot["workers"] *= 128
+
+    page = open_page(url, width)
+    altered(page, grown)
+    assert "140kpending" in page.locator(".station-prompts").text_content()
+    assert "988ktokens/s" in page.locator(".station-training").text_content()
+    assert "256 workers" in page.locator(".station-inference").text_content()
+    assert page.evaluate(CLIPPED) == []
+
+
+def test_ranks_that_share_samples_do_not_look_dead(url: str, open_page: Opener) -> None:
+    def shared(snapshot: Any) -> None:
+        snapshot["status"]["sp_size"] = 2
+        snapshot["ranks"][1]["report"]["tokens"] = snapshot["ranks"][1]["tokens_per_s"] = 0
+
+    page = open_page(url)
+    altered(page, shared)
+    first, second = rows(page, "ranks")
+    assert float(first[2].replace(",", "")) > 0 and second[2] == "–"
+    page.get_by_title("shares rank 0's samples").wait_for()
+    assert page.locator("#panel-ranks td[title^=shares]").count() == 1
+
+
+def test_curves_are_drawn_where_their_values_lie(url: str, open_page: Opener) -> None:
+    page = open_page(url)
+    steps = [*range(0, 1000, 20), *range(1000, 2000)]
+    smoothed = page.evaluate("async xs => (await import('/smooth.js')).smooth(xs, xs)", steps)
+    inside = [(x, y) for x, y in zip(steps, smoothed, strict=True) if x < 960 or 1040 < x < 1960]
+    assert all(abs(x - y) <= 20 for x, y in inside[3:]), "a straight line is its own centred mean"
+    line = page.evaluate(SPARKLINE, steps)
+    places = [tuple(map(float, point.split(","))) for point in line.split(" ")]
+    assert len(places) == 50
+    assert all(abs(22 - 0.2 * x - y) < 0.5 for x, y in places), "a straight line, however many rows there are where"
+
+
+SPARKLINE = """async xs => {
+  const svg = document.createElementNS('http://www.w3.org/2000/svg', 'svg');
+  (await import('/sparkline.js')).sparkline(svg, xs, xs);
+  return svg.dataset.line;
+}"""
 
 
 CLIPPED = """() => [...document.querySelectorAll('.station')].flatMap(station => {
@@ -269,6 +383,12 @@ def test_it_can_be_used_by_keyboard(url: str, open_page: Opener) -> None:
         assert page.evaluate(focused) == expected
     assert page.locator("#panel-workers").is_visible() and not page.locator("#panel-flow").is_visible()
     assert page.locator("[role=tab][aria-selected=true]").inner_text() == "Workers"
+    page.click("#tab-flow")
+    page.get_by_role("button", name="30 min").focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate(focused) == "30 min"
+    assert page.locator("#range [aria-pressed=true]").inner_text() == "30 min"
+    page.click("#tab-workers")
     page.get_by_role("button", name="samples/s").focus()
     page.keyboard.press("Enter")
     head = page.get_by_role("columnheader", name="samples/s")

@@ -8,9 +8,12 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 from tests.simulation.pipeline import Setup, Simulation
 from tests.simulation.run_folder import RunFolder
+from torchspec.config.load import load_config, save_config
+from torchspec.controller.pools import with_workers
 from torchspec.monitor.handle import this_process
 from torchspec.monitor.server import PageServer, ServerThread, ensure_token
 
@@ -56,10 +59,13 @@ class LiveRun:
         with self._lock:
             yield
 
-    def scale_inference(self, workers: int) -> None:
+    def scale_inference(self, workers: int | Literal["auto"]) -> None:
         self.asked.append(f"scale {workers}")
-        with self._lock:
-            self.folder.scale(workers)
+        config = self.path / "config.yaml"
+        save_config(with_workers(load_config(config), workers), config)
+        if workers != "auto":
+            with self._lock:
+                self.folder.scale(workers)
 
     def stop(self, reason: str) -> None:
         self.asked.append("stop")

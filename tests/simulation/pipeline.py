@@ -163,8 +163,6 @@ class Worker:
         """What it had in hand."""
         self.alive = False
         held, self.puts = [*self.engine, *self.putting], 0
-        self.sim.telemetry.worker_gone(self.name, "gone")
-        self.sim.telemetry.totals.update(worker_losses=1, faults=1)
         return held
 
 
@@ -313,10 +311,17 @@ class Simulation:
         while len(self.workers) < workers:
             self.workers.append(Worker(self, f"worker-{next(self._names)}"))
         while len(self.workers) > workers:
-            self.kill(len(self.workers) - 1)
+            self.telemetry.worker_gone(self._remove(len(self.workers) - 1), "ended")
 
     def kill(self, number: int) -> str:
-        """A worker dies; what it had goes to the others."""
+        """A worker dies."""
+        name = self._remove(number)
+        self.telemetry.worker_gone(name, "gone")
+        self.telemetry.totals.update(worker_losses=1, faults=1)
+        return name
+
+    def _remove(self, number: int) -> str:
+        """What a worker had goes to the others."""
         worker = self.workers.pop(number)
         held = worker.die()
         self.retries += held

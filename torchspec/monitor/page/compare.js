@@ -19,7 +19,7 @@ const ROWS = [
   ["Workers waiting, mean", average("worker_wait_share"), percent],
   ["Inference workers", (run) => run.snapshot?.point.workers, count],
   ["Training ranks", (run) => run.snapshot?.point.ranks, count],
-  ["Workers lost", (run) => run.snapshot?.point.worker_losses, count],
+  ["Faults", (run) => run.snapshot?.point.faults, count],
   ["Store capacity", (run) => run.snapshot?.point.store_capacity_bytes, bytes],
   ["Time", (run) => (run.history.time.length ? last(run.history.time) - run.history.time[0] : null), span],
 ];

@@ -10,7 +10,7 @@ const GROUPS = {
     kinds: ["failed", "worker_lost", "sample_failed", "sample_lost", "trainer_lost", "store_lost", "controller_lost"],
   },
   rejected: { title: "Rejections", sign: "⊘", kinds: ["rejected"] },
-  scaling: { title: "Scaling", sign: "⇅", kinds: ["scaled", "worker_started", "worker_ready", "trainer_started"] },
+  scaling: { title: "Scaling", sign: "⇅", kinds: ["scaled", "worker_started", "worker_ready", "worker_left", "trainer_started"] },
   checkpoint: { title: "Checkpoints", sign: "✓", kinds: ["checkpoint", "evaluated"] },
   run: { title: "Run", sign: "●", kinds: ["started", "resumed", "stopping", "finished", "note"] },
 };

@@ -32,7 +32,7 @@ const column = (name, key, show) => ({
 const curve = (pool, spark) => ({
   name: "half an hour",
   spark,
-  values: (row) => [pool.curves.time, pool.curves.rows[pool.table.key(row)]?.tokens_per_s ?? []],
+  values: (row) => [pool.curves.time, pool.curves.rows[pool.table.key(row)]?.tokens_per_s ?? [], 0],
 });
 const NO_CURVES = { time: [], rows: {} };
 

@@ -60,7 +60,7 @@ export class Summary {
     const inference = `${rate(status.inference_samples_per_s)} samples/s captured`;
     this.speed.set(rate(status.training_samples_per_s), `${tokens}\n${inference}`, "samples/s");
     const speed = windowMean(history.time, history.training_samples_per_s ?? []);
-    this.speed.spark(history.time, speed);
+    this.speed.spark(history.time, speed, 0);
   }
 
   #quality({ status, measured_accept_length: measured }, steps) {
@@ -119,8 +119,8 @@ class Tile {
     say(this.text, text);
   }
 
-  spark(xs, values = []) {
-    sparkline(this.line, xs, values);
+  spark(xs, values = [], floor = undefined) {
+    sparkline(this.line, xs, values, floor);
   }
 }
 

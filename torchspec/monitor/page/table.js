@@ -5,7 +5,7 @@ import { sparkline } from "./sparkline.js";
 
 /**
  * columns: [{name, key (of its metric), value (row => what to sort by), show (row => text), title (row => a cell's),
- * numeric, badge (row => class), spark, values (row => [xs, values] of it)}]; last: row => whether it comes after others.
+ * numeric, badge (row => class), spark, values (row => [xs, values, floor])}]; last: row => whether it comes after others.
  */
 export class Table {
   constructor(parent, { caption, scope, columns, key, sort, onSelect, last = () => false }) {
