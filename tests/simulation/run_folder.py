@@ -46,7 +46,8 @@ class RunFolder:
         metrics_dir(folder).mkdir(parents=True)
         training = {"dp_size": simulation.setup.ranks, "batch_size": simulation.setup.batch, "ttt_length": 5}
         tree = {"run": {"name": folder.name, "dir": str(folder.parent)}, "target": {"path": "unused"}}
-        save_config(parse_config({**tree, "training": training}), folder / "config.yaml")
+        inference = {"workers": simulation.setup.workers}
+        save_config(parse_config({**tree, "training": training, "inference": inference}), folder / "config.yaml")
         self._recorder, self._events = Recorder(folder), EventLog(folder)
         self._steps = (folder / "metrics.jsonl").open("a")
         self._samples = Series(metrics_dir(folder) / "samples.jsonl", SAMPLE_LINES, SAMPLE_RECENT)
