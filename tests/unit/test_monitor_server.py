@@ -177,6 +177,7 @@ def test_a_taken_port_is_refused_when_asked_for_and_gone_around_when_not(client:
     with pytest.raises(ValueError, match=rf"monitor\.ui_port={taken} cannot be used"):
         ServerThread(PageServer([client.folder / "one"], lambda _: client.controls, taken))
     with socket.socket() as blocker:
+        blocker.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # over what closed connections leave behind
         try:
             blocker.bind(("127.0.0.1", DEFAULT_PORT))
             blocker.listen()
