@@ -137,7 +137,7 @@ def main() -> None:
             url = server.server.url
             photograph(browser, url, "page.png", 1440, 1180, "light")
             photograph(browser, url, "page-dark.png", 1440, 1180, "dark", "training")
-            photograph(browser, url, "page-sample.png", 1440, 1180, "light", "samples")
+            photograph(browser, f"{url}#token={live.token}", "page-sample.png", 1440, 1180, "light", "samples")
             photograph(browser, url, "page-phone.png", 390, 844, "light")
             photograph_top(browser, top)
             browser.close()

@@ -18,6 +18,7 @@ from tests.simulation.live_run import LiveRun, serve
 from tests.simulation.pipeline import Setup, Simulation
 from tests.simulation.run_folder import RunFolder
 from torchspec.cli.units import human_count, human_seconds
+from torchspec.monitor.server import ensure_token
 from torchspec.monitor.snapshot import read_latest
 from torchspec.monitor.views import history_view
 
@@ -170,14 +171,21 @@ def test_whatever_a_run_holds_is_text(tmp_path: Path, open_page: Opener, servers
     config["target"]["path"] = str(tmp_path / "target")
     (run.folder / "config.yaml").write_text(yaml.safe_dump(config))
     address = served(servers, run.folder)
+    token = ensure_token(run.folder)
     page = open_page(address)
     assert "Finished" in tile(page, "Health") and "Done" in tile(page, "Time left")
     page.click("#tab-events")
     page.get_by_text(evil).wait_for()
     page.click("#tab-samples")
+    page.get_by_text("This sample cannot be shown: it is for who has the token").wait_for()
+    page.get_by_role("button", name="Control").click()
+    page.get_by_label("Token", exact=True).fill(token)
+    page.get_by_role("button", name="Use").click()
+    page.get_by_role("button", name="Close").click()
     page.locator(".token").first.wait_for()
     record = page.evaluate("fetch('/api/samples').then(r => r.json())")["samples"][0]
-    detail = page.evaluate(f"fetch('/api/sample/{record['sample']}').then(r => r.json())")
+    header = f"{{headers: {{Authorization: 'Bearer {token}'}}}}"
+    detail = page.evaluate(f"fetch('/api/sample/{record['sample']}', {header}).then(r => r.json())")
     tokens = page.locator(".tokens .token")
     assert tokens.count() == record["tokens"] and page.locator(".tokens .counted").count() == sum(detail["mask"])
     marked = tokens.evaluate_all("spans => spans.map(span => Number(span.classList.contains('counted')))")

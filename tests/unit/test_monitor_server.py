@@ -86,7 +86,11 @@ def test_every_view_is_served_for_each_run(client: Client) -> None:
     assert client.ask("/api/events")[1] == views.events_view(one)
     samples = client.ask("/api/samples")[1]["samples"]
     sample = samples[0]["sample"]
-    assert client.ask(f"/api/sample/{sample}")[1] == json.loads(json.dumps(views.sample_view(one, sample)))
+    assert client.ask(f"/api/sample/{sample}")[0] == 401, "what was asked is not for everybody"
+    secret = {"Authorization": f"Bearer {client.token}"}
+    seen = client.ask(f"/api/sample/{sample}", **secret)[1]
+    assert seen == json.loads(json.dumps(views.sample_view(one, sample)))
+    assert client.ask("/api/sample/e9p9", **secret)[0] == 404
     update = client.ask("/api/update?history=1700000085&events=0")[1]
     assert len(update["history"]["time"]) == 5 and update["events"] and "steps" not in update
     assert update["verdict"]["side"] == "store"
@@ -113,7 +117,7 @@ def test_the_page_may_load_nothing_from_elsewhere(client: Client) -> None:
         ("/api/run?run=2", 404),
         ("/api/run?run=x", 404),
         ("/api/history?since=x", 400),
-        ("/api/sample/e9p9", 404),
+        ("/api/sample/e9p9", 401),
         ("/../server.py", 404),
         ("/%2e%2e/server.py", 404),
         ("/absent.js", 404),

@@ -69,7 +69,7 @@ def ui(
 
     folders = [find_run(name) for name in (run, other) if name is not None]
     server = PageServer(folders, PageControls, port)
-    token = ensure_token(folders[0])
+    token, *_ = [ensure_token(folder) for folder in folders]
 
     async def serve() -> None:
         runner = await server.start()

@@ -60,7 +60,7 @@ def assess(
     """
     if snapshot is None:
         return Health("idle", "No data yet", "the run is starting" if live else "nothing was measured")
-    if not live or snapshot.status.phase == "failed":
+    if not live or snapshot.status.phase in ("finished", "stopped", "failed"):
         return _ended(snapshot, events)
     silence = now - snapshot.time
     if silence > CONTROLLER_SILENT_SECONDS:

@@ -129,9 +129,11 @@ class PageServer:
         return _json(runs)
 
     async def _sample(self, request: web.Request) -> web.Response:
-        sample = request.match_info["sample"]
+        """What was asked and answered is for who has the token; figures are not."""
+        sample, folder = request.match_info["sample"], self._folder(request)
+        _require_token(request, folder)
         try:
-            return _json(await asyncio.to_thread(views.sample_view, self._folder(request), sample))
+            return _json(await asyncio.to_thread(views.sample_view, folder, sample))
         except KeyError:
             raise _refusal(404, f"{sample} is not among the samples that were followed") from None
 
@@ -181,9 +183,7 @@ class PageServer:
         if origin is not None and urlsplit(origin).netloc != request.host:
             raise _refusal(403, "controls answer to their own page alone")
         folder = self._folder(request)
-        given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not secrets.compare_digest(given.encode(), _token(folder).encode()):
-            raise _refusal(401, f"the token is missing or wrong; it is in {folder}/ui_token")
+        _require_token(request, folder)
         try:
             body = await request.json()
         except json.JSONDecodeError:
@@ -276,12 +276,14 @@ def _refusal(status: int, reason: str) -> web.HTTPException:
     return kinds[status](text=json.dumps({"error": reason}), content_type="application/json")
 
 
-def _token(folder: Path) -> str:
+def _require_token(request: web.Request, folder: Path) -> None:
     path = folder / "ui_token"
     token = path.read_text() if path.exists() else ""
     if not token:
-        raise _refusal(401, f"{folder.name} has no token, so it cannot be controlled from here")
-    return token
+        raise _refusal(401, f"{folder.name} has no token, so this is nobody's to see or to do from here")
+    given = request.headers.get("Authorization", "").removeprefix("Bearer ")
+    if not secrets.compare_digest(given.encode(), token.encode()):
+        raise _refusal(401, f"the token is missing or wrong; it is in {folder}/ui_token, and goes into Control")
 
 
 def _number(query: Any, name: str) -> float | None:

@@ -18,7 +18,9 @@ export const token = () => sessionStorage.getItem(KEY) ?? "";
 export async function get(path, parameters = {}) {
   const given = Object.entries(parameters).filter(([, value]) => value !== null && value !== undefined);
   const query = new URLSearchParams(given).toString();
-  const response = await fetch(query ? `${path}?${query}` : path, { signal: AbortSignal.timeout(TIMEOUT) });
+  const headers = token() ? { Authorization: `Bearer ${token()}` } : {};
+  const signal = AbortSignal.timeout(TIMEOUT);
+  const response = await fetch(query ? `${path}?${query}` : path, { headers, signal });
   if (!response.ok) throw new Error(await reason(response));
   return response.json();
 }

@@ -66,13 +66,13 @@ export class Control {
           text: "It ends its step, saves a checkpoint and cleans up; torchspec resume goes on from there.",
         }),
       ),
-      unlock,
     );
     this.over = h("p", { text: "This run is not running: there is nothing to control." });
     dialog.append(
       h("header", {}, h("h2", { id: "control-title", text: "Control" }), close),
       this.parts,
       this.over,
+      unlock,
       this.said,
     );
     opener.addEventListener("click", () => this.#open());

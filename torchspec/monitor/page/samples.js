@@ -1,6 +1,6 @@
 // The sample inspector: what the target read and wrote, which tokens are trained on, and what happened when.
 
-import { get } from "./api.js";
+import { get, token } from "./api.js";
 import { h } from "./dom.js";
 import { bytes, clock, count, duration, plural, span } from "./format.js";
 import { Table } from "./table.js";
@@ -53,16 +53,21 @@ export class Samples {
   async refresh(run) {
     this.run = run;
     this.table.set((await get("/api/samples", { run: run.index })).samples.slice(0, SHOWN));
-    if (!this.table.selected && this.table.rows.length) await this.select(this.table.rows[0].sample);
+    const sample = this.table.selected ?? this.table.rows[0]?.sample;
+    if (!this.drawn && sample) await this.select(sample);
   }
 
   async select(sample) {
     this.table.selected = sample;
     this.table.set(this.table.rows);
+    this.drawn = false;
     this.detail.setAttribute("aria-busy", "true");
     try {
+      if (!token()) throw new Error("it is for who has the token, which goes into Control.");
       const record = await get(`/api/sample/${encodeURIComponent(sample)}`, { run: this.run.index });
-      if (this.table.selected === sample) this.detail.replaceChildren(...draw(record));
+      if (this.table.selected !== sample) return; // another has been chosen meanwhile
+      this.detail.replaceChildren(...draw(record));
+      this.drawn = true;
     } catch (error) {
       this.detail.replaceChildren(h("p", { class: "nothing", text: `This sample cannot be shown: ${error.message}` }));
     }
