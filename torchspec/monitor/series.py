@@ -11,6 +11,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -111,7 +112,7 @@ def read_series(path: Path, since: float = float("-inf"), max_points: int | None
 
 
 def tail(path: Path, since: float, before: bool = False) -> list[dict[str, Any]]:
-    """The newest records, back to ``since``, without reading what is older.
+    """The newest records, back to ``since``, without reading what is older. They are not to be changed.
 
     Args:
         before: and the one before them.
@@ -120,10 +121,17 @@ def tail(path: Path, since: float, before: bool = False) -> list[dict[str, Any]]
     for line in _backwards(path):
         older = time_of(line) < since
         if not older or before:
-            records.append(json.loads(line))
+            records.append(_parsed(line))
         if older:
             break
     return records[::-1]
+
+
+@lru_cache(maxsize=2048)
+def _parsed(line: bytes) -> dict[str, Any]:
+    """A view that stays open asks for the same newest lines each second."""
+    record: dict[str, Any] = json.loads(line)
+    return record
 
 
 def _backwards(path: Path, block: int = 1 << 16) -> Iterator[bytes]:
