@@ -9,7 +9,8 @@ The 135M target in SGLang, Mooncake, Ray, and the prompts of ``tests/online.py``
     store       large batches, and a store with room for hardly more than one
 
 A run goes on until its verdict has been the same for a while, at most so many seconds after its first step; then it is
-stopped. Prints a table and writes benchmarks/results/staged_runs.json.
+stopped. Prints a table and writes benchmarks/results/staged_runs.json, where a run that is not played keeps its last
+result.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ LONG = ("training.epochs=200", "evaluation.heldout=null", "checkpoint.every_step
 STAGES = {
     "inference": ("answer.max_tokens=96", "data.max_seq_length=256", "data.limit=600", "training.ttt_length=1"),
     "training": (
-        *("training.ttt_length=7", "draft.vocab_size=16384", "training.batch_size=8"),
+        *("training.ttt_length=7", "draft.vocab_size=40000", "training.batch_size=8"),
         *("controller.reorder_window=64", "store.segment_bytes=268435456"),
     ),
     "store": (
@@ -82,7 +83,9 @@ def main() -> None:
     for stage in stages:
         table.add_row(stage.staged, str(stage.verdict), f"{stage.headline}: {stage.text}")
     Console().print(table)
-    RESULTS.write_text(json.dumps([asdict(stage) for stage in stages], indent=1) + "\n")
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    kept |= {stage.staged: asdict(stage) for stage in stages}
+    RESULTS.write_text(json.dumps(kept, indent=1) + "\n")
 
 
 def _play(run_dir: Path, staged: str, arguments: tuple[str, ...], seconds: float) -> Stage:
