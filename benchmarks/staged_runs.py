@@ -6,7 +6,7 @@ The 135M target in SGLang, Mooncake, Ray, and the prompts of ``tests/online.py``
 
     inference   long answers, a cheap draft
     training    answers that are there already, a draft with a large vocabulary and seven TTT steps
-    store       large batches, and a store with room for hardly more than one
+    store       large batches, a store with room for hardly more than one, and steps as long as it takes to fill it
 
 A run goes on until its verdict has been the same for a while, at most so many seconds after its first step; then it is
 stopped. Prints a table and writes benchmarks/results/staged_runs.json, where a run that is not played keeps its last
@@ -41,6 +41,7 @@ STAGES = {
     "store": (
         *("training.batch_size=16", "store.segment_bytes=46137344", "controller.prefetch_steps=1"),
         *("data.max_seq_length=192", "controller.reorder_window=64"),
+        *("training.ttt_length=7", "draft.vocab_size=16384"),
     ),
 }
 SAME = 10
