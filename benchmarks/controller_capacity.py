@@ -80,17 +80,17 @@ class Engines:
 class Ranks:
     """Training ranks that compute for a given time, which varies by a tenth."""
 
-    async def run(self, controller: Any, count: int, step_seconds: float) -> list[float]:
-        """Until the controller has no more. Returns how long each rank waited for each batch."""
+    async def run(self, controller: Any, count: int, step_seconds: float) -> list[tuple[float, float]]:
+        """Until the controller has no more. Returns since when and how long each rank waited for each batch."""
         waits = await asyncio.gather(*(self._rank(controller, RankId(1, rank), step_seconds) for rank in range(count)))
         return [wait for rank_waits in waits for wait in rank_waits]
 
-    async def _rank(self, controller: Any, rank: RankId, step_seconds: float) -> list[float]:
+    async def _rank(self, controller: Any, rank: RankId, step_seconds: float) -> list[tuple[float, float]]:
         waits = []
         while True:
-            started = time.perf_counter()
+            started = time.time()
             batch = await controller.next_batch.remote(rank)
-            waits.append(time.perf_counter() - started)
+            waits.append((started, time.time() - started))
             if batch is None:
                 return waits[:-1]
             assert await controller.fetched.remote(rank, batch.step, ()) is None
@@ -155,17 +155,17 @@ def measure(endpoint: StoreEndpoint, data: PromptSet, pool: int, step_seconds: f
         engines, ranks = Engines.remote(), Ranks.remote()
         working = [engines.run.remote(controller, pool), ranks.run.remote(controller, pool, step_seconds)]
         time.sleep(2)  # connections, and a full window
-        before, started, cpu = trained(controller), time.perf_counter(), ray.get(controller.cpu_seconds.remote())
+        before, started, cpu = trained(controller), time.time(), ray.get(controller.cpu_seconds.remote())
         time.sleep(seconds)
         cpu = ray.get(controller.cpu_seconds.remote()) - cpu
-        elapsed, samples = time.perf_counter() - started, trained(controller) - before
+        elapsed, samples = time.time() - started, trained(controller) - before
         ray.get(controller.request_stop.remote("measured"))
         waits = ray.get(working[1])
         ray.get(controller.finish.remote())
         ray.get(working[0])
         for actor in (controller, engines, ranks):
             ray.kill(actor)
-    waits_ms = np.array(waits) * 1e3
+    waits_ms = np.array([seconds for since, seconds in waits if started <= since < started + elapsed]) * 1e3
     p50, p99 = np.percentile(waits_ms, [50, 99])
     return Measured(samples / elapsed, float(p50), float(p99), cpu / elapsed, cpu / max(1, samples) * 1e3)
 
