@@ -60,6 +60,8 @@ def test_silence_is_noticed(snapshot: Snapshot) -> None:
     assert health.text == "worker-1: nothing heard for 8 s"
     late = assess(snapshot, [], [], live=True, now=snapshot.time + 60)
     assert (late.level, late.headline, late.text) == ("bad", "Controller silent", "not heard of for 60 s")
+    later = assess(snapshot, [], [], live=True, now=snapshot.time + 3600)
+    assert later.text == "not heard of for 60 min; if its machine is gone: torchspec resume"
     gone = replace(snapshot, workers=tuple(replace(w, doing="gone") for w in snapshot.workers))
     assert assess(gone, [], [], live=True, now=snapshot.time).headline == "No workers"
 

@@ -64,7 +64,8 @@ def assess(
         return _ended(snapshot, events)
     silence = now - snapshot.time
     if silence > CONTROLLER_SILENT_SECONDS:
-        return Health("bad", "Controller silent", f"not heard of for {_words(silence)}")
+        hint = "; if its machine is gone: torchspec resume" if silence > RECENT_SECONDS else ""
+        return Health("bad", "Controller silent", f"not heard of for {_words(silence)}{hint}")
     alive = [worker for worker in snapshot.workers if worker.alive]
     training = snapshot.status.phase == "training"
     if training and not alive:
