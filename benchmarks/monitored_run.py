@@ -8,7 +8,8 @@ page's update is fetched once a second, as a browser does. *Off* has no history 
 the same samples; the first steps, while caches warm up, do not count.
 
 A pair's overhead is the ratio of its two runs. All cores are busy throughout, so that what monitoring takes, the run
-lacks; what that is, the CPU time of the driver and the controller tells more exactly than the time of a step. Prints a table and writes benchmarks/results/monitored_run.json.
+lacks; what that is, the CPU time of the driver and the controller tells more exactly than the time of a step. Prints a
+table and writes benchmarks/results/monitored_run.json.
 """
 
 from __future__ import annotations
