@@ -159,6 +159,7 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
 def _lock(run_dir: Path, stack: ExitStack) -> None:
     """A run has one driver. The kernel lets go of the lock, however this process ends."""
     try:
+        run_dir.mkdir(parents=True, exist_ok=True)
         file = stack.enter_context((run_dir / "driver.lock").open("w"))
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
