@@ -80,7 +80,7 @@ def test_ranks_with_short_steps_are_judged_by_the_last_half_minute(telemetry: Te
     assert rank.tokens_per_s == pytest.approx(70) and rank.step_seconds == pytest.approx(0.5)
 
 
-@pytest.mark.parametrize("gap", [0.01, 1.0, 5.0, 45.0])
+@pytest.mark.parametrize("gap", [1.0, 5.0, 45.0])
 def test_a_rate_is_right_from_the_second_piece_on_and_between_pieces(clock: Clock, gap: float) -> None:
     rate = Rate(clock)
     for piece in range(50):
@@ -93,6 +93,16 @@ def test_a_rate_is_right_from_the_second_piece_on_and_between_pieces(clock: Cloc
         else:
             assert rate.samples_per_s == 0.0
             clock.now += gap
+
+
+def test_pieces_that_come_together_are_no_burst_of_speed(clock: Clock) -> None:
+    rate = Rate(clock)
+    for _ in range(4):
+        for _ in range(32):
+            rate.add(1, 10)
+            assert rate.samples_per_s <= 32
+        clock.now += 10.0
+    assert rate.samples_per_s == pytest.approx(3.2, rel=0.3)
 
 
 def test_a_rate_falls_when_nothing_comes_any_more(clock: Clock) -> None:

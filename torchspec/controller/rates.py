@@ -45,7 +45,8 @@ class Rate:
         first, last = self._pieces[0][0], self._pieces[-1][0]
         due = (last - first) / (len(self._pieces) - 1)
         seconds = max(last, self._clock() - due) - first
-        return (sum(piece[column] for piece in self._pieces) - self._pieces[0][column]) / max(seconds, 1e-3)
+        done = sum(piece[column] for piece in self._pieces) - self._pieces[0][column]
+        return done / max(seconds, 1.0)  # pieces that come all at once, as samples do, say nothing of a second
 
     def _trim(self) -> None:
         oldest = self._clock() - WINDOW_SECONDS
