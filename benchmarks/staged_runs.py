@@ -39,8 +39,8 @@ STAGES = {
         "controller.reorder_window=24",
     ),
     "store": (
-        *("training.batch_size=16", "store.segment_bytes=46137344", "controller.prefetch_steps=1"),
-        *("data.max_seq_length=192", "controller.reorder_window=64"),
+        *("training.batch_size=16", "store.segment_bytes=18874368", "controller.prefetch_steps=1"),
+        *("data.max_seq_length=80", "controller.reorder_window=64"),
         *("training.ttt_length=7", "draft.vocab_size=16384"),
     ),
 }
