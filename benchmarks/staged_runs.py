@@ -36,7 +36,7 @@ STAGES = {
     "inference": ("answer.max_tokens=96", "data.max_seq_length=256", "data.limit=600", "training.ttt_length=1"),
     "training": (
         *("training.ttt_length=7", "draft.vocab_size=40000", "training.batch_size=8"),
-        "controller.reorder_window=24",
+        *("controller.reorder_window=24", "inference.workers=2"),
     ),
     "store": (
         *("training.batch_size=16", "store.segment_bytes=18874368", "controller.prefetch_steps=1"),
