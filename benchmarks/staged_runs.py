@@ -5,7 +5,7 @@
 The 135M target in SGLang, Mooncake, Ray, and the prompts of ``tests/online.py``:
 
     inference   long answers, a cheap draft
-    training    answers that are there already, a draft with a large vocabulary and seven TTT steps
+    training    two engines, answers that are there already, a draft with a large vocabulary and seven TTT steps
     store       large batches, a store with room for hardly more than one, and steps as long as it takes to fill it
 
 A run goes on until its verdict has been the same for a while, at most so many seconds after its first step; then it is
