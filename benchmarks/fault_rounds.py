@@ -46,6 +46,7 @@ from rich.table import Table
 from tests.online import (
     STEPS,
     Command,
+    built_target,
     journal,
     losses,
     part_of,
@@ -59,7 +60,6 @@ from tests.online import (
     write_config,
 )
 from torchspec.controller.journal import count_events
-from torchspec.inference.target_checkpoint import CACHE, MODEL, build
 from torchspec.store.client import connect, pinned
 from torchspec.store.endpoint import StoreEndpoint
 
@@ -102,9 +102,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     options = parser.parse_args()
-    cache = CACHE.expanduser()
-    target = cache / MODEL
-    build(target, cache / "wheels")
+    target = built_target()
     chance = random.Random(options.seed)
     with tempfile.TemporaryDirectory(prefix="torchspec-rounds-") as name:
         folder = Path(name)

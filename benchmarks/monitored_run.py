@@ -30,9 +30,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from tests.online import Command, processes_of, run_to_end, steps_done, write_config
+from tests.online import Command, built_target, processes_of, run_to_end, steps_done, write_config
 from torchspec.controller.journal import read_lines
-from torchspec.inference.target_checkpoint import CACHE, MODEL, build
 from torchspec.processes import free_port
 
 RESULTS = Path(__file__).parent / "results" / "monitored_run.json"
@@ -57,9 +56,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--steps", type=int, default=120)
     options = parser.parse_args()
-    cache = CACHE.expanduser()
-    target = cache / MODEL
-    build(target, cache / "wheels")
+    target = built_target()
     pairs = []
     with tempfile.TemporaryDirectory(prefix="torchspec-monitored-") as name:
         folder = Path(name)

@@ -29,10 +29,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.online import Command, journal, run_to_end, steps_done, write_config
+from tests.online import Command, built_target, journal, run_to_end, steps_done, write_config
 from torchspec.controller.journal import read_lines
 from torchspec.data.order import epoch_order
-from torchspec.inference.target_checkpoint import CACHE, MODEL, build
 
 RESULTS = Path(__file__).parent / "results" / "scaling_run.json"
 PHASES: list[tuple[str, tuple[str, ...]]] = [
@@ -64,9 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=8)
     options = parser.parse_args()
-    cache = CACHE.expanduser()
-    target = cache / MODEL
-    build(target, cache / "wheels")
+    target = built_target()
     with tempfile.TemporaryDirectory(prefix="torchspec-scaling-") as name:
         folder = Path(name)
         command = Command(

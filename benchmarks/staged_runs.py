@@ -26,8 +26,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tests.online import Command, run_to_end, steps_done, write_config
-from torchspec.inference.target_checkpoint import CACHE, MODEL, build
+from tests.online import Command, built_target, run_to_end, steps_done, write_config
 from torchspec.monitor.views import now_view
 
 RESULTS = Path(__file__).parent / "results" / "staged_runs.json"
@@ -64,9 +63,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=150.0)
     parser.add_argument("--only", nargs="+", choices=tuple(STAGES), default=tuple(STAGES))
     options = parser.parse_args()
-    cache = CACHE.expanduser()
-    target = cache / MODEL
-    build(target, cache / "wheels")
+    target = built_target()
     stages = []
     with tempfile.TemporaryDirectory(prefix="torchspec-staged-") as name:
         folder = Path(name)

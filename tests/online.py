@@ -16,6 +16,7 @@ from torchspec.contracts import SampleId
 from torchspec.controller.journal import trained_batches
 from torchspec.data.order import epoch_order
 from torchspec.driver.janitor import MARK
+from torchspec.inference.target_checkpoint import CACHE, MODEL, build
 
 PROMPTS, EPOCHS, BATCH, SEED = 24, 2, 4, 5
 STEPS = PROMPTS * EPOCHS // BATCH
@@ -40,6 +41,13 @@ def write_config(folder: Path, target: Path, name: str = "run") -> Path:
     path = folder / f"{name}.yaml"
     path.write_text(CONFIG.replace("NAME", name).replace("DIR", str(folder)).replace("TARGET", str(target)))
     return path
+
+
+def built_target() -> Path:
+    """The real target's checkpoint, made if it is not there yet."""
+    cache = CACHE.expanduser()
+    build(cache / MODEL, cache / "wheels")
+    return cache / MODEL
 
 
 class Command:

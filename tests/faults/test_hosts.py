@@ -9,6 +9,8 @@ import signal
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -66,19 +68,26 @@ def train(head: Host, folder: Path, target: Path) -> HostCommand:
     return HostCommand(head, folder, "train", config, *where)
 
 
+@contextmanager
+def under_way(head: Host, folder: Path, target: Path) -> Iterator[HostCommand]:
+    """A run that has made four steps; it does not outlive the context."""
+    command = train(head, folder, target)
+    try:
+        command.wait_for(lambda: len(journal(folder / "run")) >= 4, "step 4")
+        yield command
+    finally:
+        command.process.kill()
+
+
 def test_a_run_across_hosts_keeps_to_its_network_and_outlives_a_cable_that_is_pulled(hosts, tmp_path, target_path):
     head, worker = hosts
     started, run_dir = time.time(), tmp_path / "run"
     received = head.received_bytes()
-    command = train(head, tmp_path, target_path)
-    try:
-        command.wait_for(lambda: len(journal(run_dir)) >= 4, "step 4")
+    with under_way(head, tmp_path, target_path) as command:
         check_places(run_dir, head, worker)
         check_sockets(head, worker)
         worker.unplug(seconds=5)
         assert command.wait() == 0, command.text
-    finally:
-        command.process.kill()
     check_end(run_dir, started, resumes=0)
     assert head.received_bytes() - received > put_bytes(run_dir), "the states have not come over the cable"
 
@@ -88,13 +97,9 @@ def test_a_host_that_is_cut_off_for_longer_than_rays_patience_comes_back(hosts, 
     """Ray takes the node for dead; its launcher joins again, and another engine starts there."""
     head, worker = hosts
     started, run_dir = time.time(), tmp_path / "run"
-    command = train(head, tmp_path, target_path)
-    try:
-        command.wait_for(lambda: len(journal(run_dir)) >= 4, "step 4")
+    with under_way(head, tmp_path, target_path) as command:
         worker.unplug(seconds=90)
         assert command.wait() == 0, command.text
-    finally:
-        command.process.kill()
     assert "worker-0 died" in command.text and "worker-1" in command.text, command.text
     check_end(run_dir, started, resumes=0)
 
@@ -103,14 +108,10 @@ def test_a_host_that_is_cut_off_for_longer_than_rays_patience_comes_back(hosts, 
 def test_a_driver_that_is_killed_leaves_nothing_on_any_host_and_a_run_to_resume(hosts, tmp_path, target_path):
     head, _ = hosts
     started, run_dir = time.time(), tmp_path / "run"
-    first = train(head, tmp_path, target_path)
-    try:
-        first.wait_for(lambda: len(journal(run_dir)) >= 4, "step 4")
+    with under_way(head, tmp_path, target_path) as first:
         psutil.Process(first.process.pid).send_signal(signal.SIGKILL)
         first.process.wait()
         wait_until_gone(run_dir)
-    finally:
-        first.process.kill()
     assert find_shared_memory_leftovers(started) == []
     second = train(head, tmp_path, target_path)
     assert second.wait() == 0, second.text

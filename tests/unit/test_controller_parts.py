@@ -9,29 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from torchspec.contracts import StepReport
+from tests.reports import REPORT
 from torchspec.controller import objects
 from torchspec.controller.objects import StoredObjects
 from torchspec.controller.observer import Observer
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.errors import StoreUnavailable
-
-REPORT = StepReport(
-    step=1,
-    loss=3.5,
-    loss_per_position=(3.0,),
-    accuracy=(0.5,),
-    full_accuracy=(0.4,),
-    accept_length=1.48,
-    learning_rate=1e-3,
-    grad_norm=0.5,
-    tokens=640,
-    loss_tokens=300,
-    wait_seconds=0.25,
-    fetch_seconds=0.125,
-    compute_seconds=2.0,
-    optimizer_seconds=0.0625,
-)
 
 
 class Away:

@@ -12,27 +12,11 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.reports import REPORT
 from torchspec.config.load import parse_config, save_config
 from torchspec.config.schema import MonitorConfig
 from torchspec.contracts import RunStatus, StepReport
 from torchspec.monitor.trackers import Trackers, check_trackers, open_trackers
-
-REPORT = StepReport(
-    step=1,
-    loss=3.5,
-    loss_per_position=(3.0, 4.0),
-    accuracy=(0.5, 0.25),
-    full_accuracy=(0.4, 0.2),
-    accept_length=1.48,
-    learning_rate=1e-3,
-    grad_norm=0.5,
-    tokens=640,
-    loss_tokens=300,
-    wait_seconds=0.25,
-    fetch_seconds=0.125,
-    compute_seconds=2.0,
-    optimizer_seconds=0.0625,
-)
 
 
 def status(step: int, queue: int = 7) -> RunStatus:
