@@ -87,9 +87,9 @@ def serve(role: str, model: Path, endpoint: StoreEndpoint) -> None:
         pids = engine._engine.get_all_child_pids()
     else:
         os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
-        import sglang
+        from torchspec.inference.token_engine import TokenEngine
 
-        engine = sglang.Engine(**{k: v for k, v in config.engine_args().items() if k not in CAPTURE_ARGS})
+        engine = TokenEngine(**{k: v for k, v in config.engine_args().items() if k not in CAPTURE_ARGS})
         pids = engine.get_all_child_pids()
     processes = [psutil.Process(pid) for pid in pids]
 

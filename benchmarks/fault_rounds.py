@@ -64,7 +64,7 @@ from torchspec.store.client import connect, pinned
 from torchspec.store.endpoint import StoreEndpoint
 
 RESULTS = Path(__file__).parent / "results"
-PROCESSES = ("worker", "engine", "detokenizer", "trainer", "controller", "node", "master", "driver")
+PROCESSES = ("worker", "engine", "trainer", "controller", "node", "master", "driver")
 PARTS = (*PROCESSES, "store", "disk")
 WORDS = ("died", "hangs", "no sign of life", "failed:", "starts again", "starting it again", "starting another")
 """What the run says when it has noticed something."""

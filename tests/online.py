@@ -16,6 +16,7 @@ from torchspec.contracts import SampleId
 from torchspec.controller.journal import trained_batches
 from torchspec.data.order import epoch_order
 from torchspec.driver.janitor import MARK
+from torchspec.inference.leftovers import find_shared_memory_leftovers
 from torchspec.inference.target_checkpoint import CACHE, MODEL, build
 
 PROMPTS, EPOCHS, BATCH, SEED = 24, 2, 4, 5
@@ -111,7 +112,6 @@ def processes_of(run_dir: Path, name: str = "") -> list[psutil.Process]:
 ROLES = {
     "worker": "ray::InferenceWorker",
     "engine": "sglang::scheduler",
-    "detokenizer": "sglang::detokenizer",
     "trainer": "ray::Trainer",
     "controller": "ray::Controller",
     "node": "ray::StoreNode",
@@ -164,6 +164,17 @@ def wait_until_gone(run_dir: Path, seconds: float = 60) -> None:
     while left := processes_of(run_dir):
         assert time.monotonic() < deadline, f"still there after {seconds} s: {left}"
         time.sleep(0.2)
+
+
+def wait_until_swept(started: float, seconds: float = 60) -> None:
+    """Until nothing in ``/dev/shm`` is left of engines that were ``started`` since.
+
+    Those of tests that run beside this one count, too: one that has just been killed leaves a file for a moment.
+    """
+    deadline = time.monotonic() + seconds
+    while left := find_shared_memory_leftovers(started):
+        assert time.monotonic() < deadline, f"still there after {seconds} s: {left}"
+        time.sleep(0.5)
 
 
 def _mark(process: psutil.Process) -> str | None:

@@ -24,10 +24,10 @@ from tests.online import (
     seeded_batches,
     sorted_batches,
     wait_until_gone,
+    wait_until_swept,
     write_config,
 )
 from torchspec.controller.verify import verify_run
-from torchspec.inference.leftovers import find_shared_memory_leftovers
 
 ROLES = ("cluster.inference_resource=torchspec_inference", "cluster.training_resource=torchspec_training")
 TOKEN = secrets.token_hex(32)
@@ -112,7 +112,7 @@ def test_a_driver_that_is_killed_leaves_nothing_on_any_host_and_a_run_to_resume(
         psutil.Process(first.process.pid).send_signal(signal.SIGKILL)
         first.process.wait()
         wait_until_gone(run_dir)
-    assert find_shared_memory_leftovers(started) == []
+    wait_until_swept(started)
     second = train(head, tmp_path, target_path)
     assert second.wait() == 0, second.text
     check_end(run_dir, started, resumes=1)
@@ -123,7 +123,7 @@ def check_end(run_dir: Path, started: float, resumes: int) -> None:
     assert verdict.violations == () and verdict.finished and verdict.resumes == resumes
     assert sorted_batches(journal(run_dir)) == sorted_batches(seeded_batches())
     wait_until_gone(run_dir)
-    assert find_shared_memory_leftovers(started) == []
+    wait_until_swept(started)
 
 
 def check_places(run_dir: Path, head: Host, worker: Host) -> None:

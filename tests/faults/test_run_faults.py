@@ -20,11 +20,11 @@ from tests.online import (
     sorted_batches,
     steps_done,
     wait_until_gone,
+    wait_until_swept,
     write_config,
 )
 from torchspec.controller.journal import count_events
 from torchspec.controller.verify import verify_run
-from torchspec.inference.leftovers import find_shared_memory_leftovers
 
 EXPECTED = sorted_batches(seeded_batches())
 
@@ -84,4 +84,4 @@ def test_a_run_through_every_kind_of_death_trains_what_it_would_have_trained(
     assert verdict.violations == () and verdict.finished
     assert losses(run_dir) == pytest.approx(losses(undisturbed.folder), rel=1e-4)
     assert processes_of(run_dir) == []
-    assert find_shared_memory_leftovers(started) == []
+    wait_until_swept(started)

@@ -14,12 +14,12 @@ from tests.online import (
     seeded_batches,
     sorted_batches,
     steps_done,
+    wait_until_swept,
     write_config,
 )
 from torchspec.config.load import load_config
 from torchspec.controller.journal import read_lines
 from torchspec.controller.verify import verify_run
-from torchspec.inference.leftovers import find_shared_memory_leftovers
 
 SIZES = [(1, 1), (2, 1), (1, 2)]
 """DP and SP of the generations of ranks."""
@@ -59,4 +59,4 @@ def test_a_run_scaled_both_ways_trains_what_it_would_have_trained(tmp_path, targ
     config = load_config(run_dir / "config.yaml")
     assert (config.inference.workers, config.training.dp_size, config.training.sp_size) == (1, 1, 2)
     assert processes_of(run_dir) == []
-    assert find_shared_memory_leftovers(started) == []
+    wait_until_swept(started)

@@ -17,10 +17,10 @@ from tests.online import (
     processes_of,
     run_to_end,
     seeded_batches,
+    wait_until_swept,
     write_config,
 )
 from torchspec.export.hf import validate_export
-from torchspec.inference.leftovers import find_shared_memory_leftovers
 from torchspec.monitor.snapshot import read_latest
 from torchspec.monitor.views import events_view, sample_view, samples_view
 
@@ -100,7 +100,7 @@ def test_the_ended_run_can_be_seen(run):
 def test_nothing_is_left_behind(run):
     run_dir, _, started = run
     assert processes_of(run_dir) == []
-    assert find_shared_memory_leftovers(started) == []
+    wait_until_swept(started)
     assert not (run_dir / "handle.json").exists()
 
 

@@ -10,11 +10,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.online import Command, ledger_snapshot, processes_of, signal_part, steps_done, write_config
+from tests.online import (
+    Command,
+    ledger_snapshot,
+    processes_of,
+    signal_part,
+    steps_done,
+    wait_until_swept,
+    write_config,
+)
 from tests.page.conftest import Opener
 from tests.page.reading import caught_up, check_figures, tile
 from torchspec.controller.verify import verify_run
-from torchspec.inference.leftovers import find_shared_memory_leftovers
 
 FETCHED = "path => fetch(path).then(answer => answer.text())"
 
@@ -75,4 +82,4 @@ def test_a_real_run_is_watched_and_scaled_from_its_page_and_ends_with_ctrl_c(
     assert verdict.violations == () and not verdict.finished
     assert ledger_snapshot(run_dir)["step"] == steps_done(run_dir), "it was saved before it ended"
     assert processes_of(run_dir) == []
-    assert find_shared_memory_leftovers(started) == []
+    wait_until_swept(started)

@@ -14,12 +14,13 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-import sglang
 import torch
+from sglang.version import __version__ as sglang_version
 
 from torchspec.evaluation.loaded_weights import require_loaded
 from torchspec.evaluation.serving import Job, Reply
 from torchspec.inference.ending import end_engine
+from torchspec.inference.token_engine import TokenEngine
 
 _WARM_UP_TOKENS = 8
 
@@ -30,7 +31,7 @@ def answer(job: Job) -> tuple[list[Reply], float]:
     Raises:
         ValueError: the engine does not hold all of the draft.
     """
-    engine = sglang.Engine(**job.sglang_args())
+    engine = TokenEngine(**job.sglang_args())
     try:
         if job.draft is not None:
             require_loaded(engine, Path(job.draft), getattr(torch, job.dtype))
@@ -39,7 +40,7 @@ def answer(job: Job) -> tuple[list[Reply], float]:
         end_engine(engine)
 
 
-def _generate(engine: sglang.Engine, job: Job) -> tuple[list[Reply], float]:
+def _generate(engine: TokenEngine, job: Job) -> tuple[list[Reply], float]:
     sampling = {"temperature": 0.0, "max_new_tokens": job.max_tokens}
     engine.generate(
         input_ids=job.prompts[: job.concurrency], sampling_params=sampling | {"max_new_tokens": _WARM_UP_TOKENS}
@@ -53,7 +54,7 @@ def _generate(engine: sglang.Engine, job: Job) -> tuple[list[Reply], float]:
 def main() -> None:
     folder = Path(sys.argv[1])
     replies, seconds = answer(Job(**json.loads((folder / "job.json").read_text())))
-    served = {"replies": [asdict(r) for r in replies], "seconds": seconds, "sglang_version": sglang.__version__}
+    served = {"replies": [asdict(r) for r in replies], "seconds": seconds, "sglang_version": sglang_version}
     (folder / "replies.part").write_text(json.dumps(served))
     os.rename(folder / "replies.part", folder / "replies.json")
 

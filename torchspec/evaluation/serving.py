@@ -1,7 +1,7 @@
 """Serves a batch of prompts in a SGLang engine of its own, which is gone afterwards whatever happens.
 
     evaluation (this process)              engine process, its own session            SGLang's processes
-    job.json --------------------------->  Engine(...), warm-up, generate  <------->  scheduler, detokenizer
+    job.json --------------------------->  TokenEngine(...), warm-up, generate  <-->  scheduler
     replies.json <-----------------------  tokens, histograms, seconds
     janitor: kills what is left, cleans /dev/shm - also after Ctrl-C or kill -9 of this process
 
@@ -59,7 +59,6 @@ class Job:
             "model_path": self.target,
             "dtype": self.dtype,
             "device": self.device,
-            "skip_tokenizer_init": True,
             "disable_radix_cache": True,
             "max_running_requests": self.concurrency,
             "log_level": "warning",

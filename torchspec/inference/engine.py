@@ -60,7 +60,7 @@ class EngineError(RuntimeError):
 
 
 class EngineDied(EngineError):
-    """SGLang's scheduler or detokenizer process ended; the engine is of no more use."""
+    """A scheduler process of SGLang ended; the engine is of no more use."""
 
 
 class CaptureError(EngineError):
@@ -90,7 +90,7 @@ class Answered:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What ``sglang.Engine`` is started with."""
+    """What SGLang's engine is started with."""
 
     model_path: str
     aux_layers: tuple[int, ...]
@@ -127,7 +127,6 @@ class EngineConfig:
             "max_running_requests": self.max_running_requests,
             "mem_fraction_static": self.mem_fraction_static,
             "trust_remote_code": self.trust_remote_code,
-            "skip_tokenizer_init": True,  # token ids in, token ids out
             "disable_radix_cache": True,  # a cached prefix has no hidden states
             "enable_return_aux_hidden_states": True,
             "speculative_algorithm": "EAGLE3",  # names the capture convention; no draft is loaded
@@ -365,11 +364,11 @@ def _start_sglang(config: EngineConfig, capture: CaptureConfig) -> Any:
     os.environ[ENVIRONMENT_VARIABLE] = capture.to_json()
     if config.device == "cpu":
         os.environ |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(config.threads)}
-    import sglang  # reads the environment
+    from torchspec.inference.token_engine import TokenEngine  # SGLang reads the environment
 
     others = psutil.Process().children()
     try:
-        return sglang.Engine(**config.engine_args())
+        return TokenEngine(**config.engine_args())
     except BaseException as error:
         end_children(but=others)
         if isinstance(error, RuntimeError):
