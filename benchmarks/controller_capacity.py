@@ -5,7 +5,11 @@ publish, next_batch, fetched, step_done. Engines and ranks are simulated; all en
 another. The store's master is a real one. Nothing is ever put, so that each removal is its real call and finds nothing.
 
     saturated   nobody computes: as many samples a second as the controller can pass on
-    loaded      ranks compute for as long as makes up the given load: their waits, and the CPU the controller takes
+    loaded      ranks compute for as long as makes up the given load, and engines for as long as yields half as much
+                again; ranks fetch the next step while they make one, as real ones do
+
+Two waits are taken. ``starved`` is what a rank's step loop waits for its next step. ``handed`` is what passes from the
+moment at which a step is there and asked for to the moment at which the rank has it.
 
     python benchmarks/controller_capacity.py [--seconds N] [--load SAMPLES_PER_SECOND]
 """
@@ -32,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 from torchspec.config.schema import Config
-from torchspec.contracts import Lease, RankId, SampleRef, WorkerReport
+from torchspec.contracts import Lease, RankBatch, RankId, SampleRef, WorkerReport
 from torchspec.controller.controller import Controller
 from torchspec.controller.spec import ControllerSpec
 from torchspec.data.prompt_set import PromptSet
@@ -51,15 +55,31 @@ GEOMETRY = SampleGeometry(num_aux=3, hidden_size=4096, dtype="bfloat16")
 
 
 class TimedController(Controller):
+    def __init__(self, spec: ControllerSpec):
+        super().__init__(spec)
+        self._formed_at: dict[int, float] = {}
+        formed = self.books.formed
+
+        def noted(step: int) -> None:
+            self._formed_at[step] = time.time()
+            formed(step)
+
+        self.books.formed = noted  # type: ignore[method-assign]
+
     async def cpu_seconds(self) -> float:
         return time.process_time()
+
+    async def formed_at(self) -> dict[int, float]:
+        """When each step was there. Unix seconds."""
+        return self._formed_at
 
 
 @ray.remote(num_cpus=0, max_concurrency=1000)
 class Engines:
-    """Inference workers whose engines take no time."""
+    """Inference workers whose engines take a given time for each sample, which varies by a tenth."""
 
-    async def run(self, controller: Any, count: int) -> None:
+    async def run(self, controller: Any, count: int, sample_seconds: float) -> None:
+        self._sample_seconds = sample_seconds
         await asyncio.gather(*(self._worker(controller, f"worker-{i}") for i in range(count)))
 
     async def _worker(self, controller: Any, name: str) -> None:
@@ -73,40 +93,69 @@ class Engines:
         tensors = GEOMETRY.tensors(TOKENS)
         size = GEOMETRY.stored_bytes(TOKENS)
         ref = SampleRef(lease.sample, lease.key, TOKENS, lease.loss_mask, tensors, size, "post_norm")
+        await _busy(self._sample_seconds)
         await controller.publish.remote(name, ref, None)
+
+
+@dataclass(frozen=True)
+class Got:
+    """A step that a rank has got. Unix seconds."""
+
+    step: int
+    asked: float
+    received: float
+    wanted: float
+    """When the rank had made the step before."""
+    had: float
+    """When the rank could begin this one: all ranks have fetched it, and the one before is made."""
 
 
 @ray.remote(num_cpus=0, max_concurrency=1000)
 class Ranks:
     """Training ranks that compute for a given time, which varies by a tenth."""
 
-    async def run(self, controller: Any, count: int, step_seconds: float) -> list[tuple[float, float]]:
-        """Until the controller has no more. Returns since when and how long each rank waited for each batch."""
-        waits = await asyncio.gather(*(self._rank(controller, RankId(1, rank), step_seconds) for rank in range(count)))
-        return [wait for rank_waits in waits for wait in rank_waits]
+    async def run(self, controller: Any, count: int, step_seconds: float) -> list[Got]:
+        """Until the controller has no more."""
+        got = await asyncio.gather(*(self._rank(controller, RankId(1, rank), step_seconds) for rank in range(count)))
+        return [step for steps in got for step in steps]
 
-    async def _rank(self, controller: Any, rank: RankId, step_seconds: float) -> list[tuple[float, float]]:
-        waits = []
+    async def _rank(self, controller: Any, rank: RankId, step_seconds: float) -> list[Got]:
+        steps = list[Got]()
+        ahead = asyncio.create_task(self._fetch(controller, rank))
         while True:
-            started = time.time()
-            batch = await controller.next_batch.remote(rank)
-            waits.append((started, time.time() - started))
+            wanted = time.time()
+            asked, received, batch = await ahead
             if batch is None:
-                return waits[:-1]
-            assert await controller.fetched.remote(rank, batch.step, ()) is None
-            if step_seconds:
-                await asyncio.sleep(step_seconds * random.uniform(0.9, 1.1))
+                return steps
+            steps.append(Got(batch.step, asked, received, wanted, time.time()))
+            ahead = asyncio.create_task(self._fetch(controller, rank))
+            await _busy(step_seconds)
             await controller.step_done.remote(rank, batch.step, None)
             if batch.checkpoint and rank.rank == 0:
                 await controller.ledger_snapshot.remote(rank, batch.step)
                 await controller.committed.remote(rank, batch.step, "folder", False)
 
+    async def _fetch(self, controller: Any, rank: RankId) -> tuple[float, float, RankBatch | None]:
+        asked = time.time()
+        batch = await controller.next_batch.remote(rank)
+        received = time.time()
+        if batch is not None:
+            assert await controller.fetched.remote(rank, batch.step, ()) is None
+        return asked, received, batch
+
+
+async def _busy(seconds: float) -> None:
+    if seconds:
+        await asyncio.sleep(seconds * random.uniform(0.9, 1.1))
+
 
 @dataclass(frozen=True)
 class Measured:
     samples_per_s: float
-    wait_p50_ms: float
-    wait_p99_ms: float
+    handed_p50_ms: float
+    handed_p99_ms: float
+    starved_p50_ms: float
+    starved_p99_ms: float
     controller_cpu: float
     """Cores."""
     controller_cpu_ms_per_sample: float
@@ -141,7 +190,9 @@ def spec(run_dir: Path, endpoint: StoreEndpoint, data: PromptSet, pool: int) -> 
     return ControllerSpec(config, data, None, GEOMETRY, VOCAB, (0,), endpoint, 1 << 40, run_dir)
 
 
-def measure(endpoint: StoreEndpoint, data: PromptSet, pool: int, step_seconds: float, seconds: float) -> Measured:
+def measure(
+    endpoint: StoreEndpoint, data: PromptSet, pool: int, sample_seconds: float, step_seconds: float, seconds: float
+) -> Measured:
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / f"run{random.getrandbits(32):x}"
         controller = (
@@ -153,21 +204,27 @@ def measure(endpoint: StoreEndpoint, data: PromptSet, pool: int, step_seconds: f
         ray.get(controller.open_group.remote())
         ray.get(controller.draft_vocab.remote())
         engines, ranks = Engines.remote(), Ranks.remote()
-        working = [engines.run.remote(controller, pool), ranks.run.remote(controller, pool, step_seconds)]
+        working = [
+            engines.run.remote(controller, pool, sample_seconds),
+            ranks.run.remote(controller, pool, step_seconds),
+        ]
         time.sleep(2)  # connections, and a full window
         before, started, cpu = trained(controller), time.time(), ray.get(controller.cpu_seconds.remote())
         time.sleep(seconds)
         cpu = ray.get(controller.cpu_seconds.remote()) - cpu
         elapsed, samples = time.time() - started, trained(controller) - before
         ray.get(controller.request_stop.remote("measured"))
-        waits = ray.get(working[1])
+        steps: list[Got] = ray.get(working[1])
+        formed_at = ray.get(controller.formed_at.remote())
         ray.get(controller.finish.remote())
         ray.get(working[0])
         for actor in (controller, engines, ranks):
             ray.kill(actor)
-    waits_ms = np.array([seconds for since, seconds in waits if started <= since < started + elapsed]) * 1e3
-    p50, p99 = np.percentile(waits_ms, [50, 99])
-    return Measured(samples / elapsed, float(p50), float(p99), cpu / elapsed, cpu / max(1, samples) * 1e3)
+    steps = [step for step in steps if started <= step.asked < started + elapsed]
+    handed = [step.received - max(step.asked, formed_at[step.step]) for step in steps]
+    starved = [step.had - step.wanted for step in steps]
+    waits_ms = (float(p) * 1e3 for waits in (handed, starved) for p in np.percentile(waits, [50, 99]))
+    return Measured(samples / elapsed, *waits_ms, cpu / elapsed, cpu / max(1, samples) * 1e3)
 
 
 def trained(controller: Any) -> int:
@@ -177,11 +234,26 @@ def trained(controller: Any) -> int:
 
 def show(rows: dict[str, dict[int, Measured]], load: float) -> None:
     table = Table(title=f"Controller, simulated workers and ranks (loaded: {load:g} samples/s)")
-    for column in ("", "workers, ranks", "samples/s", "wait p50, ms", "wait p99, ms", "CPU, cores", "CPU, ms a sample"):
+    for column in (
+        "",
+        "workers, ranks",
+        "samples/s",
+        "handed p50, p99, ms",
+        "starved p50, p99, ms",
+        "CPU, cores",
+        "CPU, ms a sample",
+    ):
         table.add_column(column, justify="right")
     for mode, pools in rows.items():
         for pool, m in pools.items():
-            waits = ("", "") if mode == "saturated" else (f"{m.wait_p50_ms:.1f}", f"{m.wait_p99_ms:.1f}")
+            waits = (
+                ("", "")
+                if mode == "saturated"
+                else (
+                    f"{m.handed_p50_ms:.1f}, {m.handed_p99_ms:.1f}",
+                    f"{m.starved_p50_ms:.1f}, {m.starved_p99_ms:.1f}",
+                )
+            )
             figures = (
                 f"{m.samples_per_s:.0f}",
                 *waits,
@@ -204,8 +276,12 @@ def main() -> None:
         ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", _temp_dir=f"{folder}/ray")
         data = prompts()
         for pool in args.pools:
-            for mode, step_seconds in (("saturated", 0.0), ("loaded", BATCH_PER_RANK * pool / args.load)):
-                rows[mode][pool] = measure(master.endpoint, data, pool, step_seconds, args.seconds)
+            times = {
+                "saturated": (0.0, 0.0),
+                "loaded": (IN_HAND * pool / args.load / 1.5, BATCH_PER_RANK * pool / args.load),
+            }
+            for mode, (sample_seconds, step_seconds) in times.items():
+                rows[mode][pool] = measure(master.endpoint, data, pool, sample_seconds, step_seconds, args.seconds)
         ray.shutdown()
         master.stop()
     show(rows, args.load)

@@ -18,10 +18,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from torchspec.monitor.series import read_series, tail
+from torchspec.monitor.series import read_series, tail_lines, time_of
 from torchspec.monitor.snapshot import HistoryPoint, adapter, metrics_dir
 
 State = Literal["starting", "counting-vocabulary", "warming-up", "measuring", "steady", "finishing", "ended"]
@@ -65,13 +66,19 @@ class Verdict:
 
 def judge_run(run_dir: Path, live: bool) -> Verdict:
     """The verdict on a run from its folder: of its latest stretch, or of the whole run once it has ended."""
-    path, kind = metrics_dir(run_dir) / "history.jsonl", adapter(HistoryPoint)
+    path = metrics_dir(run_dir) / "history.jsonl"
     if not live:
-        points = [kind.validate_python(record) for record in read_series(path, max_points=2000)]
-        return judge_ended(points)
-    last = tail(path, float("inf"), before=True)
-    since = last[-1]["time"] - LONGEST if last else 0.0
-    return judge([kind.validate_python(record) for record in tail(path, since)])
+        kind = adapter(HistoryPoint)
+        return judge_ended([kind.validate_python(record) for record in read_series(path, max_points=2000)])
+    last = tail_lines(path, float("inf"), before=True)
+    since = time_of(last[-1]) - LONGEST if last else 0.0
+    return judge([_point(line) for line in tail_lines(path, since)])
+
+
+@lru_cache(maxsize=1024)
+def _point(line: bytes) -> HistoryPoint:
+    point: HistoryPoint = adapter(HistoryPoint).validate_json(line)
+    return point
 
 
 def judge(points: Sequence[HistoryPoint]) -> Verdict:

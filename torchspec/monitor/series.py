@@ -117,19 +117,23 @@ def tail(path: Path, since: float, before: bool = False) -> list[dict[str, Any]]
     Args:
         before: and the one before them.
     """
-    records = []
+    return [_parsed(line) for line in tail_lines(path, since, before)]
+
+
+def tail_lines(path: Path, since: float, before: bool = False) -> list[bytes]:
+    """The lines of :func:`tail`. A view that stays open asks for the same ones each second: parse each of them once."""
+    lines = []
     for line in _backwards(path):
         older = time_of(line) < since
         if not older or before:
-            records.append(_parsed(line))
+            lines.append(line)
         if older:
             break
-    return records[::-1]
+    return lines[::-1]
 
 
 @lru_cache(maxsize=2048)
 def _parsed(line: bytes) -> dict[str, Any]:
-    """A view that stays open asks for the same newest lines each second."""
     record: dict[str, Any] = json.loads(line)
     return record
 
