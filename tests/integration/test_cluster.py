@@ -72,9 +72,10 @@ def ids(cluster: Cluster, role: str) -> set[str]:
 
 def test_a_cluster_of_one_machine_is_on_loopback(cluster):
     assert len(cluster.nodes) == 4 and cluster.host == LOOPBACK and not cluster.spans_machines
-    address, port, options = Placement(cluster, ROLES).ranks(2, 1, 0)
+    room = Placement(cluster, ROLES).ranks(2, 1, 0)
+    address, port = ray.get(room.meeting)
     assert address == LOOPBACK and port > 0
-    assert set(places(options, num_cpus=1)) == ids(cluster, "torchspec_training")
+    assert set(places(room.places, num_cpus=1)) == ids(cluster, "torchspec_training")
 
 
 def test_every_role_has_its_nodes(cluster):
@@ -88,16 +89,18 @@ def test_ranks_of_several_machines_are_placed_together_and_meet_at_the_address_o
     spanning = replace(cluster, host=next(iter(cluster.nodes)).address)
     placement = Placement(spanning, ROLES)
     for count in (2, 1, 2):  # another generation takes the place of the one before
-        address, port, options = placement.ranks(count, 1, 0)
-        assert address == spanning.host and port > 0 and len(options) == count
-        assert set(places(options, num_cpus=1)) == ids(cluster, "torchspec_training")
+        room = placement.ranks(count, 1, 0)
+        address, port = ray.get(room.meeting, timeout=60)
+        assert address == spanning.host and port > 0 and len(room.places) == count
+        assert set(places(room.places, num_cpus=1)) == ids(cluster, "torchspec_training")
 
 
-def test_ranks_that_have_no_room_are_refused(cluster, monkeypatch):
-    monkeypatch.setattr("torchspec.driver.placement.PLACEMENT_SECONDS", 1.0)
+def test_ranks_that_have_no_room_wait_for_it(cluster):
     placement = Placement(replace(cluster, host=cluster.nodes[0].address), ROLES)
-    with pytest.raises(ValueError, match=r"no room for 3 training ranks \(training\.dp_size"):
-        placement.ranks(3, 1, 0)
+    room = placement.ranks(3, 1, 0)
+    assert ray.wait([room.meeting], timeout=2)[0] == []
+    assert "3 training ranks (training.dp_size" in room.wanted
+    ray.get(placement.ranks(1, 1, 0).meeting, timeout=60)  # what was asked for in vain is given back
 
 
 def test_room_is_checked_by_role(cluster):
@@ -149,7 +152,7 @@ def test_a_size_that_the_cluster_has_no_room_for_is_refused(cluster, tmp_path, t
 def test_a_run_on_loopback_stays_on_its_machine_when_others_join(cluster):
     """Its store could not be reached from there."""
     machine = cluster.nodes[0].address
-    (rank,) = Placement(cluster, ROLES).ranks(1, 1, 0)[2]
+    (rank,) = Placement(cluster, ROLES).ranks(1, 1, 0).places
     for options in (Placement(cluster, ROLES).worker(), rank):
         assert options["resources"].keys() > {f"node:{machine}"}
         assert places([options], num_cpus=0)[0] in {node.id for node in cluster.nodes}

@@ -15,13 +15,14 @@ from typing import Any, TypeVar
 
 import ray
 
+from torchspec.config.schema import Config
 from torchspec.controller.controller import Controller
 from torchspec.controller.pools import with_workers
 from torchspec.controller.spec import ControllerSpec
 from torchspec.controller.steps import GroupPlan
 from torchspec.data.draft_vocab import DraftVocab
 from torchspec.driver.janitor import MARK, start_janitor
-from torchspec.driver.placement import Placement
+from torchspec.driver.placement import Placement, Room
 from torchspec.driver.prepare import Prepared
 from torchspec.driver.threads import plan_threads
 from torchspec.inference.engine import EngineConfig
@@ -153,13 +154,22 @@ class ActorFactory:
         )
         return name, actor
 
-    def trainers(self, vocabulary: DraftVocab, plan: GroupPlan) -> list[Any]:
-        """The actors of a generation, one a rank, told where to meet."""
+    def rank_room(self, plan: GroupPlan) -> Room:
+        """Ask for room for a generation."""
+        _, threads, gpus = self._rank_size(plan)
+        return self._placement.ranks(plan.training.world_size, threads, gpus)
+
+    def _rank_size(self, plan: GroupPlan) -> tuple[Config, int, int]:
+        """A generation's config, and the CPUs and GPUs of each of its ranks."""
+        config = self._config.model_copy(update={"training": plan.training})
+        threads = plan_threads(config, self._prepared.plan.cores, self._prepared.on_gpu).training
+        return config, threads, 1 if self._prepared.on_gpu else 0
+
+    def trainers(self, vocabulary: DraftVocab, plan: GroupPlan, room: Room) -> list[Any]:
+        """The actors of a generation that there is room for, one a rank, told where to meet."""
         prepared, training = self._prepared, plan.training
-        config = self._config.model_copy(update={"training": training})
-        threads = plan_threads(config, prepared.plan.cores, prepared.on_gpu).training
-        gpus = 1 if prepared.on_gpu else 0
-        address, port, places = self._placement.ranks(training.world_size, threads, gpus)
+        config, threads, gpus = self._rank_size(plan)
+        address, port = ray.get(room.meeting)
         actors = []
         for rank in range(training.world_size):
             spec = TrainerSpec(
@@ -178,7 +188,7 @@ class ActorFactory:
                 run_dir=prepared.run_dir,
                 resume=plan.resume,
             )
-            options = {"max_concurrency": RANK_CALLS, "incarnation": plan.generation, **places[rank]}
+            options = {"max_concurrency": RANK_CALLS, "incarnation": plan.generation, **room.places[rank]}
             actors.append(self._start(Trainer, f"trainer-{rank}", threads, gpus, spec, **options))
         return actors
 

@@ -11,6 +11,7 @@ a sliver of it, so what bounds their number is CPUs and GPUs. Without a role any
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -24,11 +25,21 @@ from torchspec.network import LOOPBACK, meeting_point
 from torchspec.processes import free_port
 
 SLIVER = 0.001
-PLACEMENT_SECONDS = 120.0
-"""How long training ranks wait for room on their nodes: engines of a run before may just be leaving."""
 
 Options = dict[str, Any]
 """Of a Ray actor."""
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a generation of training ranks has asked the cluster for."""
+
+    meeting: ray.ObjectRef
+    """Comes with rank 0's address and a port that is free there, once there is room for all ranks."""
+    places: list[Options]
+    """Of each rank's actor."""
+    wanted: str
+    """In words."""
 
 
 class Placement:
@@ -44,30 +55,21 @@ class Placement:
     def worker(self) -> Options:
         return {"resources": self._resources(self._config.inference_resource)}
 
-    def ranks(self, count: int, cpus: int, gpus: int) -> tuple[str, int, list[Options]]:
-        """Room for ``count`` training ranks: rank 0's address, a port that is free there, and the options of each.
-
-        Raises:
-            ValueError: the cluster has no room for them.
-        """
+    def ranks(self, count: int, cpus: int, gpus: int) -> Room:
+        """Ask for room for ``count`` training ranks. That of the ranks before is given back."""
+        role = self._resources(self._config.training_resource)
+        wanted = (
+            f"{count} training ranks (training.dp_size x sp_ulysses_size x sp_ring_size) of {cpus} CPUs and {gpus} GPUs"
+        )
         if not self._cluster.spans_machines:
-            return LOOPBACK, free_port(), [{"resources": self._resources(self._config.training_resource)}] * count
+            return Room(ray.put((LOOPBACK, free_port())), [{"resources": role}] * count, wanted)
         if self._ranks is not None:
             remove_placement_group(self._ranks)
-        bundle = {"CPU": cpus, "GPU": gpus, **self._resources(self._config.training_resource)}
+        bundle = {"CPU": cpus, "GPU": gpus, **role}
         self._ranks = placement_group([{name: amount for name, amount in bundle.items() if amount}] * count)
         places = [PlacementGroupSchedulingStrategy(self._ranks, number) for number in range(count)]
         find = ray.remote(meeting_point).options(num_cpus=0, scheduling_strategy=places[0])
-        try:
-            address, port = ray.get(find.remote(self._cluster.host), timeout=PLACEMENT_SECONDS)
-        except ray.exceptions.RayError:
-            remove_placement_group(self._ranks)
-            self._ranks = None
-            raise ValueError(
-                f"the cluster has had no room for {count} training ranks (training.dp_size x sp_ulysses_size x "
-                f"sp_ring_size) of {cpus} CPUs and {gpus} GPUs in {PLACEMENT_SECONDS:.0f} s"
-            ) from None
-        return address, port, [{"scheduling_strategy": place} for place in places]
+        return Room(find.remote(self._cluster.host), [{"scheduling_strategy": place} for place in places], wanted)
 
     def _resources(self, role: str | None) -> dict[str, float]:
         """A sliver of the role's, and of this machine's own if the run must stay on it when others join the cluster."""

@@ -99,13 +99,13 @@ class Session:
                 self.workers.resize(wanted)
             elif ref in self.workers.futures:
                 self.workers.ended(ref)
-            elif self.trainers.ended(ref):
+            elif self.trainers.done(ref):
                 if self.controller.ask("training_over"):
                     return True
                 self.trainers.start()
         self._check(self._clock.elapsed())
         self._show()
-        return self.stopping and self._vocabulary is not None  # nothing has been trained yet
+        return self.stopping and not self.trainers.at_work  # all that counts is in the last checkpoint
 
     def _start_training(self) -> None:
         vocabulary = self.controller.result(self._vocabulary)

@@ -17,6 +17,7 @@ from torchspec.data.draft_vocab import DraftVocab
 from torchspec.driver.actors import ActorFactory
 from torchspec.driver.controller import ControllerLine
 from torchspec.driver.failure import RunFailed, root_cause
+from torchspec.driver.placement import Room
 from torchspec.driver.supervise import Pulse
 from torchspec.driver.view import View
 from torchspec.training.checkpoint import CheckpointError
@@ -25,6 +26,8 @@ from torchspec.training.trainer import TrainingDiverged
 FATAL = (TrainingDiverged, CheckpointError)
 """What would only happen again."""
 _END_SECONDS = 30.0
+ROOM_SECONDS = 120.0
+"""How long ranks wait for room on their nodes: engines of a run before may just be leaving, a node coming back."""
 
 
 class RankLost(Exception):
@@ -44,17 +47,25 @@ class Trainers:
     def __init__(self, actors: ActorFactory, controller: ControllerLine, recovery: RecoveryConfig, view: View):
         self._actors, self._controller, self._recovery, self._view = actors, controller, recovery, view
         self._ranks: dict[ray.ObjectRef, Rank] = {}
+        self._plan: GroupPlan | None = None
+        self._room: Room | None = None
+        """What a generation that is about to start waits for."""
+        self._waited = 0.0
         self.vocabulary: DraftVocab | None = None
 
     @property
     def futures(self) -> list[ray.ObjectRef]:
-        return list(self._ranks)
+        return [*self._ranks, *([] if self._room is None else [self._room.meeting])]
+
+    @property
+    def at_work(self) -> bool:
+        """Whether there are ranks; not while they wait for a vocabulary or for room."""
+        return bool(self._ranks)
 
     def start(self) -> None:
-        """Start the next generation, once there is a vocabulary. The one before must have ended, or been killed.
+        """Let the next generation start, once there are a vocabulary and room for it.
 
-        Raises:
-            RankLost: there is no room for it now.
+        The one before must have ended, or been killed.
         """
         if self.vocabulary is None:
             return
@@ -65,21 +76,18 @@ class Trainers:
             f"starting {training.world_size} training rank{'s' if training.world_size > 1 else ''} "
             f"(dp_size {training.dp_size}, sp_size {training.sp_size}) {where}"
         )
-        try:
-            actors = self._actors.trainers(self.vocabulary, plan)
-        except ValueError as error:  # a node may be on its way back
-            raise RankLost(str(error)) from None
-        for number, actor in enumerate(actors):
-            pulse = Pulse(_ping(actor), self._recovery.hang_seconds, self._recovery.start_seconds)
-            self._ranks[actor.run.remote(self._controller.actor)] = Rank(number, actor, pulse)
+        self._plan, self._room, self._waited = plan, self._actors.rank_room(plan), 0.0
 
-    def ended(self, ref: ray.ObjectRef) -> bool:
-        """The rank of a future has ended; whether it was the last of its generation.
+    def done(self, ref: ray.ObjectRef) -> bool:
+        """One of the futures is done: there is room, or a rank has ended. Whether it was the last of its generation.
 
         Raises:
             RankLost: it broke.
             RunFailed: it broke in a way that would only happen again.
         """
+        if self._room is not None and ref == self._room.meeting:
+            self._move_in()
+            return False
         rank = self._ranks[ref]
         try:
             ray.get(ref)
@@ -92,8 +100,23 @@ class Trainers:
         del self._ranks[ref]
         return not self._ranks
 
+    def _move_in(self) -> None:
+        """Start the ranks that there is room for now."""
+        assert self._room is not None and self._plan is not None and self.vocabulary is not None
+        room, self._room = self._room, None
+        try:
+            actors = self._actors.trainers(self.vocabulary, self._plan, room)
+        except ray.exceptions.RayError as error:  # the node that had room has just been lost
+            raise RankLost(f"no room for {room.wanted}: {root_cause(error)}") from None
+        for number, actor in enumerate(actors):
+            pulse = Pulse(_ping(actor), self._recovery.hang_seconds, self._recovery.start_seconds)
+            self._ranks[actor.run.remote(self._controller.actor)] = Rank(number, actor, pulse)
+
     def check(self, elapsed: float) -> None:
-        """Raises RankLost: a rank gives no sign of life."""
+        """Raises RankLost: a rank gives no sign of life, or there has been no room for too long."""
+        self._waited += elapsed
+        if self._room is not None and self._waited > ROOM_SECONDS:
+            raise RankLost(f"the cluster has had no room for {self._room.wanted} in {ROOM_SECONDS:.0f} s")
         for rank in self._ranks.values():
             if rank.pulse.hangs(elapsed):
                 raise RankLost(f"trainer rank {rank.number} gave no sign of life (log: {self._log(rank)})")
@@ -102,9 +125,10 @@ class Trainers:
         """End the generation, whatever it does."""
         for rank in self._ranks.values():
             ray.kill(rank.actor)
-        if self._ranks:
-            ray.wait(self.futures, num_returns=len(self._ranks), timeout=_END_SECONDS)
+        if self.at_work:
+            ray.wait(list(self._ranks), num_returns=len(self._ranks), timeout=_END_SECONDS)
         self._ranks.clear()
+        self._room = None
 
     def _log(self, rank: Rank) -> Any:
         return self._actors.log_path(f"trainer-{rank.number}")

@@ -1,0 +1,67 @@
+"""Training ranks that wait for room, seen from the driver, which has others to look after meanwhile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from torchspec.config.load import parse_config
+from torchspec.controller.steps import GroupPlan
+from torchspec.driver.placement import Room
+from torchspec.driver.trainers import ROOM_SECONDS, RankLost, Trainers
+
+
+class Waiting:
+    """A generation of two ranks whose room is not there yet; actors and controller are played by this object."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setattr("torchspec.driver.trainers.Pulse", lambda *_: SimpleNamespace(hangs=lambda _: False))
+        monkeypatch.setattr("torchspec.driver.trainers.ray.kill", lambda _: None)
+        monkeypatch.setattr("torchspec.driver.trainers.ray.wait", lambda *_, **__: None)
+        config = parse_config({"target": {"path": "x"}, "training": {"dp_size": 2, "batch_size": 4}})
+        self.plan = GroupPlan(1, config.training, None)
+        self.rooms: list[Room] = []
+        self.group = Trainers(self, self, config.recovery, SimpleNamespace(message=lambda _: None))
+        self.group.vocabulary = SimpleNamespace()
+        self.group.start()
+
+    actor = None
+
+    def ask(self, method: str) -> GroupPlan:
+        assert method == "open_group"
+        return self.plan
+
+    def rank_room(self, plan: GroupPlan) -> Room:
+        self.rooms.append(Room(object(), [], "2 training ranks"))
+        return self.rooms[-1]
+
+    def trainers(self, *_: object) -> list[SimpleNamespace]:
+        return [SimpleNamespace(run=SimpleNamespace(remote=lambda _, n=number: f"rank {n}")) for number in range(2)]
+
+    def log_path(self, name: str) -> Path:
+        return Path(name)
+
+
+def test_ranks_start_when_there_is_room_and_not_before(monkeypatch):
+    waiting = Waiting(monkeypatch)
+    waiting.group.check(1.0)
+    assert not waiting.group.at_work
+    (meeting,) = waiting.group.futures
+    assert meeting is waiting.rooms[0].meeting
+    assert waiting.group.done(meeting) is False
+    assert waiting.group.at_work and waiting.group.futures == ["rank 0", "rank 1"]
+    waiting.group.check(10 * ROOM_SECONDS)
+
+
+def test_ranks_do_not_wait_for_room_for_ever_and_ask_again(monkeypatch):
+    waiting = Waiting(monkeypatch)
+    waiting.group.check(ROOM_SECONDS - 1)
+    with pytest.raises(RankLost, match="no room for 2 training ranks in 120 s"):
+        waiting.group.check(2.0)
+    waiting.group.kill()
+    assert waiting.group.futures == []
+    waiting.group.start()
+    waiting.group.check(ROOM_SECONDS - 1)
+    assert waiting.group.futures == [waiting.rooms[1].meeting]
