@@ -49,6 +49,7 @@ RESULTS = Path(__file__).parent / "results" / "controller_capacity.json"
 POOLS = (1, 4, 16, 64)
 PROMPTS, TOKENS, VOCAB = 20_000, 256, 32_000
 BATCH_PER_RANK = 4
+WARM_UP_STEPS = 3
 IN_HAND = 8
 """Samples that one engine works on at a time."""
 GEOMETRY = SampleGeometry(num_aux=3, hidden_size=4096, dtype="bfloat16")
@@ -208,7 +209,8 @@ def measure(
             engines.run.remote(controller, pool, sample_seconds),
             ranks.run.remote(controller, pool, step_seconds),
         ]
-        time.sleep(2)  # connections, and a full window
+        while trained(controller) < WARM_UP_STEPS * BATCH_PER_RANK * pool:  # connections, and a full window
+            time.sleep(0.1)
         before, started, cpu = trained(controller), time.time(), ray.get(controller.cpu_seconds.remote())
         time.sleep(seconds)
         cpu = ray.get(controller.cpu_seconds.remote()) - cpu
