@@ -3,13 +3,13 @@
     python -m benchmarks.monitored_run [--pairs 4] [--steps 120]
 
 The 135M target in SGLang, Mooncake, Ray, and the prompts of ``tests/online.py``, whose answers are there already. *On*
-is the default - a snapshot each second, reports of every worker and rank, the page - with somebody watching: the
-page's update is fetched once a second, as a browser does. *Off* has no history and no page. Both make the same steps on
-the same samples; the first steps, while caches warm up, do not count.
+is the default - snapshots, reports of every worker and rank, the page - with somebody watching: the page's update is
+fetched every two seconds over one connection, as a browser does. *Off* has no history and no page. Both make the same
+steps on the same samples; the first steps, while caches warm up, do not count.
 
-A pair's overhead is the ratio of its two runs. All cores are busy throughout, so that what monitoring takes, the run
-lacks; what that is, the CPU time of the driver and the controller tells more exactly than the time of a step. Prints a
-table and writes benchmarks/results/monitored_run.json.
+A pair's overhead is the ratio of its two runs. What monitoring takes of the machine, the CPU time of the driver and the
+controller tells more exactly than the time of a step, which varies by several per cent from run to run. Prints a table
+and writes benchmarks/results/monitored_run.json.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ import statistics
 import tempfile
 import threading
 import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from http.client import HTTPConnection
 from pathlib import Path
 
 import psutil
@@ -37,6 +37,8 @@ from torchspec.processes import free_port
 RESULTS = Path(__file__).parent / "results" / "monitored_run.json"
 WARM_UP = 20
 """Steps."""
+POLL_SECONDS = 2.0
+"""The page's."""
 KNOBS = ("training.epochs=1000", "evaluation.heldout=null", "checkpoint.every_steps=10000")
 OFF = ("monitor.history_seconds=0", "monitor.ui=false")
 
@@ -103,10 +105,12 @@ def _watched(port: int) -> Iterator[None]:
     done = threading.Event()
 
     def fetch() -> None:
-        while not done.wait(1):
-            since = "&".join(f"{name}={time.time() - 2}" for name in ("history", "entities", "steps", "events"))
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/update?run=0&{since}") as answer:
-                assert json.load(answer)
+        with closing(HTTPConnection("127.0.0.1", port)) as connection:
+            while not done.wait(POLL_SECONDS):
+                newest = time.time() - POLL_SECONDS
+                since = "&".join(f"{name}={newest}" for name in ("history", "entities", "steps", "events"))
+                connection.request("GET", f"/api/update?run=0&{since}")
+                assert json.load(connection.getresponse())
 
     watcher = threading.Thread(target=fetch)
     watcher.start()

@@ -285,7 +285,7 @@ class MonitorConfig(Section):
     """The terminal view while training; ``auto`` shows it on a terminal and prints plain lines elsewhere."""
     every_steps: int = Field(default=10, ge=1)
     """Plain lines: one each so many steps."""
-    history_seconds: float = Field(default=1.0, ge=0, le=2)
+    history_seconds: float = Field(default=2.0, ge=0, le=2)
     """Write down so often how the run is doing, for the page, ``torchspec top`` and ``status``. 0: never."""
     profile_steps: tuple[PositiveInt, PositiveInt] | None = None
     """Profile these steps, first and last, with torch's profiler: a trace of each rank in the run's ``profile``."""

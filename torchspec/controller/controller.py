@@ -86,7 +86,6 @@ class Controller:
         self._begun = asyncio.Event()
         self._stopping = False
         self._finished = False
-        self._ended = asyncio.Event()
         self._work = Signal()
         self._asked: dict[str, int] = {}
         """Calls for leases, by worker."""
@@ -347,7 +346,7 @@ class Controller:
         self._finished = True
         self._work.fire()
         self._observing.cancel()
-        self._ended.set()
+        self.books.observer.news.fire()
         await self.books.removed()
         self.books.observer.ended(self._phase(), self.books.ledger.trained_step)
         await self.books.observer.record(await self.status())
@@ -399,12 +398,12 @@ class Controller:
             self.pool.look(self._group.starved, self.leases.busy)
 
     async def _record(self) -> None:
-        """Write a snapshot each ``monitor.history_seconds``, until the run has ended."""
+        """Write a snapshot each ``monitor.history_seconds``, and when there is news, until the run has ended."""
         observer = self.books.observer
         while observer.interval and not self._finished:
             await observer.record(await self.status())
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._ended.wait(), observer.interval)
+                await asyncio.wait_for(observer.news.wait(), observer.interval)
 
     def _advance(self) -> None:
         """Something has changed: let ranks and workers see."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torchspec.evaluation.result import EvaluationResult
 
 HISTORY_LINES, HISTORY_RECENT = 8192, 1800
-"""At one a second: half an hour in full, the rest of the run as some two thousand points."""
+"""At one every two seconds: an hour in full, the rest of the run as some two thousand points."""
 ENTITY_LINES, ENTITY_RECENT = 2048, 360
 ENTITY_SECONDS = 10.0
 EVENT_LINES, EVENT_RECENT = 20_000, 5_000

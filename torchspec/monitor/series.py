@@ -1,4 +1,4 @@
-"""Time series in files of bounded size: appended to once a second for days, quick to read as a whole, easy to follow.
+"""Time series in files of bounded size: appended to all the time for days, quick to read as a whole, easy to follow.
 
 A series is JSON lines that begin with ``{"time":...``. When it has grown to ``max_lines`` it is rewritten: the newest
 lines stay as they are, and of the older ones so many that they lie evenly in time. Counters make that lossless where

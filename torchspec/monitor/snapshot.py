@@ -1,4 +1,4 @@
-"""What a run writes about itself once a second, and what every view reads: the run's folder is the only source.
+"""What a run writes about itself every two seconds, and what every view reads: the run's folder is the only source.
 
     metrics.jsonl            one line a step and a held-out evaluation: a StepReport and its time
     metrics/latest.json      the newest Snapshot: everything that is known, each worker and rank by itself

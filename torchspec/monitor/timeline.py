@@ -19,7 +19,7 @@ from torchspec.contracts import HELDOUT_EPOCH, SampleId, SampleRef, SampleTiming
 from torchspec.monitor.series import Series
 from torchspec.monitor.snapshot import metrics_dir, to_line
 
-PER_SECOND = 2.0
+PER_SECOND = 1.0
 SAMPLE_LINES, SAMPLE_RECENT = 1200, 500
 TOKENS_KEPT = 4096
 """Of each sample, from its beginning. A multiple of 8: masks are packed."""

@@ -17,7 +17,7 @@ import { Summary } from "./summary.js";
 import { Training } from "./training.js";
 
 const SECOND = 1000;
-const WAIT = { live: SECOND, over: 5 * SECOND, most: 5 * SECOND };
+const WAIT = { live: 2 * SECOND, over: 5 * SECOND, most: 5 * SECOND };
 const RANGES = [
   ["5 min", 300],
   ["30 min", 1800],
