@@ -3,7 +3,7 @@
 The engines and ranks do nothing but speak to the controller, as fast as it answers, so all time is the controller's:
 in a run, where it is idle most of the time, monitoring can only cost less. On and off take turns in pairs; a pair's
 overhead is the ratio of the two, and the table shows the median of the pairs, once of throughput and once of the CPU
-seconds that a sample took. Reports come once a second from each worker and each rank, as in a run.
+seconds that a sample took. Reports come as often as in a run from each worker and each rank.
 
     python benchmarks/monitor_overhead.py [--pairs N] [--samples N]
 """
@@ -49,7 +49,7 @@ def controller_of(endpoint: StoreEndpoint, folder: Path, samples: int, ranks: in
             "controller": {"reorder_window": 16 * batch},
             "draft": {"vocab_size": 32},
             "checkpoint": {"every_steps": 100},
-            "monitor": {"history_seconds": 1.0 if monitored else 0.0},
+            "monitor": {} if monitored else {"history_seconds": 0},
         }
     )
     prompts = PromptSet(
@@ -89,7 +89,7 @@ async def train(controller: Controller, rank: int) -> None:
 
 
 async def report(controller: Controller, workers: int, ranks: int) -> None:
-    """What workers and ranks say about themselves once a second, spread over it."""
+    """What workers and ranks say about themselves, spread over the time between two reports."""
     since = time.monotonic()
     while True:
         seconds = time.monotonic() - since
@@ -99,7 +99,7 @@ async def report(controller: Controller, workers: int, ranks: int) -> None:
                 await controller.worker_report(counts)
             if number < ranks:
                 await controller.rank_report(RankId(1, number), RankReport(number, steps=int(seconds), seconds=seconds))
-            await asyncio.sleep(1 / max(workers, ranks))
+            await asyncio.sleep(controller.config.monitor.history_seconds / max(workers, ranks))
 
 
 async def run(endpoint: StoreEndpoint, folder: Path, samples: int, pools: tuple[int, int], monitored: bool) -> dict:

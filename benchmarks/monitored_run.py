@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from http.client import HTTPConnection
@@ -108,17 +109,17 @@ def _watched(port: int) -> Iterator[None]:
         with closing(HTTPConnection("127.0.0.1", port)) as connection:
             while not done.wait(POLL_SECONDS):
                 newest = time.time() - POLL_SECONDS
-                since = "&".join(f"{name}={newest}" for name in ("history", "entities", "steps", "events"))
+                since = "&".join(f"{name}={newest}" for name in ("history", "steps", "events"))
                 connection.request("GET", f"/api/update?run=0&{since}")
                 assert json.load(connection.getresponse())
 
-    watcher = threading.Thread(target=fetch)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
+    with ThreadPoolExecutor(1) as pool:
+        watcher = pool.submit(fetch)
+        try:
+            yield
+        finally:
+            done.set()
+        watcher.result()
 
 
 def _cpu_seconds(command: Command, run_dir: Path) -> dict[str, float]:

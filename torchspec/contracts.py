@@ -265,6 +265,8 @@ class RunStatus:
     dp_size: int = 1
     """Of the training group that is at work, or of the next one."""
     sp_size: int = 1
+    closing: bool = False
+    """That group makes no more steps than it has: the run ends, or goes on at another size."""
 
 
 def pack_mask(mask: list[bool] | list[int]) -> bytes:

@@ -15,6 +15,7 @@ import pytest
 import ray
 from controller_harness import drive, make_spec
 from ray.cluster_utils import Cluster as RayNodes
+from ray.util.placement_group import remove_placement_group
 
 from torchspec.config.load import parse_config, save_config
 from torchspec.config.schema import ClusterConfig
@@ -93,14 +94,22 @@ def test_ranks_of_several_machines_are_placed_together_and_meet_at_the_address_o
         address, port = ray.get(room.meeting, timeout=60)
         assert address == spanning.host and port > 0 and len(room.places) == count
         assert set(places(room.places, num_cpus=1)) == ids(cluster, "torchspec_training")
+    remove_placement_group(placement._ranks)
 
 
 def test_ranks_that_have_no_room_wait_for_it(cluster):
-    placement = Placement(replace(cluster, host=cluster.nodes[0].address), ROLES)
+    spanning = replace(cluster, host=cluster.nodes[0].address)
+    placement, other = Placement(spanning, ROLES), Placement(spanning, ROLES)
     room = placement.ranks(3, 1, 0)
     assert ray.wait([room.meeting], timeout=2)[0] == []
     assert "3 training ranks (training.dp_size" in room.wanted
-    ray.get(placement.ranks(1, 1, 0).meeting, timeout=60)  # what was asked for in vain is given back
+    ray.get(placement.ranks(2, 1, 0).meeting, timeout=60)
+    wanted = other.ranks(1, 1, 0).meeting
+    assert ray.wait([wanted], timeout=2)[0] == []
+    ray.get(placement.ranks(1, 1, 0).meeting, timeout=60)
+    ray.get(wanted, timeout=60)  # the second CPU was given back
+    for used in (placement, other):
+        remove_placement_group(used._ranks)
 
 
 def test_room_is_checked_by_role(cluster):

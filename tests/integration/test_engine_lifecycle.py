@@ -64,6 +64,7 @@ def test_an_engine_without_the_capture_plugin_is_refused(start) -> None:  # type
 def test_a_dead_scheduler_fails_every_call_and_stop_leaves_nothing(start, task: str, reason: str) -> None:  # type: ignore[no-untyped-def]
     process = start(task)
     pids = process.read()["pids"]
+    assert [psutil.Process(pid).cmdline()[0] for pid in pids] == ["sglang::scheduler"], "token ids need no detokenizer"
     made = sglang_files(pids)
     assert reason in process.read()["error"]
     assert process.read()["stopped"]

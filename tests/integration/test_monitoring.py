@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from base64 import b64decode
 from itertools import pairwise
 from pathlib import Path
@@ -143,3 +144,36 @@ def test_switched_off_it_writes_no_snapshot(endpoint, tmp_path) -> None:
 
     asyncio.run(scenario())
     assert read_latest(tmp_path) is None and read_series(metrics_dir(tmp_path) / "history.jsonl") == []
+
+
+def test_what_dies_is_written_down_at_once(endpoint, tmp_path) -> None:
+    """Also what dies while a snapshot is being written."""
+
+    def gone() -> set[str]:
+        latest = read_latest(tmp_path)
+        return {worker.name for worker in latest.workers if not worker.alive} if latest else set()
+
+    async def scenario() -> None:
+        controller = make(endpoint, tmp_path, monitor={"history_seconds": 2})
+        observer, write = controller.books.observer, controller.books.observer._write
+        observer.interval = 3600.0
+
+        def slow_write(snapshot: Snapshot) -> None:
+            time.sleep(0.3)
+            write(snapshot)
+
+        observer._write = slow_write
+        await start(controller)
+        for name in ("w0", "w1"):
+            await controller.lease(name, 1, WorkerReport(name))
+            await controller.worker_report(WorkerReport(name))
+        await asyncio.sleep(0.5)
+        await controller.worker_lost("w0")
+        await asyncio.sleep(0.1)
+        await controller.worker_lost("w1")
+        async with asyncio.timeout(60):
+            while gone() != {"w0", "w1"}:
+                await asyncio.sleep(0.05)
+        await controller.finish()
+
+    asyncio.run(scenario())

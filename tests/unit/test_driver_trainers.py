@@ -10,6 +10,7 @@ import pytest
 from torchspec.config.load import parse_config
 from torchspec.controller.steps import GroupPlan
 from torchspec.driver.placement import Room
+from torchspec.driver.session import Session
 from torchspec.driver.trainers import ROOM_SECONDS, RankLost, Trainers
 
 
@@ -65,3 +66,19 @@ def test_ranks_do_not_wait_for_room_for_ever_and_ask_again(monkeypatch):
     waiting.group.start()
     waiting.group.check(ROOM_SECONDS - 1)
     assert waiting.group.futures == [waiting.rooms[1].meeting]
+
+
+def test_ranks_of_a_size_that_is_not_wanted_any_more_wait_no_longer(monkeypatch):
+    waiting = Waiting(monkeypatch)
+    for generation, closing in ((1, False), (0, True)):
+        waiting.group.follow(SimpleNamespace(generation=generation, closing=closing))
+    assert len(waiting.rooms) == 1
+    waiting.group.follow(SimpleNamespace(generation=1, closing=True))
+    assert waiting.group.futures == [waiting.rooms[1].meeting]
+    waiting.group.done(waiting.rooms[1].meeting)
+    waiting.group.follow(SimpleNamespace(generation=1, closing=True))
+    assert waiting.group.at_work and len(waiting.rooms) == 2, "ranks at work end by themselves"
+
+
+def test_a_run_that_is_stopped_while_no_rank_is_at_work_is_over():
+    assert Session._turn(SimpleNamespace(stopping=True, trainers=SimpleNamespace(at_work=False))) is True

@@ -170,7 +170,7 @@ class Controller:
         self.books.observer.worker_started(worker)
 
     async def worker_report(self, report: WorkerReport) -> None:
-        """What a worker says about itself once a second, whether or not it has anything to do."""
+        """What a worker says about itself every now and then, whether or not it has anything to do."""
         self.books.observer.worker_reported(report)
 
     # ---- training ranks ----
@@ -231,7 +231,7 @@ class Controller:
         self.books.observer.report(report)
 
     async def rank_report(self, rank: RankId, report: RankReport) -> None:
-        """What a rank says about itself once a second, also while it waits."""
+        """What a rank says about itself every now and then, also while it waits."""
         if rank.generation == self.books.generation:
             self.books.observer.telemetry.rank_report(report)
 
@@ -346,7 +346,7 @@ class Controller:
         self._finished = True
         self._work.fire()
         self._observing.cancel()
-        self.books.observer.news.fire()
+        self.books.observer.news.set()
         await self.books.removed()
         self.books.observer.ended(self._phase(), self.books.ledger.trained_step)
         await self.books.observer.record(await self.status())
@@ -368,6 +368,7 @@ class Controller:
             generation=books.generation,
             dp_size=training.dp_size,
             sp_size=training.sp_size,
+            closing=self._group is not None and self._group.closing,
         )
 
     def _phase(self) -> str:
@@ -401,6 +402,7 @@ class Controller:
         """Write a snapshot each ``monitor.history_seconds``, and when there is news, until the run has ended."""
         observer = self.books.observer
         while observer.interval and not self._finished:
+            observer.news.clear()
             await observer.record(await self.status())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(observer.news.wait(), observer.interval)

@@ -19,7 +19,6 @@ from torchspec.controller.journal import JsonLines
 from torchspec.controller.ledger import Ledger, Record
 from torchspec.controller.rates import Rate
 from torchspec.controller.samples import Samples
-from torchspec.controller.sync import Signal
 from torchspec.controller.telemetry import Telemetry
 from torchspec.monitor.health import FAULTS, count_faults
 from torchspec.monitor.ray_metrics import RayMetrics
@@ -52,8 +51,8 @@ class Observer:
         self._events = EventLog(run_dir)
         self._recorder, self._recording = Recorder(run_dir), asyncio.Lock()
         self._ray_metrics: RayMetrics | None = None
-        self.news = Signal()
-        """Fires on what a person should see at once."""
+        self.news = asyncio.Event()
+        """There is something that a person should see at once."""
         self._inference, self._training = Rate(), Rate()
         self._started = time.monotonic()
         self.telemetry.totals["faults"] = count_faults(run_dir)  # of controllers before this one, too
@@ -66,7 +65,7 @@ class Observer:
         self._messages.append(message)
         del self._messages[:-RECENT_MESSAGES]
         if kind in FAULTS or kind == "scaled":
-            self.news.fire()
+            self.news.set()
 
     # ---- inference ----
 

@@ -1,4 +1,4 @@
-"""Puts the reports of workers and ranks together to a :class:`Snapshot`, once a second.
+"""Puts the reports of workers and ranks together to a :class:`Snapshot`.
 
 Counters of a report only ever grow while its sender lives; the totals over a pool are sums of increases, so they go
 on when a worker is replaced or the trainer starts again.

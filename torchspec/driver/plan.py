@@ -15,8 +15,8 @@ from torchspec.driver.threads import ThreadPlan, plan_threads, usable_cores
 from torchspec.models.eagle3_config import Eagle3Config
 from torchspec.store.layout import USABLE_SHARE, stored_bytes
 
-ENGINE_OVERHEAD_BYTES = 2 << 30
-"""Measured on a CPU: three processes of one engine, beside weights and KV cache."""
+ENGINE_OVERHEAD_BYTES = 3 << 29
+"""Measured on a CPU: both processes of one engine, beside weights and KV cache."""
 MAX_DEFAULT_BUFFER = 4 << 30
 BASE_BYTES = 2 << 30
 """Ray's own processes, the controller, the driver."""

@@ -87,6 +87,8 @@ class Session:
 
     def _turn(self) -> bool:
         """One look at everybody; whether training has ended."""
+        if self.stopping and not self.trainers.at_work:  # all that counts is in the last checkpoint
+            return True
         polls = [ref for ref in (self._vocabulary, self._wanted) if ref is not None]
         futures = [*polls, *self.workers.futures, *self.trainers.futures]
         done, _ = ray.wait(futures, timeout=WATCH_SECONDS)
@@ -105,7 +107,7 @@ class Session:
                 self.trainers.start()
         self._check(self._clock.elapsed())
         self._show()
-        return self.stopping and not self.trainers.at_work  # all that counts is in the last checkpoint
+        return False
 
     def _start_training(self) -> None:
         vocabulary = self.controller.result(self._vocabulary)
@@ -142,6 +144,8 @@ class Session:
             return
         self._status = status
         self.stopping = self.stopping or status.phase == "stopping"
+        if not self.stopping:
+            self.trainers.follow(status)
         for text in new_messages(self._messages_seen, status.messages):
             self.view.message(text)
         self._messages_seen = list(status.messages)

@@ -12,6 +12,7 @@ from typing import Any
 import ray
 
 from torchspec.config.schema import RecoveryConfig
+from torchspec.contracts import RunStatus
 from torchspec.controller.steps import GroupPlan
 from torchspec.data.draft_vocab import DraftVocab
 from torchspec.driver.actors import ActorFactory
@@ -100,6 +101,13 @@ class Trainers:
         del self._ranks[ref]
         return not self._ranks
 
+    def follow(self, status: RunStatus) -> None:
+        """Ranks that still wait for room when another size is asked for are not needed any more."""
+        if self._room is None or self._plan is None:
+            return
+        if status.closing and status.generation == self._plan.generation:
+            self.start()
+
     def _move_in(self) -> None:
         """Start the ranks that there is room for now."""
         assert self._room is not None and self._plan is not None and self.vocabulary is not None
@@ -107,7 +115,7 @@ class Trainers:
         try:
             actors = self._actors.trainers(self.vocabulary, self._plan, room)
         except ray.exceptions.RayError as error:  # the node that had room has just been lost
-            raise RankLost(f"no room for {room.wanted}: {root_cause(error)}") from None
+            raise RankLost(f"{room.wanted} found no place: {root_cause(error)}") from None
         for number, actor in enumerate(actors):
             pulse = Pulse(_ping(actor), self._recovery.hang_seconds, self._recovery.start_seconds)
             self._ranks[actor.run.remote(self._controller.actor)] = Rank(number, actor, pulse)

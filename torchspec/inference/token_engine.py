@@ -16,7 +16,7 @@ class TokenEngine(Engine):
     """
 
     def __init__(self, **engine_args: Any):
-        super().__init__(**engine_args, skip_tokenizer_init=True)
+        super().__init__(**engine_args | {"skip_tokenizer_init": True})
 
     @classmethod
     def _launch_detokenizer_subprocesses(cls, *_: Any, **__: Any) -> tuple[list[Process], list[str]]:

@@ -121,7 +121,7 @@ def tail(path: Path, since: float, before: bool = False) -> list[dict[str, Any]]
 
 
 def tail_lines(path: Path, since: float, before: bool = False) -> list[bytes]:
-    """The lines of :func:`tail`. A view that stays open asks for the same ones each second: parse each of them once."""
+    """The lines of :func:`tail`. A view that stays open asks for the same ones again: parse each once."""
     lines = []
     for line in _backwards(path):
         older = time_of(line) < since

@@ -96,14 +96,20 @@ def _seconds(start: Mark, end: Mark) -> float:
 
 
 @contextmanager
-def reporting(controller: Any, rank: RankId, report: Callable[[], RankReport], interval: float) -> Iterator[None]:
-    """Send ``report()`` to the controller each ``interval`` seconds, and once at the end; never if it is 0.
+def reporting(
+    controller: Any, rank: RankId, report: Callable[[], RankReport], interval: float
+) -> Iterator[Callable[[], None]]:
+    """Send ``report()`` to the controller each ``interval`` seconds, at the end, and when what this yields is called.
+
+    Never if ``interval`` is 0.
 
     A thread of its own, because the step loop is away for long and a rank that waits has something to say, too.
     """
     ended = threading.Event()
 
     def tell() -> None:
+        if not interval:
+            return
         with contextlib.suppress(ray.exceptions.RayError):  # a controller that is away will be back, or ends the run
             ray.get(controller.rank_report.remote(rank, report()), timeout=10)
 
@@ -115,9 +121,9 @@ def reporting(controller: Any, rank: RankId, report: Callable[[], RankReport], i
     if interval:
         thread.start()
     try:
-        yield
+        yield tell
     finally:
         ended.set()
         if interval:
             thread.join()
-            tell()
+        tell()

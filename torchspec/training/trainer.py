@@ -134,10 +134,10 @@ class Trainer:
         fetcher = SampleFetcher(self.store, self.spec.geometry, sp_rank, pin_memory=self.device.type == "cuda")
         heldout = config.evaluation.heldout is not None
         stream = StepStream(controller, rank, fetcher, config.controller.prefetch_steps, heldout)
-        told = reporting(controller, rank, lambda: self._report(fetcher, stream), config.monitor.history_seconds)
+        reports = reporting(controller, rank, lambda: self._report(fetcher, stream), config.monitor.history_seconds)
         path = self.spec.run_dir / "profile" / f"rank-{rank.rank}.json.gz"
         profiler = StepProfiler(config.monitor.profile_steps, path, self.device)
-        with closing(stream), told, closing(profiler):
+        with closing(stream), reports as tell, closing(profiler):
             while True:
                 started = time.perf_counter()
                 with self.clock.doing("waiting"):
@@ -151,6 +151,8 @@ class Trainer:
                 ray.get(controller.step_done.remote(rank, batch.step, report if rank.rank == 0 else None))
                 with self.clock.doing("paused"):
                     profiler.after(batch.step)
+                    if batch.evaluate or batch.checkpoint:
+                        tell()  # who compares the pools' loads must know of a pause while it lasts
                     score = self._evaluate(controller, stream.heldout()) if batch.evaluate else None
                     if batch.checkpoint:
                         self._save(controller, score)

@@ -1,4 +1,4 @@
-// The page: one run at a time (or two compared), asked for once a second, drawn where it is seen.
+// The page: one run at a time (or two compared), asked for every two seconds, drawn where it is seen.
 
 import { get } from "./api.js";
 import { redrawCharts } from "./chart.js";

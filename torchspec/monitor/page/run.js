@@ -1,4 +1,4 @@
-// What is known of one run: loaded once, then kept up to date by one small request a second.
+// What is known of one run: loaded once, then kept up to date by one small request every two seconds.
 
 import { get } from "./api.js";
 import { windowMean } from "./smooth.js";

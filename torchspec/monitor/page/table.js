@@ -1,4 +1,4 @@
-// A sortable table of many rows that change each second: only cells whose text has changed are touched.
+// A sortable table of many rows that change all the time: only cells whose text has changed are touched.
 
 import { h, reconcile, say, s } from "./dom.js";
 import { sparkline } from "./sparkline.js";
