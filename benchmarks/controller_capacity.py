@@ -8,8 +8,9 @@ another. The store's master is a real one. Nothing is ever put, so that each rem
     loaded      ranks compute for as long as makes up the given load, and engines for as long as yields half as much
                 again; ranks fetch the next step while they make one, as real ones do
 
-Two waits are taken. ``starved`` is what a rank's step loop waits for its next step. ``handed`` is what passes from the
-moment at which a step is there and asked for to the moment at which the rank has it.
+Three waits are taken. A rank's step loop waits twice: until the controller knows that its step is made (``told``), and
+for its next step (``starved``). ``handed`` is what passes from the moment at which a step is there and asked for to the
+moment at which the rank has it, mostly while the rank is making another.
 
     python benchmarks/controller_capacity.py [--seconds N] [--load SAMPLES_PER_SECOND]
 """
@@ -49,7 +50,7 @@ RESULTS = Path(__file__).parent / "results" / "controller_capacity.json"
 POOLS = (1, 4, 16, 64)
 PROMPTS, TOKENS, VOCAB = 20_000, 256, 32_000
 BATCH_PER_RANK = 4
-WARM_UP_STEPS = 3
+WARM_UP_STEPS, LEAST_STEPS = 3, 20
 IN_HAND = 8
 """Samples that one engine works on at a time."""
 GEOMETRY = SampleGeometry(num_aux=3, hidden_size=4096, dtype="bfloat16")
@@ -106,9 +107,11 @@ class Got:
     asked: float
     received: float
     wanted: float
-    """When the rank had made the step before."""
+    """When the controller knew that the rank had made the step before."""
     had: float
     """When the rank could begin this one: all ranks have fetched it, and the one before is made."""
+    told: float
+    """Seconds until the controller knew that the rank had made this one."""
 
 
 @ray.remote(num_cpus=0, max_concurrency=1000)
@@ -128,10 +131,12 @@ class Ranks:
             asked, received, batch = await ahead
             if batch is None:
                 return steps
-            steps.append(Got(batch.step, asked, received, wanted, time.time()))
+            had = time.time()
             ahead = asyncio.create_task(self._fetch(controller, rank))
             await _busy(step_seconds)
+            made = time.time()
             await controller.step_done.remote(rank, batch.step, None)
+            steps.append(Got(batch.step, asked, received, wanted, had, time.time() - made))
             if batch.checkpoint and rank.rank == 0:
                 await controller.ledger_snapshot.remote(rank, batch.step)
                 await controller.committed.remote(rank, batch.step, "folder", False)
@@ -153,10 +158,12 @@ async def _busy(seconds: float) -> None:
 @dataclass(frozen=True)
 class Measured:
     samples_per_s: float
-    handed_p50_ms: float
-    handed_p99_ms: float
+    told_p50_ms: float
+    told_p99_ms: float
     starved_p50_ms: float
     starved_p99_ms: float
+    handed_p50_ms: float
+    handed_p99_ms: float
     controller_cpu: float
     """Cores."""
     controller_cpu_ms_per_sample: float
@@ -212,7 +219,8 @@ def measure(
         while trained(controller) < WARM_UP_STEPS * BATCH_PER_RANK * pool:  # connections, and a full window
             time.sleep(0.1)
         before, started, cpu = trained(controller), time.time(), ray.get(controller.cpu_seconds.remote())
-        time.sleep(seconds)
+        while time.time() < started + seconds or trained(controller) < before + LEAST_STEPS * BATCH_PER_RANK * pool:
+            time.sleep(0.5)
         cpu = ray.get(controller.cpu_seconds.remote()) - cpu
         elapsed, samples = time.time() - started, trained(controller) - before
         ray.get(controller.request_stop.remote("measured"))
@@ -225,7 +233,8 @@ def measure(
     steps = [step for step in steps if started <= step.asked < started + elapsed]
     handed = [step.received - max(step.asked, formed_at[step.step]) for step in steps]
     starved = [step.had - step.wanted for step in steps]
-    waits_ms = (float(p) * 1e3 for waits in (handed, starved) for p in np.percentile(waits, [50, 99]))
+    told = [step.told for step in steps]
+    waits_ms = (float(p) * 1e3 for waits in (told, starved, handed) for p in np.percentile(waits, [50, 99]))
     return Measured(samples / elapsed, *waits_ms, cpu / elapsed, cpu / max(1, samples) * 1e3)
 
 
@@ -240,8 +249,9 @@ def show(rows: dict[str, dict[int, Measured]], load: float) -> None:
         "",
         "workers, ranks",
         "samples/s",
-        "handed p50, p99, ms",
-        "starved p50, p99, ms",
+        "told p50, p99, ms",
+        "starved",
+        "handed",
         "CPU, cores",
         "CPU, ms a sample",
     ):
@@ -249,16 +259,13 @@ def show(rows: dict[str, dict[int, Measured]], load: float) -> None:
     for mode, pools in rows.items():
         for pool, m in pools.items():
             waits = (
-                ("", "")
-                if mode == "saturated"
-                else (
-                    f"{m.handed_p50_ms:.1f}, {m.handed_p99_ms:.1f}",
-                    f"{m.starved_p50_ms:.1f}, {m.starved_p99_ms:.1f}",
-                )
+                f"{m.told_p50_ms:.1f}, {m.told_p99_ms:.1f}",
+                f"{m.starved_p50_ms:.1f}, {m.starved_p99_ms:.1f}",
+                f"{m.handed_p50_ms:.1f}, {m.handed_p99_ms:.1f}",
             )
             figures = (
                 f"{m.samples_per_s:.0f}",
-                *waits,
+                *(waits if mode == "loaded" else ("", "", "")),
                 f"{m.controller_cpu:.2f}",
                 f"{m.controller_cpu_ms_per_sample:.2f}",
             )
