@@ -8,9 +8,9 @@ another. The store's master is a real one. Nothing is ever put, so that each rem
     loaded      ranks compute for as long as makes up the given load, and engines for as long as yields half as much
                 again; ranks fetch the next step while they make one, as real ones do
 
-Three waits are taken. A rank's step loop waits twice: until the controller knows that its step is made (``told``), and
-for its next step (``starved``). ``handed`` is what passes from the moment at which a step is there and asked for to the
-moment at which the rank has it, mostly while the rank is making another.
+Three waits are taken. ``starved`` is what passes in a rank's step loop between two steps. It is short because ranks ask
+for a step, and tell that one is made, while they make another. ``handed`` is what passes from when a step is there and
+asked for to when the rank has it, and ``told`` until the controller knows that one is made.
 
     python benchmarks/controller_capacity.py [--seconds N] [--load SAMPLES_PER_SECOND]
 """
@@ -107,39 +107,44 @@ class Got:
     asked: float
     received: float
     wanted: float
-    """When the controller knew that the rank had made the step before."""
+    """When the rank had made the step before."""
     had: float
     """When the rank could begin this one: all ranks have fetched it, and the one before is made."""
-    told: float
-    """Seconds until the controller knew that the rank had made this one."""
 
 
 @ray.remote(num_cpus=0, max_concurrency=1000)
 class Ranks:
     """Training ranks that compute for a given time, which varies by a tenth."""
 
-    async def run(self, controller: Any, count: int, step_seconds: float) -> list[Got]:
-        """Until the controller has no more."""
+    async def run(self, controller: Any, count: int, step_seconds: float) -> tuple[list[Got], list[float]]:
+        """Until the controller has no more. Returns steps, and the seconds that telling of each of them took."""
+        self._told = list[float]()
         got = await asyncio.gather(*(self._rank(controller, RankId(1, rank), step_seconds) for rank in range(count)))
-        return [step for steps in got for step in steps]
+        return [step for steps in got for step in steps], self._told
 
     async def _rank(self, controller: Any, rank: RankId, step_seconds: float) -> list[Got]:
         steps = list[Got]()
-        ahead = asyncio.create_task(self._fetch(controller, rank))
+        ahead, telling = asyncio.create_task(self._fetch(controller, rank)), asyncio.create_task(asyncio.sleep(0))
+        wanted = time.time()
         while True:
-            wanted = time.time()
             asked, received, batch = await ahead
             if batch is None:
+                await telling
                 return steps
-            had = time.time()
+            steps.append(Got(batch.step, asked, received, wanted, time.time()))
             ahead = asyncio.create_task(self._fetch(controller, rank))
             await _busy(step_seconds)
-            made = time.time()
-            await controller.step_done.remote(rank, batch.step, None)
-            steps.append(Got(batch.step, asked, received, wanted, had, time.time() - made))
+            wanted = time.time()
+            await telling
+            telling = asyncio.create_task(self._tell(controller, rank, batch.step))
             if batch.checkpoint and rank.rank == 0:
                 await controller.ledger_snapshot.remote(rank, batch.step)
                 await controller.committed.remote(rank, batch.step, "folder", False)
+
+    async def _tell(self, controller: Any, rank: RankId, step: int) -> None:
+        made = time.time()
+        await controller.step_done.remote(rank, step, None)
+        self._told.append(time.time() - made)
 
     async def _fetch(self, controller: Any, rank: RankId) -> tuple[float, float, RankBatch | None]:
         asked = time.time()
@@ -158,12 +163,12 @@ async def _busy(seconds: float) -> None:
 @dataclass(frozen=True)
 class Measured:
     samples_per_s: float
-    told_p50_ms: float
-    told_p99_ms: float
     starved_p50_ms: float
     starved_p99_ms: float
     handed_p50_ms: float
     handed_p99_ms: float
+    told_p50_ms: float
+    told_p99_ms: float
     controller_cpu: float
     """Cores."""
     controller_cpu_ms_per_sample: float
@@ -224,7 +229,7 @@ def measure(
         cpu = ray.get(controller.cpu_seconds.remote()) - cpu
         elapsed, samples = time.time() - started, trained(controller) - before
         ray.get(controller.request_stop.remote("measured"))
-        steps: list[Got] = ray.get(working[1])
+        steps, told = ray.get(working[1])
         formed_at = ray.get(controller.formed_at.remote())
         ray.get(controller.finish.remote())
         ray.get(working[0])
@@ -233,8 +238,7 @@ def measure(
     steps = [step for step in steps if started <= step.asked < started + elapsed]
     handed = [step.received - max(step.asked, formed_at[step.step]) for step in steps]
     starved = [step.had - step.wanted for step in steps]
-    told = [step.told for step in steps]
-    waits_ms = (float(p) * 1e3 for waits in (told, starved, handed) for p in np.percentile(waits, [50, 99]))
+    waits_ms = (float(p) * 1e3 for waits in (starved, handed, told) for p in np.percentile(waits, [50, 99]))
     return Measured(samples / elapsed, *waits_ms, cpu / elapsed, cpu / max(1, samples) * 1e3)
 
 
@@ -249,9 +253,9 @@ def show(rows: dict[str, dict[int, Measured]], load: float) -> None:
         "",
         "workers, ranks",
         "samples/s",
-        "told p50, p99, ms",
-        "starved",
+        "starved p50, p99, ms",
         "handed",
+        "told",
         "CPU, cores",
         "CPU, ms a sample",
     ):
@@ -259,9 +263,9 @@ def show(rows: dict[str, dict[int, Measured]], load: float) -> None:
     for mode, pools in rows.items():
         for pool, m in pools.items():
             waits = (
-                f"{m.told_p50_ms:.1f}, {m.told_p99_ms:.1f}",
                 f"{m.starved_p50_ms:.1f}, {m.starved_p99_ms:.1f}",
                 f"{m.handed_p50_ms:.1f}, {m.handed_p99_ms:.1f}",
+                f"{m.told_p50_ms:.1f}, {m.told_p99_ms:.1f}",
             )
             figures = (
                 f"{m.samples_per_s:.0f}",

@@ -137,6 +137,7 @@ class Trainer:
         reports = reporting(controller, rank, lambda: self._report(fetcher, stream), config.monitor.history_seconds)
         path = self.spec.run_dir / "profile" / f"rank-{rank.rank}.json.gz"
         profiler = StepProfiler(config.monitor.profile_steps, path, self.device)
+        told = list[ray.ObjectRef]()
         with closing(stream), reports as tell, closing(profiler):
             while True:
                 started = time.perf_counter()
@@ -148,7 +149,8 @@ class Trainer:
                 with self.clock.doing("paused"):
                     profiler.before(batch.step)
                 report = self._train(fetched, waited)
-                ray.get(controller.step_done.remote(rank, batch.step, report if rank.rank == 0 else None))
+                ray.get(told)  # of the step before: the step loop does not wait for the controller's answer
+                told = [controller.step_done.remote(rank, batch.step, report if rank.rank == 0 else None)]
                 with self.clock.doing("paused"):
                     profiler.after(batch.step)
                     if batch.evaluate or batch.checkpoint:
@@ -156,6 +158,7 @@ class Trainer:
                     score = self._evaluate(controller, stream.heldout()) if batch.evaluate else None
                     if batch.checkpoint:
                         self._save(controller, score)
+            ray.get(told)
             if self.step > self.saved_step:  # stopped between two checkpoints
                 with self.clock.doing("paused"):
                     self._save(controller, None)
