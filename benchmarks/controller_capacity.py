@@ -116,9 +116,11 @@ class Got:
 class Ranks:
     """Training ranks that compute for a given time, which varies by a tenth."""
 
-    async def run(self, controller: Any, count: int, step_seconds: float) -> tuple[list[Got], list[float]]:
-        """Until the controller has no more. Returns steps, and the seconds that telling of each of them took."""
-        self._told = list[float]()
+    async def run(
+        self, controller: Any, count: int, step_seconds: float
+    ) -> tuple[list[Got], list[tuple[float, float]]]:
+        """Until the controller has no more. Returns steps, and when each was made and how long telling of it took."""
+        self._told = list[tuple[float, float]]()
         got = await asyncio.gather(*(self._rank(controller, RankId(1, rank), step_seconds) for rank in range(count)))
         return [step for steps in got for step in steps], self._told
 
@@ -144,7 +146,7 @@ class Ranks:
     async def _tell(self, controller: Any, rank: RankId, step: int) -> None:
         made = time.time()
         await controller.step_done.remote(rank, step, None)
-        self._told.append(time.time() - made)
+        self._told.append((made, time.time() - made))
 
     async def _fetch(self, controller: Any, rank: RankId) -> tuple[float, float, RankBatch | None]:
         asked = time.time()
@@ -238,6 +240,7 @@ def measure(
     steps = [step for step in steps if started <= step.asked < started + elapsed]
     handed = [step.received - max(step.asked, formed_at[step.step]) for step in steps]
     starved = [step.had - step.wanted for step in steps]
+    told = [seconds for made, seconds in told if started <= made < started + elapsed]
     waits_ms = (float(p) * 1e3 for waits in (starved, handed, told) for p in np.percentile(waits, [50, 99]))
     return Measured(samples / elapsed, *waits_ms, cpu / elapsed, cpu / max(1, samples) * 1e3)
 

@@ -42,21 +42,28 @@ class Rank:
     pulse: Pulse
 
 
+@dataclass
+class Waiting:
+    """A generation that starts when there is room for it."""
+
+    plan: GroupPlan
+    room: Room
+    seconds: float = 0.0
+    """So long, so far."""
+
+
 class Trainers:
     """The actors of one generation at a time."""
 
     def __init__(self, actors: ActorFactory, controller: ControllerLine, recovery: RecoveryConfig, view: View):
         self._actors, self._controller, self._recovery, self._view = actors, controller, recovery, view
         self._ranks: dict[ray.ObjectRef, Rank] = {}
-        self._plan: GroupPlan | None = None
-        self._room: Room | None = None
-        """What a generation that is about to start waits for."""
-        self._waited = 0.0
+        self._waiting: Waiting | None = None
         self.vocabulary: DraftVocab | None = None
 
     @property
     def futures(self) -> list[ray.ObjectRef]:
-        return [*self._ranks, *([] if self._room is None else [self._room.meeting])]
+        return [*self._ranks, *([] if self._waiting is None else [self._waiting.room.meeting])]
 
     @property
     def at_work(self) -> bool:
@@ -77,7 +84,7 @@ class Trainers:
             f"starting {training.world_size} training rank{'s' if training.world_size > 1 else ''} "
             f"(dp_size {training.dp_size}, sp_size {training.sp_size}) {where}"
         )
-        self._plan, self._room, self._waited = plan, self._actors.rank_room(plan), 0.0
+        self._waiting = Waiting(plan, self._actors.rank_room(plan))
 
     def done(self, ref: ray.ObjectRef) -> bool:
         """One of the futures is done: there is room, or a rank has ended. Whether it was the last of its generation.
@@ -86,8 +93,10 @@ class Trainers:
             RankLost: it broke.
             RunFailed: it broke in a way that would only happen again.
         """
-        if self._room is not None and ref == self._room.meeting:
-            self._move_in()
+        waiting = self._waiting
+        if waiting is not None and ref == waiting.room.meeting:
+            self._waiting = None
+            self._move_in(waiting.plan, waiting.room)
             return False
         rank = self._ranks[ref]
         try:
@@ -103,17 +112,15 @@ class Trainers:
 
     def follow(self, status: RunStatus) -> None:
         """Ranks that still wait for room when another size is asked for are not needed any more."""
-        if self._room is None or self._plan is None:
-            return
-        if status.closing and status.generation == self._plan.generation:
+        waiting = self._waiting
+        if waiting is not None and status.closing and status.generation == waiting.plan.generation:
             self.start()
 
-    def _move_in(self) -> None:
+    def _move_in(self, plan: GroupPlan, room: Room) -> None:
         """Start the ranks that there is room for now."""
-        assert self._room is not None and self._plan is not None and self.vocabulary is not None
-        room, self._room = self._room, None
+        assert self.vocabulary is not None
         try:
-            actors = self._actors.trainers(self.vocabulary, self._plan, room)
+            actors = self._actors.trainers(self.vocabulary, plan, room)
         except ray.exceptions.RayError as error:  # the node that had room has just been lost
             raise RankLost(f"{room.wanted} found no place: {root_cause(error)}") from None
         for number, actor in enumerate(actors):
@@ -122,9 +129,10 @@ class Trainers:
 
     def check(self, elapsed: float) -> None:
         """Raises RankLost: a rank gives no sign of life, or there has been no room for too long."""
-        self._waited += elapsed
-        if self._room is not None and self._waited > ROOM_SECONDS:
-            raise RankLost(f"the cluster has had no room for {self._room.wanted} in {ROOM_SECONDS:.0f} s")
+        if self._waiting is not None:
+            self._waiting.seconds += elapsed
+            if self._waiting.seconds > ROOM_SECONDS:
+                raise RankLost(f"the cluster has had no room for {self._waiting.room.wanted} in {ROOM_SECONDS:.0f} s")
         for rank in self._ranks.values():
             if rank.pulse.hangs(elapsed):
                 raise RankLost(f"trainer rank {rank.number} gave no sign of life (log: {self._log(rank)})")
@@ -136,7 +144,7 @@ class Trainers:
         if self.at_work:
             ray.wait(list(self._ranks), num_returns=len(self._ranks), timeout=_END_SECONDS)
         self._ranks.clear()
-        self._room = None
+        self._waiting = None
 
     def _log(self, rank: Rank) -> Any:
         return self._actors.log_path(f"trainer-{rank.number}")
