@@ -34,7 +34,7 @@ lint: setup
 
 setup: .venv/.complete
 	@$(BIN)/python -m torchspec.inference.sglang_patch apply
-	@$(BIN)/python -m torchspec.inference.target_checkpoint
+	@$(BIN)/python -m torchspec.data.builtin_target
 
 # The stamp is written last, so an interrupted set-up goes on where it was.
 .venv/.complete: pyproject.toml requirements.txt | .venv/.system

@@ -27,14 +27,14 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from torchspec.data.builtin_target import CACHE, MODEL
 from torchspec.hardware import fast_dtype
-from torchspec.inference.aux_layers import default_aux_layers
 from torchspec.inference.engine import EngineConfig, TargetEngine
-from torchspec.inference.target_checkpoint import CACHE, MODEL
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.hidden_state_store import HiddenStateStore
 from torchspec.store.master import MooncakeMaster
 from torchspec.store.node import StoreNode
+from torchspec.target.layers import default_aux_layers
 
 BATCHES = {"512 x 1": (512, 1), "512 x 8": (512, 8), "2048 x 1": (2048, 1), "2048 x 2": (2048, 2)}
 """Name to (tokens, prompts)."""

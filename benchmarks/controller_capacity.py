@@ -60,13 +60,13 @@ class TimedController(Controller):
     def __init__(self, spec: ControllerSpec):
         super().__init__(spec)
         self._formed_at: dict[int, float] = {}
-        formed = self.books.formed
+        formed = self.buffer.formed
 
         def noted(step: int) -> None:
             self._formed_at[step] = time.time()
             formed(step)
 
-        self.books.formed = noted  # type: ignore[method-assign]
+        self.buffer.formed = noted  # type: ignore[method-assign]
 
     async def cpu_seconds(self) -> float:
         return time.process_time()

@@ -30,12 +30,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from torchspec.models.eagle3 import Eagle3Batch, Eagle3Config, Eagle3Draft, TargetHead
-from torchspec.models.losses import compute_dtype
-from torchspec.models.rotary import rotary_table
+from torchspec.drafts.eagle3.model import Batch, Eagle3Draft, Eagle3Spec, TargetHead
+from torchspec.nn.losses import compute_dtype
+from torchspec.nn.rope import rotary_table
 
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
-SMOLLM2 = Eagle3Config(
+SMOLLM2 = Eagle3Spec(
     hidden_size=576,
     num_heads=9,
     num_kv_heads=3,
@@ -65,7 +65,7 @@ class Measurement:
     """Of the multiplications that the step cannot do without, whoever does more."""
 
 
-def make_step(batch_name: str, dtype: torch.dtype) -> tuple[Eagle3Draft, TargetHead, Eagle3Batch]:
+def make_step(batch_name: str, dtype: torch.dtype) -> tuple[Eagle3Draft, TargetHead, Batch]:
     torch.manual_seed(0)
     config, lengths = SMOLLM2, BATCHES[batch_name]
     draft = Eagle3Draft(config)
@@ -75,7 +75,7 @@ def make_step(batch_name: str, dtype: torch.dtype) -> tuple[Eagle3Draft, TargetH
     target = TargetHead(embedding_VH, in_draft, rest, norm_H, config.rms_norm_eps)
     shape = len(lengths), max(lengths)
     positions_S, lengths_B = torch.arange(shape[1]), torch.tensor(lengths)
-    batch = Eagle3Batch(
+    batch = Batch(
         hs_BSA=torch.randn(*shape, 3 * config.hidden_size).bfloat16(),
         lhs_BSH=torch.randn(*shape, config.hidden_size).bfloat16(),
         ids_BS=torch.randint(config.vocab_size, shape, dtype=torch.int32),
@@ -85,7 +85,7 @@ def make_step(batch_name: str, dtype: torch.dtype) -> tuple[Eagle3Draft, TargetH
     return draft, target, batch
 
 
-def plain_loss(draft: Eagle3Draft, target: TargetHead, batch: Eagle3Batch, step_weights: Sequence[float]) -> Tensor:
+def plain_loss(draft: Eagle3Draft, target: TargetHead, batch: Batch, step_weights: Sequence[float]) -> Tensor:
     """The same total as ``Eagle3Draft.forward``, written without any of its ideas."""
     config, layer = draft.config, draft.midlayer
     dtype = compute_dtype(draft.fc.weight)
@@ -129,7 +129,7 @@ def plain_loss(draft: Eagle3Draft, target: TargetHead, batch: Eagle3Batch, step_
     return total
 
 
-def necessary_flop(batch: Eagle3Batch, ttt_length: int) -> float:
+def necessary_flop(batch: Batch, ttt_length: int) -> float:
     """Multiply-adds, times two, of the projections and heads; a backward costs twice its forward."""
     config = SMOLLM2
     lengths = batch.lengths_B.tolist()

@@ -17,17 +17,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchspec.config.schema import OptimizerConfig, TrainingConfig
-from torchspec.models.eagle3 import Eagle3Batch, Eagle3Config, Eagle3Draft, TargetHead
+from torchspec.drafts.eagle3.model import Batch, Eagle3Draft, Eagle3Spec, TargetHead
 from torchspec.parallel.mesh import build_mesh, join_ranks, shard_module
-from torchspec.processes import free_port
+from torchspec.processes.child import free_port
 from torchspec.store.usp import segment_rows
-from torchspec.training.metrics import StepSums
 from torchspec.training.optimizer import build_optimizer
 from torchspec.training.setup import usp_backend
 from torchspec.training.step import add_gradients, reduce_gradients
+from torchspec.training.sums import StepSums
 
 HOST, CPU = "127.0.0.1", torch.device("cpu")
-DRAFT = Eagle3Config(
+DRAFT = Eagle3Spec(
     hidden_size=256,
     num_heads=8,
     num_kv_heads=4,
@@ -81,7 +81,7 @@ class Rank:
         self.optimizer = build_optimizer(self.draft.parameters(), OptimizerConfig())
         self.weights = [training.step_decay**t for t in range(training.ttt_length)]
 
-    def step(self, batch: Eagle3Batch) -> float:
+    def step(self, batch: Batch) -> float:
         """The mean loss, before the update."""
         training, sums = self.training, StepSums(self.training.ttt_length, CPU)
         add_gradients(
@@ -97,7 +97,7 @@ class Rank:
         loss_T, counted_T = sums.flat[:-1].view(-1, training.ttt_length)[:2]
         return (loss_T.sum() / counted_T.sum()).item()
 
-    def batch(self, num_tokens: int) -> Eagle3Batch:
+    def batch(self, num_tokens: int) -> Batch:
         """This rank's windows of a sample that is the same for every split. All of its tokens have a loss."""
         generator = torch.Generator().manual_seed(num_tokens)
         hidden = DRAFT.hidden_size
@@ -110,14 +110,14 @@ class Rank:
         formula = self.training.shard_formula
         if formula is None:
             hs, lhs, ids = (x.unsqueeze(0) for x in whole.values())
-            return Eagle3Batch(hs, lhs, ids, mask_BS, lengths_B)
+            return Batch(hs, lhs, ids, mask_BS, lengths_B)
         shape = formula.window_shape([num_tokens])
         padded = {suffix: x.new_zeros(*shape, *x.shape[1:]) for suffix, x in whole.items()}
         for row, (_, segment) in enumerate(formula.windows([num_tokens], self.rank)):
             for suffix, x in whole.items():
                 part = x[segment_rows(suffix, segment)]
                 padded[suffix][row, : len(part)] = part
-        return Eagle3Batch(padded["hs"], padded["lhs"], padded["ids"], mask_BS, lengths_B)
+        return Batch(padded["hs"], padded["lhs"], padded["ids"], mask_BS, lengths_B)
 
 
 def warmed_up(rank: int, training: TrainingConfig) -> Rank:

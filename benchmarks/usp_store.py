@@ -12,7 +12,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from torchspec.contracts import SampleId, SampleRef, pack_mask
-from torchspec.parallel.shards import ShardFormula
+from torchspec.shards import ShardFormula
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
 from torchspec.store.hidden_state_store import HiddenStateStore

@@ -29,7 +29,7 @@ from tests.simulation.live_run import LiveRun, serve  # noqa: E402
 from tests.simulation.pipeline import Setup, Simulation  # noqa: E402
 from tests.simulation.run_folder import RunFolder  # noqa: E402
 from torchspec.cli.top_app import TopApp  # noqa: E402
-from torchspec.inference.target_checkpoint import CACHE, MODEL, build  # noqa: E402
+from torchspec.data.builtin_target import CACHE, MODEL, build  # noqa: E402
 
 SETUP = Setup(
     workers=6, ranks=4, engine_seconds=0.36, step_seconds=0.75, batch=16, store_samples=128, window=512, samples=260_000

@@ -14,10 +14,10 @@ import psutil
 
 from torchspec.contracts import SampleId
 from torchspec.controller.journal import trained_batches
+from torchspec.data.builtin_target import CACHE, MODEL, build
 from torchspec.data.order import epoch_order
-from torchspec.driver.janitor import MARK
-from torchspec.inference.leftovers import find_shared_memory_leftovers
-from torchspec.inference.target_checkpoint import CACHE, MODEL, build
+from torchspec.processes.janitor import MARK
+from torchspec.processes.leftovers import find_shared_memory_leftovers
 
 PROMPTS, EPOCHS, BATCH, SEED = 24, 2, 4, 5
 STEPS = PROMPTS * EPOCHS // BATCH

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 from torchspec.monitor.latency import EMPTY, Histogram
-from torchspec.parallel.shards import ShardFormula
+from torchspec.shards import ShardFormula
 
 HELDOUT_EPOCH = -1
 """The epoch number of held-out samples: captured once, evaluated many times, never trained."""
@@ -100,6 +100,10 @@ class SampleRef:
     @property
     def layout(self) -> Literal["full", "contiguous", "zigzag"]:
         return "full" if self.sharding is None else self.sharding.layout
+
+
+MicroBatches = tuple[tuple[SampleRef, ...], ...]
+"""One rank's samples of a step, micro-batch by micro-batch."""
 
 
 @dataclass(frozen=True, slots=True)

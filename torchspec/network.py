@@ -16,7 +16,7 @@ from collections.abc import Iterable
 
 import psutil
 
-from torchspec.processes import free_port
+from torchspec.processes.child import free_port
 
 LOOPBACK = "127.0.0.1"
 

@@ -15,7 +15,7 @@ import psutil
 import pytest
 
 from torchspec.driver.actors import actor_environment
-from torchspec.driver.janitor import MARK, marked_processes
+from torchspec.processes.janitor import MARK, marked_processes
 
 CHILD = """
 import multiprocessing, subprocess, time
@@ -27,7 +27,7 @@ time.sleep(600)
 DRIVER = """
 import os, subprocess, sys, time
 from pathlib import Path
-from torchspec.driver.janitor import MARK, Janitor
+from torchspec.processes.janitor import MARK, Janitor
 mark, temp_dir, child = sys.argv[1:]
 janitor = Janitor(mark, Path(temp_dir))
 os.environ[MARK] = mark
@@ -84,7 +84,7 @@ time.sleep(600)
 """
 ACTOR = f"""
 import multiprocessing, os, subprocess, sys, tempfile, time
-from torchspec.driver.janitor import start_janitor
+from torchspec.processes.janitor import start_janitor
 janitor = start_janitor("worker-0")
 child = subprocess.Popen(["sleep", "600"], start_new_session=True)
 print(child.pid, tempfile.mkdtemp(), os.environ["TMPDIR"], flush=True)

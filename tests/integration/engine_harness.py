@@ -20,9 +20,9 @@ from typing import Any
 
 import psutil
 
-from torchspec.inference.aux_layers import default_aux_layers
 from torchspec.inference.engine import Answered, EngineConfig, EngineDied, EngineError, TargetEngine
 from torchspec.store.endpoint import StoreEndpoint
+from torchspec.target.layers import default_aux_layers
 
 CHUNK = 128
 AUX_LAYERS = default_aux_layers(30)

@@ -16,8 +16,8 @@ from typing import Any
 
 import psutil
 
-from torchspec.inference.leftovers import remove_shared_memory_leftovers
-from torchspec.processes import free_port
+from torchspec.processes.child import free_port
+from torchspec.processes.leftovers import remove_shared_memory_leftovers
 
 _START_SECONDS = 240.0
 _REPLY_SECONDS = 120.0

@@ -26,9 +26,9 @@ from trainer_harness import (
 from torchspec.config.load import load_config
 from torchspec.config.schema import Config, OptimizerConfig
 from torchspec.contracts import SampleRef
-from torchspec.export.hf import validate_export
+from torchspec.drafts.export import validate_export
 from torchspec.parallel.mesh import join_ranks
-from torchspec.processes import free_port
+from torchspec.processes.child import free_port
 from torchspec.training.checkpoint import (
     CheckpointInfo,
     load_weights,

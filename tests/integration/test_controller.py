@@ -38,7 +38,7 @@ def test_batches_are_the_seeded_order_whoever_works(endpoint, client, tmp_path, 
     assert {s: set(b) for s, b in trained_batches(tmp_path / "ledger.jsonl").items()} == samples(seen)
     verdict = verify_run(tmp_path)
     assert verdict.violations == () and verdict.steps == 5 and sum(e.trained for e in verdict.epochs) == 20
-    assert controller.books.credits.used == 0
+    assert controller.buffer.credits.used == 0
     answers = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert sorted(a["id"] for a in answers) == sorted(f"p{i}" for i in range(10))
 
@@ -87,10 +87,10 @@ def test_credits_bound_what_is_leased(endpoint, client, tmp_path):
         size = GEOMETRY.stored_bytes(9)
         controller = await start(make(endpoint, tmp_path, credit_bytes=5 * size))
         leases = await controller.lease("w0", 100, WorkerReport("w0"))
-        assert len(leases) == 5 and controller.books.credits.used == 5 * size
+        assert len(leases) == 5 and controller.buffer.credits.used == 5 * size
         assert await controller.worker_lost("w0") == 5
         await drive(controller, client, 2, 1)
-        assert controller.books.credits.used == 0
+        assert controller.buffer.credits.used == 0
 
     asyncio.run(scenario())
 
@@ -141,7 +141,7 @@ def test_a_lost_object_is_captured_again_for_the_same_step(endpoint, client, tmp
 def test_a_poison_prompt_is_rejected_by_name_and_its_batch_filled_with_the_next(endpoint, client, tmp_path):
     async def scenario() -> None:
         controller = await start(make(endpoint, tmp_path, prompts=6, training={"epochs": 1}))
-        poison = controller.books.ledger.sample_at(1)
+        poison = controller.buffer.ledger.sample_at(1)
 
         async def picky() -> None:
             while leases := await controller.lease("w0", 2, WorkerReport("w0")):
@@ -178,7 +178,7 @@ def test_heldout_samples_come_first_and_never_enter_a_batch(endpoint, client, tm
         await controller.finish()
         await pool
         assert all(r.sample.epoch >= 0 for refs in seen.values() for r in refs)
-        assert controller.books.credits.used == 0
+        assert controller.buffer.credits.used == 0
 
     asyncio.run(scenario())
 

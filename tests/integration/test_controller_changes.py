@@ -26,7 +26,7 @@ from torchspec.contracts import SampleId, WorkerReport
 from torchspec.controller.journal import read_lines, trained_batches
 from torchspec.controller.steps import GroupEnded
 from torchspec.controller.verify import verify_run
-from torchspec.parallel.shards import ShardFormula
+from torchspec.shards import ShardFormula
 
 
 def events(run_dir) -> list[str]:
@@ -40,7 +40,7 @@ def journal(run_dir) -> dict[int, set[SampleId]]:
 
 async def steps(controller, client, count: int, tell: bool = True) -> list:
     """Let rank 0 make ``count`` steps, each with a checkpoint where it says so; the samples of all of them."""
-    me, refs = member(0, controller.books.generation), []
+    me, refs = member(0, controller.buffer.generation), []
     for _ in range(count):
         batch = await controller.next_batch(me)
         refs += [ref for micro in batch.micro_batches for ref in micro]
@@ -82,7 +82,7 @@ def test_a_lost_rank_costs_the_steps_since_the_checkpoint_and_no_batch_changes(e
         assert sorted(seen) == [3, 4, 5]
         await controller.finish()
         await pool
-        assert controller.books.credits.used == 0
+        assert controller.buffer.credits.used == 0
 
     asyncio.run(scenario())
     assert journal(tmp_path) == seeded_batches()
@@ -95,7 +95,7 @@ def test_a_checkpoint_that_nobody_was_told_of_counts(endpoint, client, tmp_path)
         pool = asyncio.create_task(worker(controller, client, "w0", random.Random(3)))
         await steps(controller, client, 2, tell=False)  # saved, and dead before it could say so
         plan = await controller.open_group()
-        assert plan.resume.name == "step_000002" and controller.books.ledger.committed_step == 2
+        assert plan.resume.name == "step_000002" and controller.buffer.ledger.committed_step == 2
         seen: dict = {}
         await rank(controller, client, 0, seen)
         assert sorted(seen) == [3, 4, 5]
@@ -114,12 +114,12 @@ def test_another_size_trains_the_same_batches_in_the_new_layout(endpoint, client
         controller = await start(make(endpoint, tmp_path, controller={"prefetch_steps": 1}))
         pool = asyncio.create_task(worker(controller, client, "w0", random.Random(4)))
         await steps(controller, client, 1)
-        while controller.books.ledger.ready() < 4:  # one step is formed, the samples of the next are stored
+        while controller.buffer.ledger.ready() < 4:  # one step is formed, the samples of the next are stored
             await asyncio.sleep(0.01)
-        old = [r.ref for r in controller.books.ledger.records.values() if r.state == "stored"]
+        old = [r.ref for r in controller.buffer.ledger.records.values() if r.state == "stored"]
         await controller.scale_training({"attention_backend": "usp", "sp_ulysses_size": 2})
         formula = ShardFormula(2, 1, "zigzag", 7)
-        assert controller.books.geometry.sharding == formula
+        assert controller.buffer.geometry.sharding == formula
         seen: dict = {}
         await rank(controller, client, 0, seen)  # ends by itself, after what was formed
         assert seen and all(ref.sharding is None for refs in seen.values() for ref in refs)
@@ -144,7 +144,7 @@ def test_another_size_trains_the_same_batches_in_the_new_layout(endpoint, client
         await asyncio.gather(*(rank(controller, client, n, seen) for n in range(2)))
         await controller.finish()
         await pool
-        assert controller.books.credits.used == 0
+        assert controller.buffer.credits.used == 0
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
     assert journal(tmp_path) == seeded_batches()
@@ -196,7 +196,7 @@ def test_a_dead_controller_goes_on_from_the_newest_checkpoint_with_the_newest_si
         await controller.scale_training({"dp_size": 2})
         pool.cancel()
         leases = await controller.lease("w1", 2, WorkerReport("w1"))
-        old = [r.ref for r in controller.books.ledger.records.values() if r.ref and r.state in ("stored", "assigned")]
+        old = [r.ref for r in controller.buffer.ledger.records.values() if r.ref and r.state in ("stored", "assigned")]
         assert old and leases and all(stored(client, ref) for ref in old)
         return leases, old
 
@@ -246,7 +246,7 @@ def test_a_store_that_was_away_is_held_against_nobody(endpoint, client, tmp_path
         await controller.store_back()
         again = await waiting
         assert {lease.sample for lease in again} == {lease.sample for lease in leases[4:]}
-        assert not controller.books.ledger.rejected
+        assert not controller.buffer.ledger.rejected
         for lease in again:
             await controller.publish("w1", *await asyncio.to_thread(put_sample, client, lease))
         seen: dict = {}
@@ -270,7 +270,7 @@ def test_a_step_whose_sample_is_lost_after_a_stop_is_still_made(endpoint, client
         (held,) = [ref for micro in await controller.heldout_batches(member(0)) for ref in micro]
         batch = await controller.next_batch(member(0))
         await controller.request_stop("test")
-        samples_before = controller.books.ledger.counts()["pending"]
+        samples_before = controller.buffer.ledger.counts()["pending"]
         assert not await controller.heldout_fetched(member(0), [held.sample])
         assert await controller.heldout_batches(member(0))
         assert await controller.heldout_fetched(member(0), [])
@@ -280,7 +280,7 @@ def test_a_step_whose_sample_is_lost_after_a_stop_is_still_made(endpoint, client
         assert all(stored(client, ref) for micro in replacement.micro_batches for ref in micro)
         assert await controller.fetched(member(0), batch.step, []) is None
         await controller.step_done(member(0), batch.step, None)
-        assert controller.books.ledger.counts()["pending"] == samples_before  # and no new sample was begun
+        assert controller.buffer.ledger.counts()["pending"] == samples_before  # and no new sample was begun
         await controller.finish()
         await pool
 
@@ -292,7 +292,7 @@ def test_a_poison_prompt_is_rejected_and_its_neighbours_are_not(endpoint, client
 
     async def scenario() -> None:
         controller = await start(make(endpoint, tmp_path, prompts=6, training={"epochs": 1}))
-        poison = controller.books.ledger.sample_at(2)
+        poison = controller.buffer.ledger.sample_at(2)
         deaths: list[int] = []
 
         async def mortal(name: str) -> bool:
@@ -315,9 +315,9 @@ def test_a_poison_prompt_is_rejected_and_its_neighbours_are_not(endpoint, client
         await controller.finish()
         await working
         assert deaths == [4, 4, 1]
-        assert [r.sample for r in controller.books.ledger.rejected.values()] == [poison]
+        assert [r.sample for r in controller.buffer.ledger.rejected.values()] == [poison]
         assert sum(map(len, samples(seen).values())) == 5
-        assert controller.books.credits.used == 0
+        assert controller.buffer.credits.used == 0
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
 
@@ -331,7 +331,7 @@ def test_leases_whose_answer_was_lost_go_back(endpoint, client, tmp_path):
         ref, answer = await asyncio.to_thread(put_sample, client, kept)
         await controller.publish("w0", ref, answer)
         await controller.publish("w0", ref, answer)  # said twice, because the first reply was lost
-        assert stored(client, ref) and controller.books.ledger.counts()["stored"] == 1
+        assert stored(client, ref) and controller.buffer.ledger.counts()["stored"] == 1
         await controller.finish()
 
     asyncio.run(scenario())
@@ -344,16 +344,16 @@ def test_after_a_rewind_the_front_of_the_line_gets_room_from_behind(endpoint, cl
         controller = await start(make(endpoint, tmp_path, credit_bytes=6 * 3 * 4096, controller={"reorder_window": 12}))
         pool = asyncio.create_task(worker(controller, client, "w0", random.Random(3)))
         await steps(controller, client, 1)
-        while controller.books.ledger.counts()["stored"] + controller.books.ledger.counts()["assigned"] < 6:
+        while controller.buffer.ledger.counts()["stored"] + controller.buffer.ledger.counts()["assigned"] < 6:
             await asyncio.sleep(0.01)
         await controller.open_group()
-        assert controller.books.ledger.trained_step == 0
+        assert controller.buffer.ledger.trained_step == 0
         seen: dict = {}
         await rank(controller, client, 0, seen)
         await controller.finish()
         await pool
         assert samples(seen) == seeded_batches()
-        assert controller.books.credits.used == 0
+        assert controller.buffer.credits.used == 0
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
     shutil.rmtree(tmp_path / "checkpoints")

@@ -13,7 +13,7 @@ import pytest
 from engine_harness import EngineProcess
 from store_harness import RunningStore, running_store
 
-from torchspec.inference.leftovers import SHARED_MEMORY, remove_shared_memory_leftovers
+from torchspec.processes.leftovers import SHARED_MEMORY, remove_shared_memory_leftovers
 
 
 @pytest.fixture(scope="module")

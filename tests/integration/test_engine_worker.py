@@ -20,7 +20,7 @@ from torchspec.config.schema import AnswerConfig, InferenceConfig
 from torchspec.contracts import Lease, SampleId, pack_mask, unpack_mask
 from torchspec.inference.engine import EngineConfig
 from torchspec.inference.worker import InferenceWorker
-from torchspec.parallel.shards import ShardFormula
+from torchspec.shards import ShardFormula
 from torchspec.store.hidden_state_store import HiddenStateStore
 from torchspec.store.usp import shard_tensors
 

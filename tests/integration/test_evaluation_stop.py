@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from torchspec.inference.leftovers import SHARED_MEMORY
+from torchspec.processes.leftovers import SHARED_MEMORY
 
 SERVE = """
 import signal, sys

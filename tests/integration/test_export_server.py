@@ -19,13 +19,13 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from tests.oracles.speculation import Draft, right_drafts
+from torchspec.drafts.eagle3.model import Batch, Eagle3Draft, Eagle3Spec, load_target_head
+from torchspec.drafts.export import WEIGHTS, export_draft, validate_export
 from torchspec.evaluation.evaluate import run_evaluation
 from torchspec.evaluation.prompts import EvaluationPrompt, load_prompts
 from torchspec.evaluation.result import EvaluationResult, EvaluationSettings
 from torchspec.evaluation.serving import Job, ServingError, serve
-from torchspec.export.hf import WEIGHTS, export_draft, validate_export
-from torchspec.inference.aux_layers import default_aux_layers
-from torchspec.models.eagle3 import Eagle3Batch, Eagle3Config, Eagle3Draft, load_target_head
+from torchspec.target.layers import default_aux_layers
 
 NUM_PROMPTS, ANSWER_TOKENS, DRAFT_TOKENS = 4, 24, 3
 AUX_LAYERS = default_aux_layers(30)
@@ -75,7 +75,7 @@ def exported(
     draft_ids = torch.cat([answers, torch.arange(0, 49152, 97)]).unique()
     head = load_target_head(target_path, torch.float32, "cpu", draft_ids)
     torch.manual_seed(0)
-    draft = Eagle3Draft(Eagle3Config.from_target(AutoConfig.from_pretrained(target_path), len(draft_ids)))
+    draft = Eagle3Draft(Eagle3Spec.from_target(AutoConfig.from_pretrained(target_path), len(draft_ids)))
     draft.lm_head.weight.data.copy_(head.draft_head_DH)
     batch = _batch(target, texts)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-3, weight_decay=0.0)
@@ -89,12 +89,12 @@ def exported(
     return export_draft(draft.state_dict(), target_path, draft_ids, AUX_LAYERS, folder, "float32")
 
 
-def _batch(target: Target, texts: list[Tensor]) -> Eagle3Batch:
+def _batch(target: Target, texts: list[Tensor]) -> Batch:
     states = [target.states(text) for text in texts]
     pad = torch.nn.utils.rnn.pad_sequence
     lengths = torch.tensor([len(text) for text in texts])
     masks = [torch.arange(len(text)) >= len(text) - ANSWER_TOKENS for text in texts]
-    return Eagle3Batch(
+    return Batch(
         hs_BSA=pad([aux for aux, _ in states], batch_first=True),
         lhs_BSH=pad([last for _, last in states], batch_first=True),
         ids_BS=pad(texts, batch_first=True),

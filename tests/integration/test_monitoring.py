@@ -44,7 +44,7 @@ def run(endpoint, tmp_path_factory) -> tuple[Path, Controller]:
     folder = tmp_path_factory.mktemp("monitored") / "run"
     client = HiddenStateStore(endpoint, 8 << 20)
     controller = make(endpoint, folder, prompts=PROMPTS, monitor={"history_seconds": 0.1})
-    controller.books.observer.timelines._spacing = 0.0  # follow every sample
+    controller.buffer.observer.timelines._spacing = 0.0  # follow every sample
     asyncio.run(monitored(controller, client))
     client.close()
     return folder, controller
@@ -59,8 +59,8 @@ def latest(run) -> Snapshot:
 
 def test_the_last_snapshot_is_the_runs_end(run, latest) -> None:
     _, controller = run
-    assert latest.point.phase == "finished" and latest.status.step == controller.books.ledger.trained_step == 5
-    assert latest.status.samples == dict(controller.books.ledger.counts())
+    assert latest.point.phase == "finished" and latest.status.step == controller.buffer.ledger.trained_step == 5
+    assert latest.status.samples == dict(controller.buffer.ledger.counts())
     assert latest.point.credit_bytes == latest.point.store_bytes == latest.point.queue_depth == 0
     assert latest.point.captured_samples == latest.point.trained_samples == PROMPTS * EPOCHS
     assert latest.point.worker_losses == 1 and latest.point.retries > 0
@@ -109,7 +109,7 @@ def test_every_sample_can_be_followed_from_lease_to_end(run) -> None:
         ids = np.frombuffer(b64decode(sample["token_ids"]), "<i4").tolist()
         assert sample["prompt_tokens"] == 3 and len(ids) == sample["tokens"] == 6
         assert ids[3:] == answers[sample["id"].split()[0]][:-1]
-        step = controller.books.ledger.shape.batch_size
+        step = controller.buffer.ledger.shape.batch_size
         assert sample["step"] in range(1, 1 + -(-PROMPTS * EPOCHS // step))
     assert sum(s["attempts"] > 1 for s in samples) > 0
     died = [s for s in samples if "dying died" in [detail for _, _, detail in s["timeline"]]]
@@ -123,7 +123,7 @@ def test_what_holds_up_leases_is_timed(endpoint, tmp_path) -> None:
         await controller.lease("w0", 100, WorkerReport("w0"))
         waiting = asyncio.create_task(controller.lease("w0", 100, WorkerReport("w0")))
         await asyncio.sleep(0.3)
-        await controller.books.observer.record(await controller.status())
+        await controller.buffer.observer.record(await controller.status())
         await controller.finish()
         assert await waiting == []
         snapshot = json.loads((metrics_dir(tmp_path / blocked_by) / "history.jsonl").read_text().splitlines()[-2])
@@ -155,7 +155,7 @@ def test_what_dies_is_written_down_at_once(endpoint, tmp_path) -> None:
 
     async def scenario() -> None:
         controller = make(endpoint, tmp_path, monitor={"history_seconds": 2})
-        observer, write = controller.books.observer, controller.books.observer._write
+        observer, write = controller.buffer.observer, controller.buffer.observer._write
         observer.interval = 3600.0
 
         def slow_write(snapshot: Snapshot) -> None:

@@ -20,7 +20,7 @@ from tests.online import (
     wait_until_swept,
     write_config,
 )
-from torchspec.export.hf import validate_export
+from torchspec.drafts.export import validate_export
 from torchspec.monitor.snapshot import read_latest
 from torchspec.monitor.views import events_view, sample_view, samples_view
 

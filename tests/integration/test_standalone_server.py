@@ -19,12 +19,12 @@ from store_harness import RunningStore, running_store
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from torchspec.inference.aux_layers import default_aux_layers
-from torchspec.inference.capture_protocol import capture_rid, decode_captured
-from torchspec.parallel.shards import ShardFormula
+from torchspec.inference.capture.protocol import capture_rid, decode_captured
+from torchspec.shards import ShardFormula
 from torchspec.store.hidden_state_store import HiddenStateStore
 from torchspec.store.layout import sample_tensors
 from torchspec.store.usp import shard_suffix, shard_tensors
+from torchspec.target.layers import default_aux_layers
 
 AUX_LAYERS = default_aux_layers(30)
 SHARDING = ShardFormula(ulysses_size=2, ring_size=2, layout="zigzag", ttt_length=3)
@@ -175,7 +175,7 @@ class Sent:
 
 def test_a_reply_is_held_until_its_states_are_stored_and_others_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SGLANG_USE_CPU_ENGINE", "1")
-    from torchspec.inference import holding_streamer
+    from torchspec.inference.standalone import streamer as holding_streamer
 
     sent = Sent()
     base = holding_streamer.SchedulerOutputStreamer

@@ -14,7 +14,7 @@ import pytest
 from store_harness import Peer, RunningStore, running_store
 
 from torchspec.contracts import TensorSpec
-from torchspec.processes import free_port
+from torchspec.processes.child import free_port
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.errors import MissingObject, StoreUnavailable
 from torchspec.store.hidden_state_store import HiddenStateStore

@@ -31,7 +31,7 @@ from transformers import AutoConfig
 
 from torchspec.contracts import RankId, unpack_mask
 from torchspec.controller.batching import split_batch
-from torchspec.models.eagle3_config import Eagle3Config
+from torchspec.drafts.eagle3.spec import Eagle3Spec
 from torchspec.training.fetch import SampleFetcher, StepStream
 from torchspec.training.flops import draft_flops
 
@@ -180,7 +180,7 @@ def test_each_rank_says_where_its_time_goes_and_profiles_its_steps(bench: Bench,
     per_token = 4 * (len(AUX_LAYERS) + 1) * HIDDEN + 4  # float32 states, int32 ids
     assert sum(report.get_bytes for report in ranks) == 5 * 59 * per_token
     target = AutoConfig.from_pretrained(bench.target)
-    draft = Eagle3Config.from_target(target, len(DRAFT_IDS))
+    draft = Eagle3Spec.from_target(target, len(DRAFT_IDS))
     scored = [sum(unpack_mask(ref.loss_mask, ref.num_tokens)) for ref in refs]
     expected = sum(draft_flops(draft, ref.num_tokens, n, TTT) for ref, n in zip(refs, scored, strict=True))
     assert sum(report.flops for report in ranks) == pytest.approx(5 * expected)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from trainer_harness import DRAFT_IDS, HIDDEN, VOCAB, make_config, make_target
 
-from torchspec.models.eagle3 import Eagle3Batch, Eagle3Draft, TargetHead
+from torchspec.drafts.eagle3.model import Batch, Eagle3Draft, TargetHead
 from torchspec.training.setup import build_draft, compile_or_stay_eager
 
 CPU = torch.device("cpu")
@@ -33,7 +33,7 @@ def gradients(draft: Eagle3Draft, head: TargetHead) -> Gradients:
     """Of two micro-batches of different shapes."""
     for length in (12, 19):
         generator = torch.Generator().manual_seed(length)
-        batch = Eagle3Batch(
+        batch = Batch(
             torch.randn(2, length, 3 * HIDDEN, generator=generator),
             torch.randn(2, length, HIDDEN, generator=generator),
             torch.randint(VOCAB, (2, length), generator=generator),

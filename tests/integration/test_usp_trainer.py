@@ -11,8 +11,8 @@ import pytest
 import torch
 from trainer_harness import GEOMETRY, TTT, Bench, Outcome, Step, make_config, put_samples, run_script, running_bench
 
-from torchspec.models.eagle3 import Eagle3Batch
-from torchspec.parallel.shards import ShardFormula
+from torchspec.drafts.eagle3.model import Batch
+from torchspec.shards import ShardFormula
 from torchspec.store.usp import shard_suffix
 from torchspec.training.fetch import SampleFetcher
 
@@ -98,9 +98,7 @@ def test_a_rank_reads_its_own_shard_and_nothing_else(bench: Bench) -> None:
     assert (seen == 1).all()
 
 
-def check_windows(
-    batch: Eagle3Batch, expected: Eagle3Batch, formula: ShardFormula, rank: int, seen: torch.Tensor
-) -> None:
+def check_windows(batch: Batch, expected: Batch, formula: ShardFormula, rank: int, seen: torch.Tensor) -> None:
     for row, segment in enumerate(formula.segments(len(seen), rank)):
         seen[segment.start : segment.stop] += 1
         owned, readable = slice(segment.start, segment.stop), slice(segment.start, segment.halo_stop)

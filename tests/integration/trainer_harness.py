@@ -21,8 +21,8 @@ from torchspec.config.load import parse_config
 from torchspec.config.schema import Config
 from torchspec.contracts import RankBatch, RankId, RankReport, SampleId, SampleRef, StepReport, pack_mask
 from torchspec.controller.batching import split_batch
-from torchspec.parallel.shards import ShardFormula
-from torchspec.processes import free_port
+from torchspec.processes.child import free_port
+from torchspec.shards import ShardFormula
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
 from torchspec.store.hidden_state_store import HiddenStateStore

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.oracles.eagle3_dense import dense_step
-from torchspec.models.eagle3 import Eagle3Batch, Eagle3Config, Eagle3Draft, TargetHead
+from torchspec.drafts.eagle3.model import Batch, Eagle3Draft, Eagle3Spec, TargetHead
 
 THETA, EPS = 1e4, 1e-5
 
@@ -41,7 +41,7 @@ class Step:
     target: TargetHead
     target_head_VH: Tensor
     draft_ids_D: Tensor
-    batch: Eagle3Batch
+    batch: Batch
 
 
 @dataclass
@@ -59,7 +59,7 @@ def build(case: Case) -> Step:
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(case.dtype)
 
-    config = Eagle3Config(
+    config = Eagle3Spec(
         hidden_size=case.hidden,
         num_heads=case.kv_heads * case.group,
         num_kv_heads=case.kv_heads,
@@ -87,7 +87,7 @@ def build(case: Case) -> Step:
     shape = len(case.lengths), max(case.lengths) + case.padding
     lengths_B = torch.tensor(case.lengths)
     valid_BS = torch.arange(shape[1]) < lengths_B.unsqueeze(1)
-    batch = Eagle3Batch(
+    batch = Batch(
         hs_BSA=randn(*shape, 3 * case.hidden).requires_grad_(),
         lhs_BSH=randn(*shape, case.hidden),
         ids_BS=torch.randint(case.vocab, shape, generator=generator, dtype=torch.int32),

@@ -7,10 +7,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tests.mutation import Mutation
-from torchspec.models.attention import TTTAttention
-from torchspec.models.eagle3 import Eagle3Draft
-from torchspec.parallel import mesh, ring, ulysses, usp
-from torchspec.parallel.shards import ShardFormula
+from torchspec.drafts.eagle3 import sharded as usp
+from torchspec.drafts.eagle3.attention import TTTAttention
+from torchspec.drafts.eagle3.model import Eagle3Draft
+from torchspec.parallel import mesh, ring, ulysses
+from torchspec.shards import ShardFormula
 from torchspec.training import step
 
 KERNEL, GATHERED = ring.RingKernel, ring._Gathered

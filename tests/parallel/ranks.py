@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from torchspec.parallel.mesh import join_ranks
-from torchspec.processes import free_port
+from torchspec.processes.child import free_port
 
 HOST = "127.0.0.1"
 PATIENCE = 120.0

@@ -17,12 +17,12 @@ from tests.oracles.eagle3_cases import Case, Result, Step, build, run_oracle, st
 from tests.parallel.mutations import mutated
 from tests.parallel.ranks import Ranks
 from tests.parallel.recorder import Call, Recorder, first_difference
-from torchspec.models.eagle3 import Eagle3Batch, Eagle3Output
+from torchspec.drafts.eagle3.model import Batch, DraftOutput
+from torchspec.drafts.eagle3.sharded import UspBackend
 from torchspec.parallel import mesh
-from torchspec.parallel.shards import Layout, ShardFormula
-from torchspec.parallel.usp import UspBackend
+from torchspec.shards import Layout, ShardFormula
 from torchspec.training import step as training
-from torchspec.training.metrics import ROWS, StepSums
+from torchspec.training.sums import ROWS, StepSums
 
 CPU = torch.device("cpu")
 GARBAGE = 1e3
@@ -109,10 +109,10 @@ def masks(case: Case, setup: Setup, count: int) -> list[Tensor]:
     return found[:count]
 
 
-def windows_of(batch: Eagle3Batch, samples: Sequence[int], formula: ShardFormula, rank: int) -> Eagle3Batch:
+def windows_of(batch: Batch, samples: Sequence[int], formula: ShardFormula, rank: int) -> Batch:
     """What a rank holds of some samples of a batch; one sample of nothing where there are none."""
     if not samples:
-        empty = Eagle3Batch(
+        empty = Batch(
             hs_BSA=torch.full_like(batch.hs_BSA[:1], GARBAGE),
             lhs_BSH=batch.lhs_BSH[:1],
             ids_BS=batch.ids_BS[:1],
@@ -130,7 +130,7 @@ def windows_of(batch: Eagle3Batch, samples: Sequence[int], formula: ShardFormula
         hs[row, : stop - start] = batch.hs_BSA[sample, start:stop].detach()
         lhs[row, : halo_stop - start] = batch.lhs_BSH[sample, start:halo_stop]
         ids[row, : halo_stop - start] = batch.ids_BS[sample, start:halo_stop]
-    return Eagle3Batch(hs.requires_grad_(), lhs, ids, batch.loss_mask_BS[samples], lengths_B, batch.norm_state)
+    return Batch(hs.requires_grad_(), lhs, ids, batch.loss_mask_BS[samples], lengths_B, batch.norm_state)
 
 
 def run_rank(rank: int, setup: Setup, case: Case, mask: Tensor | None = None) -> RankOutcome:
@@ -152,7 +152,7 @@ def run_rank(rank: int, setup: Setup, case: Case, mask: Tensor | None = None) ->
         batches = [windows_of(step.batch, samples, formula, rank % setup.sp_size) for samples in share]
         weights, sums = step_weights(case), StepSums(case.ttt_length, CPU)
 
-        def forward(batch: Eagle3Batch) -> Eagle3Output:
+        def forward(batch: Batch) -> DraftOutput:
             with torch.autocast("cpu", torch.bfloat16, enabled=setup.autocast):
                 return draft(batch, step.target, case.ttt_length, weights, case.chunk)
 

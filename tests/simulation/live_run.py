@@ -13,9 +13,9 @@ from typing import Literal
 from tests.simulation.pipeline import Setup, Simulation
 from tests.simulation.run_folder import RunFolder
 from torchspec.config.load import load_config, save_config
-from torchspec.controller.pools import with_workers
-from torchspec.monitor.handle import this_process
+from torchspec.controller.inference_pool import with_workers
 from torchspec.monitor.server import PageServer, ServerThread, ensure_token
+from torchspec.run_folder import this_process
 
 TICK_SECONDS = 0.5
 

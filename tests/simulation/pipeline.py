@@ -18,8 +18,8 @@ from dataclasses import dataclass, field, replace
 
 from torchspec.contracts import RankReport, RunStatus, StepReport, WorkerReport
 from torchspec.controller.rates import WINDOW_SECONDS
-from torchspec.controller.telemetry import Telemetry
 from torchspec.monitor.latency import observe
+from torchspec.monitor.record.telemetry import Telemetry
 from torchspec.monitor.snapshot import Snapshot
 
 START = 1_700_000_000.0

@@ -21,11 +21,11 @@ import numpy as np
 from tests.simulation.pipeline import START, Setup, Simulation
 from torchspec.config.load import parse_config, save_config
 from torchspec.contracts import StepReport, pack_mask
-from torchspec.monitor.handle import this_process
-from torchspec.monitor.recorder import EventLog, Recorder
+from torchspec.monitor.record.recorder import EventLog, Recorder
+from torchspec.monitor.record.timeline import SAMPLE_LINES, SAMPLE_RECENT, SampleRecord
 from torchspec.monitor.series import Series
 from torchspec.monitor.snapshot import Snapshot, metrics_dir, to_line
-from torchspec.monitor.timeline import SAMPLE_LINES, SAMPLE_RECENT, SampleRecord
+from torchspec.run_folder import this_process
 
 SCENARIOS = {
     "balanced": Setup(workers=4, engine_seconds=0.36, step_seconds=0.75),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchspec.parallel.shards import Segment, ShardFormula
+from torchspec.shards import Segment, ShardFormula
 
 formulas = st.builds(
     ShardFormula, st.integers(1, 5), st.integers(1, 5), st.sampled_from(["contiguous", "zigzag"]), st.integers(1, 9)

@@ -25,10 +25,10 @@ import psutil
 from packaging.requirements import Requirement
 
 from torchspec.cli.units import human_bytes
-from torchspec.driver.janitor import MARK
-from torchspec.inference.leftovers import SHARED_MEMORY, find_shared_memory_leftovers
+from torchspec.data.builtin_target import CACHE, MODEL
 from torchspec.inference.sglang_patch import PatchError, check_patched
-from torchspec.inference.target_checkpoint import CACHE, MODEL
+from torchspec.processes.janitor import MARK
+from torchspec.processes.leftovers import SHARED_MEMORY, find_shared_memory_leftovers
 
 GIB = 1 << 30
 LONGEST_TEMPORARY_FOLDER = 20
@@ -174,7 +174,7 @@ def check_target(folder: Path = CACHE / MODEL) -> Finding:
     folder = folder.expanduser()
     if (folder / "config.json").is_file() and any(folder.glob("*.safetensors")):
         return Finding("ok", str(folder))
-    fix = "python -m torchspec.inference.target_checkpoint"
+    fix = "python -m torchspec.data.builtin_target"
     return Finding("warn", f"{folder} is not there (only the quickstart needs it)", fix)
 
 
@@ -203,7 +203,7 @@ def check_stale_processes() -> Finding:
     guarded: set[str] = set()
     for process in psutil.process_iter(["pid", "environ", "cmdline"]):
         command = process.info["cmdline"] or []
-        if "torchspec.driver.janitor" in command:
+        if "torchspec.processes.janitor" in command:
             guarded.update(command)
         mark = (process.info["environ"] or {}).get(MARK)
         if mark is not None:

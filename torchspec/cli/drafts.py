@@ -68,7 +68,7 @@ def show_evaluation(
     from torchspec.evaluation.evaluate import run_evaluation
     from torchspec.evaluation.render import render
     from torchspec.evaluation.serving import ServingError
-    from torchspec.monitor.recorder import record_evaluation
+    from torchspec.monitor.record.recorder import record_evaluation
 
     started = time.monotonic()
 

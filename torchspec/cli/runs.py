@@ -26,9 +26,9 @@ def status(
     from torchspec.cli.dashboard import Dashboard
     from torchspec.cli.tables import health_text, verdict_text
     from torchspec.monitor.bottleneck import judge_run
-    from torchspec.monitor.handle import is_live
     from torchspec.monitor.health import assess_run
     from torchspec.monitor.snapshot import read_latest
+    from torchspec.run_folder import is_live
 
     folder = find_run(run)
     live, latest = is_live(folder), read_latest(folder)
@@ -48,7 +48,7 @@ def status(
 
 def _ask_status(folder: Path, live: bool) -> RunStatus:
     """Where monitoring is switched off, the running run itself is asked."""
-    from torchspec.driver.handle import connect
+    from torchspec.driver.remote import connect
 
     if not live:
         raise ValueError(f"{folder} has ended and has no metrics (monitor.history_seconds was 0?)")
@@ -64,7 +64,7 @@ def ui(
     """Serve the page of a run on loopback, running or not; Ctrl-C ends it."""
     import asyncio
 
-    from torchspec.driver.handle import PageControls
+    from torchspec.driver.remote import PageControls
     from torchspec.monitor.server import PageServer, ensure_token
 
     folders = [find_run(name) for name in (run, other) if name is not None]
@@ -115,7 +115,7 @@ def scale(
 
     Workers come and go without a pause. Training goes on from a checkpoint that is made at once, with the same batches.
     """
-    from torchspec.driver.handle import connect
+    from torchspec.driver.remote import connect
     from torchspec.driver.scale import checked_change
 
     folder = find_run(run)
@@ -134,7 +134,7 @@ def scale(
 
 def stop(run: Run) -> None:
     """Ask a running run to stop: it ends its current step, saves a checkpoint and cleans up."""
-    from torchspec.driver.handle import connect
+    from torchspec.driver.remote import connect
 
     folder = find_run(run)
     with connect(folder) as handle:

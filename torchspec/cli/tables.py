@@ -15,7 +15,7 @@ from torchspec.cli.units import human_bytes, human_count, human_seconds
 
 if TYPE_CHECKING:
     from torchspec.config.schema import TrainingConfig
-    from torchspec.controller.verify import Verdict
+    from torchspec.controller.verify import Proof
     from torchspec.data.survey import Survey
     from torchspec.driver.plan import Plan
     from torchspec.driver.run import RunSummary
@@ -133,13 +133,13 @@ def summary_table(summary: RunSummary, target: str) -> RenderableType:
     return Group(table, commands)
 
 
-def verdict_table(title: str, verdict: Verdict) -> Table:
+def proof_table(title: str, proof: Proof) -> Table:
     """Where the samples of each epoch are."""
-    table = _framed(f"{title}: step {verdict.steps:,}, the last checkpoint has {verdict.committed_step:,}")
+    table = _framed(f"{title}: step {proof.steps:,}, the last checkpoint has {proof.committed_step:,}")
     table.add_column("epoch", justify="right")
     for name in ("data set", "trained", "of these committed", "rejected", "not yet trained"):
         table.add_column(name, justify="right")
-    for count in verdict.epochs:
+    for count in proof.epochs:
         figures = count.dataset, count.trained, count.committed, count.rejected, count.left
         table.add_row(str(count.epoch), *(f"{figure:,}" for figure in figures))
     return table

@@ -37,7 +37,7 @@ def newest_run(runs: Path = Path("runs")) -> Path:
     Raises:
         ValueError: none runs.
     """
-    from torchspec.monitor.handle import is_live
+    from torchspec.run_folder import is_live
 
     handles = sorted(runs.glob("*/handle.json"), key=lambda path: path.stat().st_mtime)
     live = [handle.parent for handle in handles if is_live(handle.parent)]

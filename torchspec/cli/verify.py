@@ -18,23 +18,23 @@ def verify(run: Run) -> None:
     from rich.console import Console
     from rich.text import Text
 
-    from torchspec.cli.tables import verdict_table
+    from torchspec.cli.tables import proof_table
     from torchspec.controller.verify import verify_run
 
     folder = find_run(run)
-    verdict = verify_run(folder)
+    proof = verify_run(folder)
     console = Console(highlight=False)
-    console.print(verdict_table(folder.name, verdict))
-    if not verdict.proven:
-        console.print(Text(f"not proven: {len(verdict.violations)} violations", style="bold red"))
-        for violation in verdict.violations[:SHOWN]:
+    console.print(proof_table(folder.name, proof))
+    if not proof.proven:
+        console.print(Text(f"not proven: {len(proof.violations)} violations", style="bold red"))
+        for violation in proof.violations[:SHOWN]:
             console.print(Text(f"  {violation}", style="red"))
         raise typer.Exit(1)
-    extent = "all of it" if verdict.finished else "so far"
-    resumes = f", resumed {verdict.resumes} times" if verdict.resumes else ""
+    extent = "all of it" if proof.finished else "so far"
+    resumes = f", resumed {proof.resumes} times" if proof.resumes else ""
     console.print(
         Text(
-            f"proven, {extent}: {verdict.steps:,} steps in the seeded order{resumes}; no sample lost, none twice",
+            f"proven, {extent}: {proof.steps:,} steps in the seeded order{resumes}; no sample lost, none twice",
             style="bold green",
         )
     )

@@ -14,7 +14,7 @@ from pydantic.fields import FieldInfo
 
 from torchspec.config.describe import describe_type, is_section
 from torchspec.config.schema import Config
-from torchspec.data.files import write_atomically
+from torchspec.files import write_atomically
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
 
-from torchspec.parallel.shards import ShardFormula
+from torchspec.shards import ShardFormula
 
 
 class Section(BaseModel):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torchspec.contracts import SampleRef
-
-MicroBatches = tuple[tuple[SampleRef, ...], ...]
+from torchspec.contracts import MicroBatches, SampleRef
 
 
 def split_batch(refs: Sequence[SampleRef], dp_size: int, micro_batch_size: int) -> list[MicroBatches]:

@@ -29,6 +29,7 @@ from torchspec.contracts import (
     Answer,
     FailureKind,
     Lease,
+    MicroBatches,
     RankBatch,
     RankId,
     RankReport,
@@ -39,14 +40,13 @@ from torchspec.contracts import (
     StepReport,
     WorkerReport,
 )
-from torchspec.controller.batching import MicroBatches
-from torchspec.controller.books import Books
+from torchspec.controller.buffer import SampleBuffer
+from torchspec.controller.inference_pool import InferencePool, with_sizes, with_workers
 from torchspec.controller.leases import Leases
-from torchspec.controller.pools import InferencePool, with_sizes, with_workers
 from torchspec.controller.spec import ControllerSpec
 from torchspec.controller.steps import GroupEnded, GroupPlan, TrainingGroup
 from torchspec.controller.sync import Signal
-from torchspec.data.draft_vocab import DraftVocab
+from torchspec.data.vocabulary import DraftVocab
 from torchspec.training.rotation import latest_checkpoint
 
 P = ParamSpec("P")
@@ -79,8 +79,8 @@ class Controller:
 
     def __init__(self, spec: ControllerSpec):
         self.config, self._run_dir = spec.config, spec.run_dir
-        self.books = Books(spec, self._advance)
-        self.leases = Leases(self.books)
+        self.buffer = SampleBuffer(spec, self._advance)
+        self.leases = Leases(self.buffer)
         self.pool = InferencePool(spec.config, running=0)
         self._group: TrainingGroup | None = None
         self._begun = asyncio.Event()
@@ -104,9 +104,9 @@ class Controller:
         if running is not None:
             self.config = load_config(self._run_dir / "config.yaml")
             self.pool = InferencePool(self.config, running)
-        await self.books.open(self.config)
+        await self.buffer.open(self.config)
         if running is not None:
-            self.books.observer.note("the controller was lost; it has started again", "controller_lost")
+            self.buffer.observer.note("the controller was lost; it has started again", "controller_lost")
         self._observing = asyncio.create_task(self._observe_pools())
         self._recording = asyncio.create_task(self._record())
         self._begun.set()
@@ -128,7 +128,7 @@ class Controller:
         await self._begun.wait()
         if in_hand is not None:
             self.leases.take_back(worker, in_hand)
-        self.books.observer.workers[worker] = report
+        self.buffer.observer.workers[worker] = report
         self.pool.joined(worker)
         turn = self._asked[worker] = self._asked.get(worker, 0) + 1  # an older call's answer would reach nobody
         while not (self._finished or self.pool.has_left(worker) or self._asked[worker] != turn):
@@ -156,22 +156,22 @@ class Controller:
         """A worker died or was taken away: its leases go back. Returns how many."""
         lost = self.leases.lost(worker)
         self.pool.left(worker)
-        self.books.observer.worker_lost(worker, lost)
+        self.buffer.observer.worker_lost(worker, lost)
         return lost
 
     @after_begin
     async def worker_left(self, worker: str) -> None:
         """A worker has ended because it was no longer needed."""
         self.pool.left(worker)
-        self.books.observer.worker_left(worker)
+        self.buffer.observer.worker_left(worker)
 
     async def worker_started(self, worker: str) -> None:
         """``worker`` is being started; it will ask for leases once its engine is warm."""
-        self.books.observer.worker_started(worker)
+        self.buffer.observer.worker_started(worker)
 
     async def worker_report(self, report: WorkerReport) -> None:
         """What a worker says about itself every now and then, whether or not it has anything to do."""
-        self.books.observer.worker_reported(report)
+        self.buffer.observer.worker_reported(report)
 
     # ---- training ranks ----
 
@@ -190,30 +190,30 @@ class Controller:
         """
         again = await self._group_of(rank).fetched(rank.rank, step, missing)
         if again is None and rank.rank == 0:
-            self.books.observer.mark(self.books.ledger.step_records(step), "fetched")
+            self.buffer.observer.mark(self.buffer.ledger.step_records(step), "fetched")
         return again
 
     async def step_done(self, rank: RankId, step: int, report: StepReport | None) -> None:
         """``rank`` has made ``step``. The last rank's call frees the step's samples."""
         group = self._group_of(rank)
         if report is not None:
-            self.books.observer.report(report)
+            self.buffer.observer.report(report)
         if group.done(rank.rank, step):
-            self.books.train(step)
+            self.buffer.train(step)
 
     async def ledger_snapshot(self, rank: RankId, step: int) -> str:
         """The ledger as of ``step``, to be saved inside its checkpoint. The journal is on the disk up to there."""
         await self._group_of(rank).trained(step)  # another rank's step_done may still be on its way
-        snapshot = self.books.ledger.snapshot(step)
-        await asyncio.to_thread(self.books.journal.sync)
+        snapshot = self.buffer.ledger.snapshot(step)
+        await asyncio.to_thread(self.buffer.journal.sync)
         return snapshot
 
     async def committed(self, rank: RankId, step: int, folder: str, best: bool) -> None:
         """A checkpoint of ``step`` is safely in ``folder``."""
         self._group_of(rank)
-        self.books.ledger.commit(step)
-        self.books.journal.write({"event": "committed", "step": step, "folder": folder})
-        self.books.observer.committed(step, folder, best)
+        self.buffer.ledger.commit(step)
+        self.buffer.journal.write({"event": "committed", "step": step, "folder": folder})
+        self.buffer.observer.committed(step, folder, best)
 
     async def heldout_batches(self, rank: RankId) -> MicroBatches:
         """This rank's held-out micro-batches, as soon as all are captured. Empty tuples where it has fewer."""
@@ -223,17 +223,17 @@ class Controller:
         """``rank`` holds its held-out samples now. False: some rank missed one; ask ``heldout_batches`` again."""
         complete = await self._group_of(rank).heldout_fetched(rank.rank, missing)
         if complete:
-            self.books.hold_heldout()
+            self.buffer.hold_heldout()
         return complete
 
     async def heldout_done(self, rank: RankId, report: StepReport) -> None:
         self._group_of(rank)
-        self.books.observer.report(report)
+        self.buffer.observer.report(report)
 
     async def rank_report(self, rank: RankId, report: RankReport) -> None:
         """What a rank says about itself every now and then, also while it waits."""
-        if rank.generation == self.books.generation:
-            self.books.observer.telemetry.rank_report(report)
+        if rank.generation == self.buffer.generation:
+            self.buffer.observer.telemetry.rank_report(report)
 
     def _group_of(self, rank: RankId) -> TrainingGroup:
         if self._group is None or rank.generation != self._group.generation:
@@ -245,40 +245,40 @@ class Controller:
     @after_begin
     async def draft_vocab(self) -> DraftVocab:
         """The draft's vocabulary, as soon as enough answers have been counted."""
-        while self.books.vocabulary.vocab is None:
-            await self.books.counted.wait()
-        return self.books.vocabulary.vocab
+        while self.buffer.vocabulary.vocab is None:
+            await self.buffer.counted.wait()
+        return self.buffer.vocabulary.vocab
 
     @after_begin
     async def open_group(self) -> GroupPlan:
         """Start a generation of ranks from the newest checkpoint. Those of the one before must be gone."""
-        books, training = self.books, self.config.training
+        buffer, training = self.buffer, self.config.training
         if self._group is not None:
-            books.observer.trainer_ended(broken=not self._group.closing)
+            buffer.observer.trainer_ended(broken=not self._group.closing)
             self._group.end()
-            books.rewind()
-        books.generation += 1
-        books.formed_sharding = training.shard_formula
+            buffer.rewind()
+        buffer.generation += 1
+        buffer.formed_sharding = training.shard_formula
         self._group = TrainingGroup(
-            books.generation, self.config, books.ledger, books.heldout, self._stopping, books.lose, books.formed
+            buffer.generation, self.config, buffer.ledger, buffer.heldout, self._stopping, buffer.lose, buffer.formed
         )
         sizes = {"dp_size": training.dp_size, "sp_size": training.sp_size}
-        step = books.ledger.committed_step
-        books.observer.trainer_started(books.generation, **sizes)
-        books.journal.write({"event": "group", "generation": books.generation, "step": step, **sizes})
+        step = buffer.ledger.committed_step
+        buffer.observer.trainer_started(buffer.generation, **sizes)
+        buffer.journal.write({"event": "group", "generation": buffer.generation, "step": step, **sizes})
         self._advance()
-        return GroupPlan(books.generation, training, latest_checkpoint(self._run_dir))
+        return GroupPlan(buffer.generation, training, latest_checkpoint(self._run_dir))
 
     @after_begin
     async def training_over(self) -> bool:
         """Whether no generation follows the one that has ended."""
-        return self._stopping or self.books.ledger.exhausted
+        return self._stopping or self.buffer.ledger.exhausted
 
     @after_begin
     async def scale_inference(self, workers: int | Literal["auto"]) -> None:
         """Have so many inference workers; ``auto``: as many as training needs."""
         self._decide(with_workers(self.config, workers))
-        observer = self.books.observer
+        observer = self.buffer.observer
         message = f"inference workers: {workers} asked for, {len(observer.workers)} there"
         observer.note(message, "scaled", workers=workers)
         self.pool.ask_for(workers)
@@ -293,8 +293,8 @@ class Controller:
         self._decide(with_sizes(self.config, sizes))
         training = self.config.training
         message = f"training goes on with dp_size {training.dp_size} and sp_size {training.sp_size}"
-        self.books.observer.note(message, "scaled", dp_size=training.dp_size, sp_size=training.sp_size)
-        self.books.split(training.shard_formula)
+        self.buffer.observer.note(message, "scaled", dp_size=training.dp_size, sp_size=training.sp_size)
+        self.buffer.split(training.shard_formula)
         if self._group is not None:
             self._group.close()
 
@@ -320,21 +320,21 @@ class Controller:
     async def store_away(self) -> None:
         """The store does not answer, or has lost a part: no leases until it is back."""
         self.leases.store_away = True
-        self.books.observer.note("the store is away", "store_lost")
+        self.buffer.observer.note("the store is away", "store_lost")
 
     @after_begin
     async def store_back(self) -> None:
         """The store is there again, and empty. Ranks find out by themselves what they have not fetched yet."""
         self.leases.store_away = False
-        self.books.forget(lambda _: False)
-        self.books.observer.note("the store is back, empty: what was in it is captured again", "store_back")
-        self.books.room()
+        self.buffer.forget(lambda _: False)
+        self.buffer.observer.note("the store is back, empty: what was in it is captured again", "store_back")
+        self.buffer.room()
         self._work.fire()
 
     @after_begin
     async def request_stop(self, reason: str) -> None:
         """No new step, no new sample: ranks end after the steps they already have."""
-        self.books.observer.note(f"stopping after the current step: {reason}", "stopping")
+        self.buffer.observer.note(f"stopping after the current step: {reason}", "stopping")
         self._stopping = self.leases.of_steps_only = True
         if self._group is not None:
             self._group.close()
@@ -346,26 +346,26 @@ class Controller:
         self._finished = True
         self._work.fire()
         self._observing.cancel()
-        self.books.observer.news.set()
-        await self.books.removed()
-        self.books.observer.ended(self._phase(), self.books.ledger.trained_step)
-        await self.books.observer.record(await self.status())
-        self.books.close()
+        self.buffer.observer.news.set()
+        await self.buffer.removed()
+        self.buffer.observer.ended(self._phase(), self.buffer.ledger.trained_step)
+        await self.buffer.observer.record(await self.status())
+        self.buffer.close()
 
     @after_begin
     async def steps_since(self, count: int) -> list[StepReport]:
         """Reports after the first ``count``, for trackers, which never ask for those again."""
-        return self.books.observer.steps_since(count)
+        return self.buffer.observer.steps_since(count)
 
     @after_begin
     async def status(self) -> RunStatus:
-        books = self.books
-        status = books.observer.status(self.config, self._phase(), books.ledger, books.heldout, books.credits)
+        buffer = self.buffer
+        status = buffer.observer.status(self.config, self._phase(), buffer.ledger, buffer.heldout, buffer.credits)
         training = self.config.training if self._group is None else self._group.training
         return replace(
             status,
             workers_wanted=self.pool.wanted,
-            generation=books.generation,
+            generation=buffer.generation,
             dp_size=training.dp_size,
             sp_size=training.sp_size,
             closing=self._group is not None and self._group.closing,
@@ -376,7 +376,7 @@ class Controller:
             return "stopped" if self._stopping else "finished"
         if self._stopping:
             return "stopping"
-        return "training" if self.books.vocabulary.vocab is not None else "counting-vocabulary"
+        return "training" if self.buffer.vocabulary.vocab is not None else "counting-vocabulary"
 
     async def _observe_pools(self) -> None:
         """See now and then which pool waits for the other, let the inference pool follow, and try the store again."""
@@ -384,23 +384,23 @@ class Controller:
             for _ in range(LOOKS):
                 await asyncio.sleep(AUTOSCALE_SECONDS / LOOKS)
                 self._look_at_pools()
-            self.books.room()  # others than our own steps may have made room in the store
+            self.buffer.room()  # others than our own steps may have made room in the store
             self._advance()
-            move = self.pool.autoscale(self.books.ledger.trained_step)
+            move = self.pool.autoscale(self.buffer.ledger.trained_step)
             if move is not None:
                 message = f"inference workers: {move.workers}, because {move.reason}"
-                self.books.observer.note(message, "scaled", workers=move.workers)
+                self.buffer.observer.note(message, "scaled", workers=move.workers)
 
     def _look_at_pools(self) -> None:
         """While ranks start, evaluate or save, nobody waits for samples and the store fills: that says nothing."""
         if self._group is None or not self._group.at_work:
-            self.pool.forget_looks(self.books.ledger.trained_step)
-        elif not self.books.observer.telemetry.pausing:
+            self.pool.forget_looks(self.buffer.ledger.trained_step)
+        elif not self.buffer.observer.telemetry.pausing:
             self.pool.look(self._group.starved, self.leases.busy)
 
     async def _record(self) -> None:
         """Write a snapshot each ``monitor.history_seconds``, and when there is news, until the run has ended."""
-        observer = self.books.observer
+        observer = self.buffer.observer
         while observer.interval and not self._finished:
             observer.news.clear()
             await observer.record(await self.status())

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from torchspec.contracts import Answer, SampleId
-from torchspec.data.files import sync_folder
+from torchspec.files import sync_folder
 
 
 class JsonLines:

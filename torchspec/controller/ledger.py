@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torchspec.contracts import SampleId, SampleRef
-from torchspec.controller.snapshot import LedgerShape, Rejection, Snapshot
+from torchspec.controller.ledger_snapshot import LedgerShape, LedgerSnapshot, Rejection
 from torchspec.data.order import epoch_order
 
 State = Literal["pending", "leased", "stored", "assigned", "trained"]
@@ -380,7 +380,7 @@ class Ledger:
         """The ledger as a checkpoint after ``step`` keeps it, as JSON."""
         cursor = self.steps[step].end if step in self.steps else self.committed_cursor
         rejected = tuple((p, r) for p, r in sorted(self.rejected.items()) if p < cursor)
-        return Snapshot(self.shape, step, cursor, rejected).to_json()
+        return LedgerSnapshot(self.shape, step, cursor, rejected).to_json()
 
     def rewind(self, text: str | None, keep: Callable[[SampleRef], bool] = lambda _: True) -> list[Record]:
         """Go to where a checkpoint was taken, back or (when nobody had told of it) ahead; None: to the beginning.
@@ -394,7 +394,7 @@ class Ledger:
         Raises:
             ValueError: the snapshot is of other data, another seed or another batch size.
         """
-        saved = Snapshot(self.shape) if text is None else Snapshot.from_json(text, self.shape)
+        saved = LedgerSnapshot(self.shape) if text is None else LedgerSnapshot.from_json(text, self.shape)
         later = {p: r for p, r in self.rejected.items() if p >= saved.cursor}
         self.rejected, self._rejected_ahead = dict(saved.rejected) | later, len(later)
         self.committed_step = self.trained_step = self._assign_step = saved.step

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchspec.config.schema import Config, TrainingConfig
-from torchspec.contracts import HELDOUT_EPOCH, RankBatch, SampleId
-from torchspec.controller.batching import MicroBatches, split_batch
+from torchspec.contracts import HELDOUT_EPOCH, MicroBatches, RankBatch, SampleId
+from torchspec.controller.batching import split_batch
 from torchspec.controller.ledger import Ledger
 from torchspec.controller.sync import FetchRound, Signal
 

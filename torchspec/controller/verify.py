@@ -47,7 +47,7 @@ class EpochCount:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class Proof:
     """What a journal proves, or the violations that it shows, each naming its line."""
 
     epochs: tuple[EpochCount, ...]
@@ -63,7 +63,7 @@ class Verdict:
         return not self.violations
 
 
-def verify_run(run_dir: Path) -> Verdict:
+def verify_run(run_dir: Path) -> Proof:
     """Verify ``ledger.jsonl`` of ``run_dir`` against the ledger in its latest checkpoint."""
     checkpoint = run_dir / "checkpoints" / "latest" / "ledger.json"  # read first: a running run only adds to both
     snapshot = checkpoint.read_text() if checkpoint.exists() else None
@@ -71,7 +71,7 @@ def verify_run(run_dir: Path) -> Verdict:
     return verify(journal.read_text().splitlines(keepends=True) if journal.exists() else [], snapshot)
 
 
-def verify(lines: Sequence[str], snapshot: str | None = None) -> Verdict:
+def verify(lines: Sequence[str], snapshot: str | None = None) -> Proof:
     """Replay a journal.
 
     Args:
@@ -83,11 +83,11 @@ def verify(lines: Sequence[str], snapshot: str | None = None) -> Verdict:
         if line.endswith("\n"):
             replay.read(number, line)
     if replay.shape is None:
-        return Verdict((), 0, 0, 0, False, tuple(replay.violations) or ("the journal is empty",))
+        return Proof((), 0, 0, 0, False, tuple(replay.violations) or ("the journal is empty",))
     replay.check_gaps()
     if snapshot is not None:
         replay.check_snapshot(json.loads(snapshot))
-    return replay.verdict()
+    return replay.proof()
 
 
 class _Replay:
@@ -232,7 +232,7 @@ class _Replay:
         if saved != np.flatnonzero(self._states[: self._ends[step]] == REJECTED).tolist():
             self.violations.append(f"the latest checkpoint rejects other samples than the journal up to step {step}")
 
-    def verdict(self) -> Verdict:
+    def proof(self) -> Proof:
         assert self.shape is not None
         prompts, committed_end = self.shape["prompts"], self._ends[self._committed_step]
         counts = []
@@ -244,7 +244,7 @@ class _Replay:
             rejected = int((states >= REJECTED).sum())
             counts.append(EpochCount(epoch, prompts, int(trained.sum()), int(committed.sum()), rejected))
         done = all(count.left == 0 for count in counts) or self._steps == self.shape["max_steps"]
-        return Verdict(
+        return Proof(
             epochs=tuple(counts),
             steps=self._steps,
             committed_step=self._committed_step,

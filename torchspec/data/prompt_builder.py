@@ -15,7 +15,7 @@ import numpy as np
 from torchspec.data.conversations import BadLine, Conversation, read_conversations, require_clean, short_names
 from torchspec.data.prompt_set import PromptSet, TokenizeOptions
 from torchspec.data.prompt_sources import find_files
-from torchspec.data.tokenize import ChatTokenizer, Rejection, Tokenized, read_template
+from torchspec.data.tokenize import ChatTokenizer, Refusal, Tokenized, read_template
 
 FORMAT = 1
 """Part of the cache's hash: raise it whenever the rows made from the same files change."""
@@ -81,8 +81,8 @@ class _Rows:
     def reject_lines(self, lines: Iterable[BadLine]) -> None:
         self.rejected += [(line.name, line.reason) for line in lines]
 
-    def add(self, name: str, row: Tokenized | Rejection) -> None:
-        if isinstance(row, Rejection):
+    def add(self, name: str, row: Tokenized | Refusal) -> None:
+        if isinstance(row, Refusal):
             self.rejected.append((name, row.reason))
         elif reason := self._refuse(row):
             self.rejected.append((name, reason))

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from torchspec.data.files import write_atomically
+from torchspec.files import write_atomically
 
 
 @dataclass(frozen=True, slots=True)

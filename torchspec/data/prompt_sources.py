@@ -19,8 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from torchspec.data.files import write_atomically
 from torchspec.data.wheels import WheelFile
+from torchspec.files import write_atomically
 
 PREFIX = "builtin:"
 SHIPPED = ("train", "heldout")

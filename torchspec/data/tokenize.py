@@ -46,7 +46,7 @@ class Tokenized:
 
 
 @dataclass(frozen=True, slots=True)
-class Rejection:
+class Refusal:
     reason: str
 
 
@@ -94,10 +94,8 @@ class ChatTokenizer:
         """What the target is asked to continue: ``messages`` and the generation prompt."""
         return self._render(messages, generation_prompt=True)[0]
 
-    def encode(
-        self, conversations: Sequence[Conversation], last_turn_only: bool = False
-    ) -> list[Tokenized | Rejection]:
-        """Tokenise a batch, in order. What the template refuses comes back as a :class:`Rejection`."""
+    def encode(self, conversations: Sequence[Conversation], last_turn_only: bool = False) -> list[Tokenized | Refusal]:
+        """Tokenise a batch, in order. What the template refuses comes back as a :class:`Refusal`."""
         rendered = [self._render_conversation(c, last_turn_only) for c in conversations]
         texts = [r.text for r in rendered if isinstance(r, _Rendered)]
         encoded: Iterator[tuple[list[int], list[Span]]] = iter(())
@@ -128,7 +126,7 @@ class ChatTokenizer:
         )
         return texts[0], spans[0] if spans else []
 
-    def _render_conversation(self, conversation: Conversation, last_turn_only: bool) -> _Rendered | Rejection:
+    def _render_conversation(self, conversation: Conversation, last_turn_only: bool) -> _Rendered | Refusal:
         messages = conversation.messages
         try:
             if not conversation.answered:
@@ -140,9 +138,9 @@ class ChatTokenizer:
                 spans = self._locate_turns(messages, text)
                 earlier = len(spans) - 1
         except jinja2.TemplateError as error:
-            return Rejection(f"the chat template refuses it: {error}")
+            return Refusal(f"the chat template refuses it: {error}")
         if not spans:
-            return Rejection(
+            return Refusal(
                 "the chat template rewrites its assistant turns, so they cannot be located exactly; put "
                 "{% generation %} markers around them in a template of your own (data.chat_template)"
             )

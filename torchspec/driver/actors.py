@@ -17,16 +17,16 @@ import ray
 
 from torchspec.config.schema import Config
 from torchspec.controller.controller import Controller
-from torchspec.controller.pools import with_workers
+from torchspec.controller.inference_pool import with_workers
 from torchspec.controller.spec import ControllerSpec
 from torchspec.controller.steps import GroupPlan
-from torchspec.data.draft_vocab import DraftVocab
-from torchspec.driver.janitor import MARK, start_janitor
-from torchspec.driver.placement import Placement, Room
+from torchspec.data.vocabulary import DraftVocab
+from torchspec.driver.placement import Placement, RankSlots
 from torchspec.driver.prepare import Prepared
 from torchspec.driver.threads import plan_threads
 from torchspec.inference.engine import EngineConfig
 from torchspec.inference.worker import InferenceWorker
+from torchspec.processes.janitor import MARK, start_janitor
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.node import StoreNode
 from torchspec.training.trainer import Trainer, TrainerSpec
@@ -154,7 +154,7 @@ class ActorFactory:
         )
         return name, actor
 
-    def rank_room(self, plan: GroupPlan) -> Room:
+    def rank_room(self, plan: GroupPlan) -> RankSlots:
         """Ask for room for a generation."""
         _, threads, gpus = self._rank_size(plan)
         return self._placement.ranks(plan.training.world_size, threads, gpus)
@@ -165,7 +165,7 @@ class ActorFactory:
         threads = plan_threads(config, self._prepared.plan.cores, self._prepared.on_gpu).training
         return config, threads, 1 if self._prepared.on_gpu else 0
 
-    def trainers(self, vocabulary: DraftVocab, plan: GroupPlan, room: Room) -> list[Any]:
+    def trainers(self, vocabulary: DraftVocab, plan: GroupPlan, room: RankSlots) -> list[Any]:
         """The actors of a generation that there is room for, one a rank, told where to meet."""
         prepared, training = self._prepared, plan.training
         config, threads, gpus = self._rank_size(plan)

@@ -21,7 +21,7 @@ from torchspec.config.schema import ClusterConfig, Config
 from torchspec.driver.failure import RunFailed
 from torchspec.driver.plan import Plan
 from torchspec.network import LOOPBACK, is_loopback
-from torchspec.processes import free_port
+from torchspec.processes.child import free_port
 
 OBJECT_STORE_BYTES = 128 << 20
 """Only metadata goes through Ray; the tensors go through Mooncake."""

@@ -19,9 +19,9 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from torchspec.config.schema import TrainingConfig
-from torchspec.models.eagle3_config import Eagle3Config
-from torchspec.parallel.shards import ShardFormula
+from torchspec.drafts.eagle3.spec import Eagle3Spec
 from torchspec.parallel.ulysses import key_value_repeats
+from torchspec.shards import ShardFormula
 from torchspec.store.layout import ITEM_BYTES
 
 MASTER = 4
@@ -53,7 +53,7 @@ class RankMemory:
         return sum(getattr(self, field.name) for field in fields(self))
 
 
-def rank_memory(draft: Eagle3Config, training: TrainingConfig, num_tokens: int, state_dtype: str) -> RankMemory:
+def rank_memory(draft: Eagle3Spec, training: TrainingConfig, num_tokens: int, state_dtype: str) -> RankMemory:
     """Peak of a step whose samples all have ``num_tokens`` tokens.
 
     Args:
@@ -81,7 +81,7 @@ def rank_memory(draft: Eagle3Config, training: TrainingConfig, num_tokens: int, 
     )
 
 
-def host_bytes(draft: Eagle3Config, training: TrainingConfig, num_tokens: int, kept: int, state_dtype: str) -> int:
+def host_bytes(draft: Eagle3Spec, training: TrainingConfig, num_tokens: int, kept: int, state_dtype: str) -> int:
     """Host memory of a rank beside what :func:`rank_memory` counts: libraries, the store's buffer, fetched samples.
 
     Args:
@@ -92,7 +92,7 @@ def host_bytes(draft: Eagle3Config, training: TrainingConfig, num_tokens: int, k
     return PROCESS_BYTES + training.buffer_bytes + windows * columns * _token_bytes(draft, state_dtype)
 
 
-def draft_parameters(draft: Eagle3Config) -> int:
+def draft_parameters(draft: Eagle3Spec) -> int:
     """Trained parameters of the one-layer EAGLE3 draft."""
     hidden, queries, keys = draft.hidden_size, *_widths(draft)
     attention = 2 * hidden * (queries + 2 * keys) + queries * hidden
@@ -105,11 +105,11 @@ def _formula(training: TrainingConfig) -> ShardFormula:
     return training.shard_formula or ShardFormula(1, 1, "contiguous", training.ttt_length)
 
 
-def _token_bytes(draft: Eagle3Config, state_dtype: str) -> int:
+def _token_bytes(draft: Eagle3Spec, state_dtype: str) -> int:
     return (draft.num_aux + 1) * draft.hidden_size * ITEM_BYTES[state_dtype] + ITEM_BYTES["int32"]
 
 
-def _widths(draft: Eagle3Config) -> tuple[int, int]:
+def _widths(draft: Eagle3Spec) -> tuple[int, int]:
     return draft.num_heads * draft.head_dim, draft.num_kv_heads * draft.head_dim
 
 
@@ -134,7 +134,7 @@ class _RowBytes(NamedTuple):
     """Of what is kept, gone by the time that the backward reaches an attention."""
 
     @classmethod
-    def of(cls, draft: Eagle3Config, training: TrainingConfig) -> _RowBytes:
+    def of(cls, draft: Eagle3Spec, training: TrainingConfig) -> _RowBytes:
         hidden, item, steps = draft.hidden_size, ITEM_BYTES[training.dtype], training.ttt_length
         queries, keys = _widths(draft)
         context = item * ((draft.num_aux + 3) * hidden + 2 * draft.head_dim - 2 * keys)  # no diagonal keys in step 0
@@ -159,7 +159,7 @@ class _Block0Bytes(NamedTuple):
 
     @classmethod
     def of(
-        cls, draft: Eagle3Config, training: TrainingConfig, formula: ShardFormula, samples: int, num_tokens: int
+        cls, draft: Eagle3Spec, training: TrainingConfig, formula: ShardFormula, samples: int, num_tokens: int
     ) -> _Block0Bytes:
         ulysses, item = formula.ulysses_size, ITEM_BYTES[training.dtype]
         queries, keys = _widths(draft)
@@ -174,7 +174,7 @@ class _Block0Bytes(NamedTuple):
         return cls(samples * slots * kept, samples * slots * (2 * gradient + travelling) + kernel)
 
 
-def _logits(draft: Eagle3Config, training: TrainingConfig, rows: int) -> int:
+def _logits(draft: Eagle3Spec, training: TrainingConfig, rows: int) -> int:
     """Logits of a chunk, the gradient of the draft's head, and under autocast their copies in the other dtype."""
     item, vocab = ITEM_BYTES[training.dtype], draft.draft_vocab_size
     chunk = min(training.loss_chunk_tokens, rows * training.ttt_length)

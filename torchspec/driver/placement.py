@@ -22,7 +22,7 @@ from torchspec.config.schema import ClusterConfig, Config
 from torchspec.driver.cluster import Cluster, Node
 from torchspec.driver.threads import ThreadPlan
 from torchspec.network import LOOPBACK, meeting_point
-from torchspec.processes import free_port
+from torchspec.processes.child import free_port
 
 SLIVER = 0.001
 
@@ -31,7 +31,7 @@ Options = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Room:
+class RankSlots:
     """What a generation of training ranks has asked the cluster for."""
 
     meeting: ray.ObjectRef
@@ -55,21 +55,21 @@ class Placement:
     def worker(self) -> Options:
         return {"resources": self._resources(self._config.inference_resource)}
 
-    def ranks(self, count: int, cpus: int, gpus: int) -> Room:
+    def ranks(self, count: int, cpus: int, gpus: int) -> RankSlots:
         """Ask for room for ``count`` training ranks. That of the ranks before is given back."""
         role = self._resources(self._config.training_resource)
         wanted = (
             f"{count} training ranks (training.dp_size x sp_ulysses_size x sp_ring_size) of {cpus} CPUs and {gpus} GPUs"
         )
         if not self._cluster.spans_machines:
-            return Room(ray.put((LOOPBACK, free_port())), [{"resources": role}] * count, wanted)
+            return RankSlots(ray.put((LOOPBACK, free_port())), [{"resources": role}] * count, wanted)
         if self._ranks is not None:
             remove_placement_group(self._ranks)
         bundle = {"CPU": cpus, "GPU": gpus, **role}
         self._ranks = placement_group([{name: amount for name, amount in bundle.items() if amount}] * count)
         places = [PlacementGroupSchedulingStrategy(self._ranks, number) for number in range(count)]
         find = ray.remote(meeting_point).options(num_cpus=0, scheduling_strategy=places[0])
-        return Room(find.remote(self._cluster.host), [{"scheduling_strategy": place} for place in places], wanted)
+        return RankSlots(find.remote(self._cluster.host), [{"scheduling_strategy": place} for place in places], wanted)
 
     def _resources(self, role: str | None) -> dict[str, float]:
         """A sliver of the role's, and of this machine's own if the run must stay on it when others join the cluster."""

@@ -8,12 +8,12 @@ import psutil
 import torch
 
 from torchspec.config.schema import Config, TrainingConfig
+from torchspec.drafts.eagle3.spec import Eagle3Spec
 from torchspec.driver.memory import draft_parameters
-from torchspec.driver.splits import Room, Split, possible_splits
-from torchspec.driver.target import TargetInfo
+from torchspec.driver.splits import MemoryBudget, Split, possible_splits
 from torchspec.driver.threads import ThreadPlan, plan_threads, usable_cores
-from torchspec.models.eagle3_config import Eagle3Config
 from torchspec.store.layout import USABLE_SHARE, stored_bytes
+from torchspec.target.checkpoint import TargetInfo
 
 ENGINE_OVERHEAD_BYTES = 3 << 29
 """Measured on a CPU: both processes of one engine, beside weights and KV cache."""
@@ -123,20 +123,20 @@ def total_steps(training: TrainingConfig, prompts: int) -> int:
     return min(steps, training.max_steps) if training.max_steps is not None else steps
 
 
-def _draft(config: Config, target: TargetInfo) -> Eagle3Config:
+def _draft(config: Config, target: TargetInfo) -> Eagle3Spec:
     return replace(target.draft, draft_vocab_size=config.draft.vocab_size or target.vocab_size)
 
 
-def _room(config: Config, others: int, on_gpu: bool) -> Room:
+def _room(config: Config, others: int, on_gpu: bool) -> MemoryBudget:
     """Args: ``others``, host memory of everything but the training ranks."""
     left = psutil.virtual_memory().total - others
     if not on_gpu:
-        return Room(left)
+        return MemoryBudget(left)
     engines = config.inference.most_workers * config.inference.tp_size
-    return Room(left, torch.cuda.device_count() - engines, torch.cuda.get_device_properties(0).total_memory)
+    return MemoryBudget(left, torch.cuda.device_count() - engines, torch.cuda.get_device_properties(0).total_memory)
 
 
-def _splits(config: Config, target: TargetInfo, heldout_samples: int, room: Room) -> tuple[Split, ...]:
+def _splits(config: Config, target: TargetInfo, heldout_samples: int, room: MemoryBudget) -> tuple[Split, ...]:
     steps = max(2, config.controller.prefetch_steps)  # the one in training, and at least one that is being fetched
     kept = steps * config.training.batch_size + heldout_samples
     length, dtype = config.data.max_seq_length, target.geometry.dtype

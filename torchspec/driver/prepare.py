@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torchspec.config.schema import Config, Section
-from torchspec.controller.snapshot import Snapshot, ledger_shape
+from torchspec.controller.ledger_snapshot import LedgerSnapshot, ledger_shape
 from torchspec.data.prompt_set import PromptSet, TokenizeOptions
 from torchspec.data.survey import Survey, survey
 from torchspec.driver.cluster import namespace
 from torchspec.driver.plan import Plan, make_plan, resolve_buffer, total_steps
-from torchspec.driver.target import TargetInfo, read_target
 from torchspec.hardware import Device, fast_dtype, pick_device
 from torchspec.inference.sglang_patch import check_patched
 from torchspec.monitor.trackers import check_trackers
+from torchspec.target.checkpoint import TargetInfo, read_target
 from torchspec.training.rotation import latest_checkpoint
 
 
@@ -67,7 +67,7 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Pre
         heldout = _prompts(config, "evaluation.heldout", config.evaluation.heldout, config.evaluation.samples)
     _require_rows(config, len(train), train.rejected)
     if resume_from is not None:
-        Snapshot.from_json((resume_from / "ledger.json").read_text(), ledger_shape(config, train))
+        LedgerSnapshot.from_json((resume_from / "ledger.json").read_text(), ledger_shape(config, train))
     on_gpu = device == "cuda"
     vocab_prompts = 0 if train.fully_answered else min(config.draft.vocab_prompts, len(train))
     plan = make_plan(config, target, len(heldout) if heldout else 0, vocab_prompts, on_gpu)

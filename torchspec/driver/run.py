@@ -23,25 +23,25 @@ from pathlib import Path
 from torchspec.config.load import save_config
 from torchspec.config.schema import Config
 from torchspec.contracts import RunStatus, StepReport
-from torchspec.data.files import write_atomically
 from torchspec.driver.actors import ActorFactory
 from torchspec.driver.cluster import Cluster, start_cluster
-from torchspec.driver.controller import ControllerLine
+from torchspec.driver.console import View
+from torchspec.driver.controller_client import ControllerClient
 from torchspec.driver.failure import RunFailed
-from torchspec.driver.handle import PageControls
 from torchspec.driver.interrupts import Interrupts
-from torchspec.driver.janitor import MARK, Janitor
 from torchspec.driver.nodes import check_nodes
 from torchspec.driver.placement import Placement, check_pools, nodes_of
 from torchspec.driver.prepare import Prepared, prepare
+from torchspec.driver.remote import PageControls
 from torchspec.driver.session import Session
 from torchspec.driver.store import StoreSupervisor
-from torchspec.driver.view import View
+from torchspec.files import write_atomically
 from torchspec.monitor.curves import draw_curves
-from torchspec.monitor.handle import this_process
-from torchspec.monitor.recorder import EventLog
+from torchspec.monitor.record.recorder import EventLog
 from torchspec.monitor.server import PageServer, ServerThread, ensure_token
 from torchspec.monitor.trackers import open_trackers
+from torchspec.processes.janitor import MARK, Janitor
+from torchspec.run_folder import this_process
 from torchspec.store.errors import StoreUnavailable
 from torchspec.store.master import MooncakeMaster
 from torchspec.training.rotation import latest_checkpoint
@@ -136,7 +136,7 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
         recovery = config.recovery
         store = StoreSupervisor(master, actors.store_node, config.store.segment_bytes, recovery)
         stack.callback(store.close)
-        controller = ControllerLine(actors.controller(), recovery.hang_seconds, recovery.start_seconds)
+        controller = ControllerClient(actors.controller(), recovery.hang_seconds, recovery.start_seconds)
         controller.ask_at_start("begin")
         if config.monitor.ui:
             page = _open_page(config, PageControls(run_dir, controller.actor), view)

@@ -11,14 +11,14 @@ import torch
 
 from torchspec.config.load import load_config
 from torchspec.config.schema import Config
-from torchspec.controller.pools import SIZES, with_sizes, with_workers
+from torchspec.controller.inference_pool import SIZES, with_sizes, with_workers
 from torchspec.driver.cluster import alive_nodes
 from torchspec.driver.placement import check_pools, nodes_within
 from torchspec.driver.plan import check_gpus, check_room
-from torchspec.driver.target import read_target
 from torchspec.driver.threads import plan_threads, usable_cores
 from torchspec.hardware import pick_device
-from torchspec.monitor.handle import only_machine
+from torchspec.run_folder import only_machine
+from torchspec.target.checkpoint import read_target
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ import ray
 
 from torchspec.contracts import RunStatus
 from torchspec.driver.actors import ActorFactory
-from torchspec.driver.controller import ControllerLine, ControllerLost, require_node
+from torchspec.driver.console import View
+from torchspec.driver.controller_client import ControllerClient, ControllerLost, require_node
 from torchspec.driver.failure import Restarts
 from torchspec.driver.interrupts import Interrupts
 from torchspec.driver.prepare import Prepared
 from torchspec.driver.store import StoreSupervisor
 from torchspec.driver.supervise import AwakeClock, Pulse
 from torchspec.driver.trainers import RankLost, Trainers
-from torchspec.driver.view import View
 from torchspec.driver.workers import Workers
 
 WATCH_SECONDS = 0.5
@@ -42,7 +42,7 @@ class Session:
         self,
         prepared: Prepared,
         actors: ActorFactory,
-        controller: ControllerLine,
+        controller: ControllerClient,
         store: StoreSupervisor,
         trackers: Any,
         view: View,

@@ -6,8 +6,8 @@ from bisect import bisect_right
 from dataclasses import dataclass
 
 from torchspec.config.schema import TrainingConfig
+from torchspec.drafts.eagle3.spec import Eagle3Spec
 from torchspec.driver.memory import host_bytes, rank_memory
-from torchspec.models.eagle3_config import Eagle3Config
 
 DEGREES = (1, 2, 3, 4, 6, 8)
 """Ranks of a sample that are looked at, beside the configured number."""
@@ -18,7 +18,7 @@ GPU_SHARE = 0.9
 
 
 @dataclass(frozen=True, slots=True)
-class Room:
+class MemoryBudget:
     """What the training ranks of a run can have."""
 
     host_bytes: int
@@ -52,7 +52,7 @@ class Split:
 
 
 def possible_splits(
-    draft: Eagle3Config, training: TrainingConfig, num_tokens: int, kept: int, state_dtype: str, room: Room
+    draft: Eagle3Spec, training: TrainingConfig, num_tokens: int, kept: int, state_dtype: str, room: MemoryBudget
 ) -> tuple[Split, ...]:
     """The configured split and all others of a few degrees whose Ulysses ranks divide the draft's query heads.
 
@@ -85,12 +85,12 @@ def _with_split(training: TrainingConfig, ulysses: int, ring: int) -> TrainingCo
 
 
 def _split(
-    draft: Eagle3Config,
+    draft: Eagle3Spec,
     training: TrainingConfig,
     num_tokens: int,
     kept: int,
     state_dtype: str,
-    room: Room,
+    room: MemoryBudget,
     configured: bool,
 ) -> Split:
     ranks = training.world_size

@@ -14,13 +14,13 @@ import ray
 from torchspec.config.schema import RecoveryConfig
 from torchspec.contracts import RunStatus
 from torchspec.controller.steps import GroupPlan
-from torchspec.data.draft_vocab import DraftVocab
+from torchspec.data.vocabulary import DraftVocab
 from torchspec.driver.actors import ActorFactory
-from torchspec.driver.controller import ControllerLine
+from torchspec.driver.console import View
+from torchspec.driver.controller_client import ControllerClient
 from torchspec.driver.failure import RunFailed, root_cause
-from torchspec.driver.placement import Room
+from torchspec.driver.placement import RankSlots
 from torchspec.driver.supervise import Pulse
-from torchspec.driver.view import View
 from torchspec.training.checkpoint import CheckpointError
 from torchspec.training.trainer import TrainingDiverged
 
@@ -47,7 +47,7 @@ class Waiting:
     """A generation that starts when there is room for it."""
 
     plan: GroupPlan
-    room: Room
+    room: RankSlots
     seconds: float = 0.0
     """So long, so far."""
 
@@ -55,7 +55,7 @@ class Waiting:
 class Trainers:
     """The actors of one generation at a time."""
 
-    def __init__(self, actors: ActorFactory, controller: ControllerLine, recovery: RecoveryConfig, view: View):
+    def __init__(self, actors: ActorFactory, controller: ControllerClient, recovery: RecoveryConfig, view: View):
         self._actors, self._controller, self._recovery, self._view = actors, controller, recovery, view
         self._ranks: dict[ray.ObjectRef, Rank] = {}
         self._waiting: Waiting | None = None
@@ -116,7 +116,7 @@ class Trainers:
         if waiting is not None and status.closing and status.generation == waiting.plan.generation:
             self.start()
 
-    def _move_in(self, plan: GroupPlan, room: Room) -> None:
+    def _move_in(self, plan: GroupPlan, room: RankSlots) -> None:
         """Start the ranks that there is room for now."""
         assert self.vocabulary is not None
         try:

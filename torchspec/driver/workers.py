@@ -10,10 +10,10 @@ import ray
 
 from torchspec.config.schema import Config
 from torchspec.driver.actors import ActorFactory
-from torchspec.driver.controller import ControllerLine
+from torchspec.driver.console import View
+from torchspec.driver.controller_client import ControllerClient
 from torchspec.driver.failure import RunFailed, root_cause
 from torchspec.driver.supervise import Pulse
-from torchspec.driver.view import View
 
 MAX_FRUITLESS_STARTS = 2
 """An inference pool in which so many workers die in a row, before they were given any work, will never work."""
@@ -35,7 +35,7 @@ class Worker:
 class Workers:
     """The actors of the pool. A worker that dies loses nothing: the controller gives its leases to others."""
 
-    def __init__(self, actors: ActorFactory, controller: ControllerLine, config: Config, view: View):
+    def __init__(self, actors: ActorFactory, controller: ControllerClient, config: Config, view: View):
         self._actors, self._controller, self._view = actors, controller, view
         self._recovery, self._max_deaths = config.recovery, DEATHS_A_TRY * config.controller.max_attempts
         self._workers: dict[ray.ObjectRef, Worker] = {}

@@ -19,7 +19,7 @@ from sglang.version import __version__ as sglang_version
 
 from torchspec.evaluation.loaded_weights import require_loaded
 from torchspec.evaluation.serving import Job, Reply
-from torchspec.inference.ending import end_engine
+from torchspec.inference.sglang_process import end_engine
 from torchspec.inference.token_engine import TokenEngine
 
 _WARM_UP_TOKENS = 8

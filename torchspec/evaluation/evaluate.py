@@ -12,6 +12,7 @@ from pathlib import Path
 
 from transformers import PretrainedConfig
 
+from torchspec.drafts.export import DraftExport, read_target, validate_export
 from torchspec.evaluation.prompts import EvaluationPrompt, load_prompts
 from torchspec.evaluation.result import (
     Acceptance,
@@ -22,7 +23,6 @@ from torchspec.evaluation.result import (
     by_category,
 )
 from torchspec.evaluation.serving import Job, Served, serve
-from torchspec.export.hf import DraftExport, read_target, validate_export
 from torchspec.hardware import fast_dtype, pick_device
 
 Progress = Callable[[str], None]

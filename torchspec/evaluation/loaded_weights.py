@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from torchspec.export.hf import WEIGHTS
+from torchspec.drafts.export import WEIGHTS
 
 _FUSED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
 _VOCAB_MULTIPLE = 64

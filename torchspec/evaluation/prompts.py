@@ -8,7 +8,7 @@ from pathlib import Path
 
 from torchspec.data.conversations import Conversation, read_conversations, require_clean
 from torchspec.data.prompt_sources import find_files
-from torchspec.data.tokenize import ChatTokenizer, Rejection
+from torchspec.data.tokenize import ChatTokenizer, Refusal
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +40,7 @@ def load_prompts(
     questions = [Conversation(c.id, c.messages[:-1] if c.answered else c.messages) for c in conversations]
     prompts = []
     for question, tokens in zip(questions, ChatTokenizer(target_path, chat_template).encode(questions), strict=True):
-        if isinstance(tokens, Rejection):
+        if isinstance(tokens, Refusal):
             raise ValueError(f"prompt {question.id}: {tokens.reason}")
         prompts.append(EvaluationPrompt(question.id, categories.get(question.id), tuple(tokens.input_ids.tolist())))
     return prompts

@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from torchspec.data.files import write_atomically
+from torchspec.files import write_atomically
 
 
 @dataclass(frozen=True, slots=True)

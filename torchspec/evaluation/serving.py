@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torchspec.driver.janitor import MARK, Janitor
+from torchspec.processes.janitor import MARK, Janitor
 
 _LOG_LINES = 15
 _POOL_SLACK = 64

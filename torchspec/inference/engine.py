@@ -30,8 +30,7 @@ from typing import Any, Literal, TypeVar
 
 import psutil
 
-from torchspec.inference.aux_layers import resolve_aux_layers
-from torchspec.inference.capture_protocol import (
+from torchspec.inference.capture.protocol import (
     ENVIRONMENT_VARIABLE,
     CaptureConfig,
     Captured,
@@ -39,14 +38,15 @@ from torchspec.inference.capture_protocol import (
     capture_rid,
     decode_captured,
 )
-from torchspec.inference.ending import end_children, end_engine
-from torchspec.inference.leftovers import remove_shared_memory_leftovers
+from torchspec.inference.sglang_process import end_children, end_engine
 from torchspec.monitor.stopwatch import Stopwatch
-from torchspec.parallel.shards import ShardFormula
+from torchspec.processes.leftovers import remove_shared_memory_leftovers
+from torchspec.shards import ShardFormula
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
 from torchspec.store.layout import tensor_bytes
 from torchspec.store.slot_pool import align
+from torchspec.target.layers import resolve_aux_layers
 
 T = TypeVar("T")
 

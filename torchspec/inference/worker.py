@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from torchspec.config.schema import AnswerConfig, InferenceConfig
 from torchspec.contracts import Answer, FailureKind, Lease, SampleRef, SampleTiming, WorkerReport, pack_mask
-from torchspec.inference.capture_protocol import Captured
+from torchspec.inference.capture.protocol import Captured
 from torchspec.inference.engine import (
     EngineConfig,
     EngineDied,

@@ -65,10 +65,10 @@ PER_POSITION = ("loss_per_position", "accuracy", "full_accuracy")
 _CONTROLLER = "controller"
 _LEDGER = "controller (ledger)"
 _WORKER = "worker (inference/worker.py)"
-_PLUGIN = "engine (inference/capture_writer.py)"
+_PLUGIN = "engine (inference/capture/writer.py)"
 _RANK = "rank (training/trainer.py)"
 _FETCH = "rank (training/fetch.py)"
-_REPORTS = "controller, from reports (controller/telemetry.py)"
+_REPORTS = "controller, from reports (monitor/record/telemetry.py)"
 
 METRICS: tuple[Metric, ...] = (
     # ---- the run ----

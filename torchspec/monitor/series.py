@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torchspec.data.files import write_atomically
+from torchspec.files import write_atomically
 
 _TIME = re.compile(rb'{"time":\s*([-+.0-9eE]+)')
 

@@ -21,9 +21,9 @@ from urllib.parse import urlsplit
 from aiohttp import ClientError, ClientSession, ClientTimeout, web
 
 from torchspec.monitor import views
-from torchspec.monitor.handle import is_live
 from torchspec.monitor.prometheus import CONTENT_TYPE, exposition
 from torchspec.monitor.snapshot import read_latest
+from torchspec.run_folder import is_live
 
 HOST, DEFAULT_PORT = "127.0.0.1", 8790
 OWN_NAMES = ("127.0.0.1", "localhost", "::1")

@@ -6,7 +6,7 @@
     metrics/entities.jsonl   one EntityPoint a line, fewer of them: a few counters of each worker and each rank
     metrics/events.jsonl     faults, scaling, checkpoints, rejections: an Event a line
     metrics/evaluations.jsonl  what ``torchspec eval`` measured of the run's drafts
-    metrics/samples.jsonl    how single samples went through the system (monitor/timeline.py)
+    metrics/samples.jsonl    how single samples went through the system (monitor/record/timeline.py)
 
 What these numbers mean stands in ``monitor/metrics.py``. Times are seconds since the epoch, on the controller's clock.
 Counters start at 0 with each controller, so a smaller value than before marks a restart.
@@ -21,7 +21,7 @@ from typing import Any, Literal
 from pydantic import TypeAdapter
 
 from torchspec.contracts import RankReport, RunStatus, WorkerReport
-from torchspec.data.files import write_atomically
+from torchspec.files import write_atomically
 from torchspec.monitor.series import read_series
 
 SCHEMA = 1

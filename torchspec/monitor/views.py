@@ -17,11 +17,11 @@ import yaml
 
 from torchspec.contracts import unpack_mask
 from torchspec.monitor.bottleneck import Verdict, judge_run
-from torchspec.monitor.handle import is_live
 from torchspec.monitor.health import Health, assess_run
 from torchspec.monitor.metrics import METRICS, prometheus_name
 from torchspec.monitor.series import read_series, tail, thin
 from torchspec.monitor.snapshot import RANK_COLUMNS, WORKER_COLUMNS, Snapshot, adapter, metrics_dir, read_latest
+from torchspec.run_folder import is_live
 
 Record = dict[str, Any]
 Columns = dict[str, list[Any]]

@@ -12,11 +12,11 @@ from statistics import fmean
 from typing import Any
 
 from torchspec.monitor.bottleneck import Verdict, judge_run
-from torchspec.monitor.handle import is_live
 from torchspec.monitor.health import Health, assess
 from torchspec.monitor.series import Follower
 from torchspec.monitor.snapshot import Snapshot, metrics_dir, read_latest
 from torchspec.monitor.views import undo
+from torchspec.run_folder import is_live
 
 Record = dict[str, Any]
 
@@ -48,9 +48,9 @@ class RunWatch:
     def __init__(self, run_dir: Path, clock: Callable[[], float] = time.time):
         self.run_dir, self._clock = run_dir, clock
         metrics = metrics_dir(run_dir)
-        self._history = Trail(metrics / "history.jsonl", HISTORY_KEPT)
-        self._events = Trail(metrics / "events.jsonl", EVENTS_KEPT)
-        self._steps = Trail(run_dir / "metrics.jsonl", STEPS_KEPT)
+        self._history = TailedFile(metrics / "history.jsonl", HISTORY_KEPT)
+        self._events = TailedFile(metrics / "events.jsonl", EVENTS_KEPT)
+        self._steps = TailedFile(run_dir / "metrics.jsonl", STEPS_KEPT)
 
     def look(self) -> Look:
         """What is there now.
@@ -73,7 +73,7 @@ class RunWatch:
         )
 
 
-class Trail:
+class TailedFile:
     """The newest lines of a file that grows."""
 
     def __init__(self, path: Path, kept: int):

@@ -1,7 +1,7 @@
 """The process group of a run's training ranks, and their mesh.
 
 The mesh has three dimensions, ``("dp", "ring", "ulysses")``: data-parallel replicas and, inside each, the ranks that
-share its samples (``parallel/shards.py``). Neighbours in number are Ulysses ranks, which exchange the most. A group
+share its samples (``shards.py``). Neighbours in number are Ulysses ranks, which exchange the most. A group
 exists for one rank too, so the step loop needs no special case.
 
 The weights do not follow the mesh. Every rank's gradient is a part of one sum, whether it comes from other samples or

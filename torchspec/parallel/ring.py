@@ -13,7 +13,7 @@ without memory of its own that stands for them.
 Which queries meet which keys is decided beforehand, as a list of tiles. A tile is one call of the flash kernel: queries
 of one sample with keys that all come before them (full), or with the keys of their own positions (causal, square).
 Later keys and padding are in no tile. The backward calls each tile's kernel with the output and log-sum-exp of the
-whole softmax, diagonal terms included, as ``models/attention.py`` explains.
+whole softmax, diagonal terms included, as ``drafts/eagle3/attention.py`` explains.
 
 Shapes: R query rows, L query slots, G key/value slots, Q query heads, K key/value heads (those of this rank), E head
 dimension. ``kv_GKX`` has a row's key and value side by side, X = 2E.
@@ -29,8 +29,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from torchspec.models.attention import block_attention, block_attention_backward
-from torchspec.models.losses import accumulating
+from torchspec.drafts.eagle3.attention import block_attention, block_attention_backward
+from torchspec.nn.losses import accumulating
 
 
 class Run(NamedTuple):

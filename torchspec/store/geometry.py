@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from torchspec.contracts import TensorSpec
-from torchspec.parallel.shards import ShardFormula
+from torchspec.shards import ShardFormula
 from torchspec.store.layout import sample_tensors, stored_bytes
 from torchspec.store.usp import shard_suffix, shard_tensors
 

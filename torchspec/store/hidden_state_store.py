@@ -32,16 +32,16 @@ _PUT_THREADS = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class SampleBuffer:
+class Slot:
     """A slot of registered memory. The views die with :meth:`HiddenStateStore.release` or with the end of a put."""
 
     views: dict[str, torch.Tensor]
     """Suffix to a CPU tensor in the slot."""
     offset: int
 
-    def head(self, rows: int) -> SampleBuffer:
+    def head(self, rows: int) -> Slot:
         """The same slot, of which only the first ``rows`` of each tensor are meant."""
-        return SampleBuffer({suffix: view[:rows] for suffix, view in self.views.items()}, self.offset)
+        return Slot({suffix: view[:rows] for suffix, view in self.views.items()}, self.offset)
 
 
 class HiddenStateStore:
@@ -66,7 +66,7 @@ class HiddenStateStore:
         self._replication = pinned()
         self._executor = ThreadPoolExecutor(_PUT_THREADS, thread_name_prefix="store-put")
 
-    def allocate(self, tensors: Mapping[str, TensorSpec], timeout: float | None = None) -> SampleBuffer:
+    def allocate(self, tensors: Mapping[str, TensorSpec], timeout: float | None = None) -> Slot:
         """A slot with a view for each tensor, contents undefined. Waits for room.
 
         Raises:
@@ -95,15 +95,13 @@ class HiddenStateStore:
             .view(spec.shape)
             for (suffix, spec), start in zip(tensors.items(), starts, strict=True)
         }
-        return SampleBuffer(views, offset)
+        return Slot(views, offset)
 
-    def release(self, buffer: SampleBuffer) -> None:
+    def release(self, buffer: Slot) -> None:
         """Give the slot back; its views must not be used any more."""
         self._pool.release(buffer.offset)
 
-    def put(
-        self, key: str, buffer: SampleBuffer, pieces: Mapping[str, Sequence[torch.Tensor]] | None = None
-    ) -> Future[int]:
+    def put(self, key: str, buffer: Slot, pieces: Mapping[str, Sequence[torch.Tensor]] | None = None) -> Future[int]:
         """Store objects under ``{key}_{suffix}`` in the background, all of them or none, and release the buffer.
 
         Args:
@@ -117,7 +115,7 @@ class HiddenStateStore:
             pieces = {suffix: (view,) for suffix, view in buffer.views.items()}
         return self._executor.submit(self._put, key, buffer, pieces)
 
-    def get(self, key: str, tensors: Mapping[str, TensorSpec], timeout: float | None = None) -> SampleBuffer:
+    def get(self, key: str, tensors: Mapping[str, TensorSpec], timeout: float | None = None) -> Slot:
         """Read ``{key}_{suffix}`` into a new buffer, which the caller releases. ``timeout``: as in :meth:`allocate`.
 
         Raises:
@@ -189,7 +187,7 @@ class HiddenStateStore:
         self._client.unregister_buffer(self._buffer.data_ptr())
         self._client.close()
 
-    def _put(self, key: str, buffer: SampleBuffer, pieces: Mapping[str, Sequence[torch.Tensor]]) -> int:
+    def _put(self, key: str, buffer: Slot, pieces: Mapping[str, Sequence[torch.Tensor]]) -> int:
         try:
             names, sizes = _names(key, pieces), [[part.nbytes for part in parts] for parts in pieces.values()]
             pointers = [[part.data_ptr() for part in parts] for parts in pieces.values()]

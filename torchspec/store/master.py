@@ -12,7 +12,7 @@ from pathlib import Path
 import mooncake
 import psutil
 
-from torchspec.processes import ChildProcess, free_port, require_free_port
+from torchspec.processes.child import ChildProcess, free_port, require_free_port
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.errors import StoreUnavailable
 

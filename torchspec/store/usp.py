@@ -15,12 +15,12 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torchspec.contracts import TensorSpec
-from torchspec.parallel.shards import Segment, ShardFormula
+from torchspec.shards import Segment, ShardFormula
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from torchspec.store.hidden_state_store import HiddenStateStore, SampleBuffer
+    from torchspec.store.hidden_state_store import HiddenStateStore, Slot
 
 WITHOUT_HALO = ("hs",)
 """What a rank reads of its own rows alone."""
@@ -48,7 +48,7 @@ def shard_tensors(
     return shard
 
 
-def put_usp_shards(store: HiddenStateStore, key: str, buffer: SampleBuffer, sharding: ShardFormula) -> Future[int]:
+def put_usp_shards(store: HiddenStateStore, key: str, buffer: Slot, sharding: ShardFormula) -> Future[int]:
     """Store the shards of the whole sample in ``buffer``, all of them or none, and release the buffer.
 
     The store reads the segments where they are: no rank's shard is put together in memory first.

@@ -9,7 +9,7 @@ rank train what another skips. A store that does not answer may have lost what i
 the step loop with the future of the step they belong to.
 
 Where samples are split among ranks that share them, each rank reads the objects of its own shard and no other, and
-lays its segments out as the windows that the attention backend plans for (``parallel/shards.py``). Masks and lengths
+lays its segments out as the windows that the attention backend plans for (``shards.py``). Masks and lengths
 are those of the whole samples, from the metadata.
 
 Shapes: B samples, W windows of this rank (a sample each, where samples are whole), S columns, A aux states concatenated
@@ -29,10 +29,10 @@ import ray
 import torch
 from torch import Tensor
 
-from torchspec.contracts import RankBatch, RankId, SampleId, SampleRef
-from torchspec.models.eagle3 import Eagle3Batch
+from torchspec.contracts import MicroBatches, RankBatch, RankId, SampleId, SampleRef
+from torchspec.drafts.eagle3.model import Batch
 from torchspec.monitor.latency import EMPTY, observe
-from torchspec.parallel.shards import Segment
+from torchspec.shards import Segment
 from torchspec.store.errors import MissingObject, SizeMismatch, StoreUnavailable
 from torchspec.store.geometry import SampleGeometry
 from torchspec.store.hidden_state_store import HiddenStateStore
@@ -44,7 +44,6 @@ IDLE_TOKENS = 8
 MAX_ROUNDS = 10
 """A step whose samples are lost so often in a row has ranks that cannot reach the store."""
 
-MicroBatches = tuple[tuple[SampleRef, ...], ...]
 Windows = dict[str, list[Tensor]]
 """Object suffix to the rows of the padded batch that it fills, one view for each segment."""
 Rows = dict[str, Windows]
@@ -56,7 +55,7 @@ class FetchedStep:
     """One step's work, in host memory."""
 
     batch: RankBatch
-    micro_batches: list[Eagle3Batch]
+    micro_batches: list[Batch]
     fetch_seconds: float
     """Time spent on the store, without waiting for the controller."""
 
@@ -73,7 +72,7 @@ class SampleFetcher:
         self.bytes_read = 0
         self.get_seconds, self.get_histogram = 0.0, EMPTY
 
-    def fetch(self, micro_batches: MicroBatches, held: Rows) -> tuple[list[Eagle3Batch], set[SampleId]]:
+    def fetch(self, micro_batches: MicroBatches, held: Rows) -> tuple[list[Batch], set[SampleId]]:
         """Build every micro-batch, from ``held`` where a sample is there and from the store where not.
 
         ``held`` is brought up to date. Also returns the samples whose objects are missing or damaged: their rows are
@@ -113,7 +112,7 @@ class SampleFetcher:
             self.get_histogram = observe(self.get_histogram, seconds)
         held[ref.key] = views
 
-    def _padded(self, refs: tuple[SampleRef, ...]) -> tuple[Eagle3Batch, list[Windows]]:
+    def _padded(self, refs: tuple[SampleRef, ...]) -> tuple[Batch, list[Windows]]:
         """Room for ``refs``, and where each goes: zeros, and no loss, beyond the end of each sample."""
         lengths = [ref.num_tokens for ref in refs] or [0]
         windows = self._windows(lengths)
@@ -134,7 +133,7 @@ class SampleFetcher:
         for sample, ref in enumerate(refs):
             loss_mask_BS[sample, : ref.num_tokens] = _mask(ref)
         (norm_state,) = {ref.norm_state for ref in refs} or {"post_norm"}
-        batch = Eagle3Batch(
+        batch = Batch(
             hs_BSA=tensors["hs"],
             lhs_BSH=tensors["lhs"],
             ids_BS=tensors["ids"],
@@ -181,7 +180,7 @@ class StepStream:
         """Steps that are fetched and wait for the step loop."""
         return sum(future.done() for future in tuple(self._ahead))
 
-    def heldout(self) -> list[Eagle3Batch]:
+    def heldout(self) -> list[Batch]:
         """This rank's held-out micro-batches, fetched once and kept in memory; empty where there are none."""
         return self._heldout.result() if self._heldout is not None else []
 
@@ -206,10 +205,10 @@ class StepStream:
         names = ", ".join(map(str, sorted(missing)))
         raise MissingObject(f"step {batch.step}: samples were lost {MAX_ROUNDS} times in a row, here {names or 'none'}")
 
-    def _fetch_heldout(self) -> list[Eagle3Batch]:
+    def _fetch_heldout(self) -> list[Batch]:
         held: Rows = {}
         complete = False
-        micro_batches: list[Eagle3Batch] = []
+        micro_batches: list[Batch] = []
         while not complete:
             refs: MicroBatches = ray.get(self._controller.heldout_batches.remote(self._rank))
             if not refs:

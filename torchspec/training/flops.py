@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from torchspec.models.eagle3 import Eagle3Batch
-from torchspec.models.eagle3_config import Eagle3Config
+from torchspec.drafts.eagle3.model import Batch
+from torchspec.drafts.eagle3.spec import Eagle3Spec
 
 PEAK_FLOPS = {
     "H100 PCIe": 756e12,
@@ -24,7 +24,7 @@ PEAK_FLOPS = {
 """Dense bfloat16 operations a second by a part of the device's name, from NVIDIA's data sheets; first match counts."""
 
 
-def draft_flops(draft: Eagle3Config, tokens: int, scored: int, ttt_length: int) -> float:
+def draft_flops(draft: Eagle3Spec, tokens: int, scored: int, ttt_length: int) -> float:
     """Operations of forward and backward on one sample; a multiply-add counts as two.
 
     S tokens, N of them scored, T TTT steps; H hidden, Q and K widths of queries and of keys, I of the MLP, D and V
@@ -47,7 +47,7 @@ def draft_flops(draft: Eagle3Config, tokens: int, scored: int, ttt_length: int) 
     return 2.0 * (3 * (once + ttt_length * (step + attention) + later) + teacher)
 
 
-def batch_flops(draft: Eagle3Config, batch: Eagle3Batch, ttt_length: int) -> float:
+def batch_flops(draft: Eagle3Spec, batch: Batch, ttt_length: int) -> float:
     """Of a micro-batch's samples, whoever shares them."""
     scored = batch.loss_mask_BS.sum(1).tolist()
     lengths = batch.lengths_B.tolist()

@@ -11,7 +11,7 @@ import os
 import shutil
 from pathlib import Path
 
-from torchspec.data.files import sync_folder
+from torchspec.files import sync_folder
 
 PARTIAL = ".tmp"
 
@@ -63,7 +63,7 @@ def point(root: Path, pointer: str, folder: Path) -> None:
     sync_folder(root)
 
 
-def rotate(root: Path, keep: int) -> None:
+def prune(root: Path, keep: int) -> None:
     """Remove all complete folders but the ``keep`` newest and those that a pointer names, and every partial one.
 
     Newest by time of writing: after a resume from an older checkpoint, a higher step number may be an abandoned one.

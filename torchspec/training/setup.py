@@ -11,10 +11,10 @@ from torch.distributed.device_mesh import DeviceMesh
 from transformers import AutoConfig
 
 from torchspec.config.schema import Config, TrainingConfig
-from torchspec.models.eagle3 import Eagle3Config, Eagle3Draft, TargetHead, load_target_head
-from torchspec.models.initialise import initialise
-from torchspec.parallel.shards import ShardFormula
-from torchspec.parallel.usp import UspBackend
+from torchspec.drafts.eagle3.initialise import initialise
+from torchspec.drafts.eagle3.model import Eagle3Draft, Eagle3Spec, TargetHead, load_target_head
+from torchspec.drafts.eagle3.sharded import UspBackend
+from torchspec.shards import ShardFormula
 from torchspec.training.weights import warm_start
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def build_draft(
     dtype = getattr(torch, training.dtype)
     head = load_target_head(config.target.path, dtype, device, draft_ids)
     target = AutoConfig.from_pretrained(config.target.path, trust_remote_code=config.target.trust_remote_code)
-    shape = Eagle3Config.from_target(target, len(draft_ids), num_aux)
+    shape = Eagle3Spec.from_target(target, len(draft_ids), num_aux)
     torch.manual_seed(config.run.seed)
     draft = Eagle3Draft(shape, training.activation_checkpointing)
     initialise(draft, head, config.draft.init, config.target.path)
@@ -40,7 +40,7 @@ def build_draft(
     return draft.to(device), head
 
 
-def usp_backend(training: TrainingConfig, draft: Eagle3Config, mesh: DeviceMesh) -> UspBackend:
+def usp_backend(training: TrainingConfig, draft: Eagle3Spec, mesh: DeviceMesh) -> UspBackend:
     """Sequence parallelism as the config says.
 
     Raises:

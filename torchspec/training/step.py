@@ -13,15 +13,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from torchspec.models.eagle3 import Eagle3Batch, Eagle3Output
-from torchspec.training.metrics import StepSums
+from torchspec.drafts.eagle3.model import Batch, DraftOutput
 from torchspec.training.optimizer import scale_and_clip, sum_over_ranks
+from torchspec.training.sums import StepSums
 
-Forward = Callable[[Eagle3Batch], Eagle3Output]
+Forward = Callable[[Batch], DraftOutput]
 
 
 def add_gradients(
-    draft: nn.Module, micro_batches: Sequence[Eagle3Batch], forward: Forward, sums: StepSums, counts_tokens: bool
+    draft: nn.Module, micro_batches: Sequence[Batch], forward: Forward, sums: StepSums, counts_tokens: bool
 ) -> None:
     """Forward and backward of this rank's micro-batches; their sums are added to ``sums``.
 

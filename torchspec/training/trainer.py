@@ -28,9 +28,9 @@ import yaml
 
 from torchspec.config.schema import Config
 from torchspec.contracts import RankId, RankReport, StepReport
-from torchspec.export.hf import export_draft
+from torchspec.drafts.eagle3.model import Batch, DraftOutput
+from torchspec.drafts.export import export_draft
 from torchspec.hardware import pick_device
-from torchspec.models.eagle3 import Eagle3Batch, Eagle3Output
 from torchspec.parallel.mesh import build_mesh, join_ranks, shard_module
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
@@ -47,13 +47,13 @@ from torchspec.training.checkpoint import (
 from torchspec.training.clock import RankClock, reporting
 from torchspec.training.fetch import FetchedStep, SampleFetcher, StepStream
 from torchspec.training.flops import batch_flops, peak_flops
-from torchspec.training.metrics import StepSums, summarise
 from torchspec.training.optimizer import build_optimizer
 from torchspec.training.profile import StepProfiler
-from torchspec.training.rotation import checkpoints_root, point, rotate, step_folder
+from torchspec.training.rotation import checkpoints_root, point, prune, step_folder
 from torchspec.training.schedule import learning_rate
 from torchspec.training.setup import build_draft, compile_or_stay_eager, usp_backend
 from torchspec.training.step import add_gradients, reduce_gradients
+from torchspec.training.sums import StepSums, summarise
 from torchspec.training.weights import gather_weights
 
 
@@ -224,11 +224,11 @@ class Trainer:
             flops=flops / training.sp_size,
         )
 
-    def _timed_forward(self, batch: Eagle3Batch) -> Eagle3Output:
+    def _timed_forward(self, batch: Batch) -> DraftOutput:
         with self.clock.span("forward"):
             return self._forward(batch)
 
-    def _forward(self, batch: Eagle3Batch) -> Eagle3Output:
+    def _forward(self, batch: Batch) -> DraftOutput:
         dtype = getattr(torch, self.config.training.dtype)
         with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
             return self.draft(
@@ -249,7 +249,7 @@ class Trainer:
 
     # ---- after a step ----
 
-    def _evaluate(self, controller: Any, micro_batches: list[Eagle3Batch]) -> float | None:
+    def _evaluate(self, controller: Any, micro_batches: list[Batch]) -> float | None:
         """Score the held-out samples; their simulated accept length, or None without samples."""
         sums = StepSums(len(self.step_weights), self.device)
         started = time.perf_counter()
@@ -291,7 +291,7 @@ class Trainer:
             best = score is not None and score > _best_score(root)
             for pointer in ("latest", *(["best"] if best else [])):
                 point(root, pointer, folder)
-            rotate(root, config.checkpoint.keep)
+            prune(root, config.checkpoint.keep)
             ray.get(controller.committed.remote(self.rank, self.step, str(folder), best))
         if config.checkpoint.export:
             weights = gather_weights(self.parameters)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchspec.config.load import load_config
-from torchspec.export.hf import WEIGHTS, export_draft, validate_export
+from torchspec.drafts.export import WEIGHTS, export_draft, validate_export
 from torchspec.training.checkpoint import CONFIG_FILE, checkpoint_kind, load_weights, read_info
 
 HEAD = "lm_head.weight"

@@ -1,0 +1,159 @@
+"""Config: recipes, overrides, and one clear line for each thing that is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from torchspec.config.load import load_config, parse_config, save_config
+from torchspec.config.schema import Config
+
+RECIPES = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    path = tmp_path / "recipe.yaml"
+    path.write_text("target:\n  path: models/x\ntraining:\n  batch_size: 4\n")
+    return path
+
+
+def error_of(recipe: Path, *overrides: str) -> str:
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        load_config(recipe, overrides)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
+def test_shipped_recipes_are_valid(path: Path) -> None:
+    assert load_config(path).run.name == path.stem
+
+
+def test_defaults_file_and_overrides_win_in_that_order(recipe: Path) -> None:
+    config = load_config(recipe, ["optimizer.lr=1e-3", "optimizer.lr=2e-3", "training.ttt_length=3"])
+    assert (config.training.epochs, config.training.batch_size, config.training.ttt_length) == (1, 4, 3)
+    assert config.optimizer.lr == 2e-3
+
+
+def test_an_empty_section_is_all_defaults(recipe: Path) -> None:
+    recipe.write_text("target: {path: models/x}\ndata:\ntraining:\n")
+    assert load_config(recipe) == parse_config({"target": {"path": "models/x"}})
+    assert load_config(recipe, ["training.epochs=2"]).training.epochs == 2
+    assert error_of(recipe, "target=null") == "target: Field required"
+    assert error_of(recipe, "dta=null") == "unknown key dta: did you mean data?"
+
+
+@pytest.mark.parametrize(
+    ("override", "value"),
+    [
+        ("run.seed=7", 7),
+        ("optimizer.eps=1e-6", 1e-6),
+        ("optimizer.betas=[0.8, 0.9]", (0.8, 0.9)),
+        ("target.aux_layers=[1,14,26]", [1, 14, 26]),
+        ("evaluation.heldout=null", None),
+        ("evaluation.heldout=data/a=b/*.jsonl", "data/a=b/*.jsonl"),
+        ("training.compile=true", True),
+        ("training.threads=auto", "auto"),
+        ("training.threads=3", 3),
+        ("data.cache_dir=/tmp/cache", Path("/tmp/cache")),
+        ("inference.engine_args.log_level=info", {"log_level": "info"}),
+    ],
+)
+def test_override_forms(recipe: Path, override: str, value: object) -> None:
+    config = load_config(recipe, [override])
+    section, name = override.partition("=")[0].split(".")[:2]
+    assert getattr(getattr(config, section), name) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("traning.epochs=3", "unknown key traning: did you mean training?"),
+        ("training.batchsize=3", "unknown key training.batchsize: did you mean training.batch_size?"),
+        ("training.warmup_ratio=0.1", "unknown key training.warmup_ratio: did you mean optimizer.warmup_ratio?"),
+        ("store.zzz=1", "unknown key store.zzz: valid keys here are host, master_port, protocol, segment_bytes"),
+        ("training.batch_size", "override 'training.batch_size' must look like section.key=value"),
+        ("=3", "override '=3' must look like section.key=value"),
+        ("target.path.x=1", "override 'target.path.x=1': path is a value, not a section"),
+        ("optimizer.betas=[1,", "override 'optimizer.betas=[1,': the value is not valid YAML"),
+    ],
+)
+def test_malformed_overrides_and_typos_are_one_line(recipe: Path, override: str, message: str) -> None:
+    assert error_of(recipe, override) == message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.epochs=0", "training.epochs: 0 does not fit; valid: integer, >= 1"),
+        ("training.threads=many", "training.threads: 'many' does not fit; valid: integer > 0 | auto"),
+        ("inference.threads=0", "inference.threads: 0 does not fit; valid: integer > 0 | auto"),
+        ("training.dtype=fp8", "training.dtype: 'fp8' does not fit; valid: auto | bfloat16 | float32"),
+        ("optimizer.betas=[0.9]", "optimizer.betas: [0.9] does not fit; valid: [number, number]"),
+        ("target.aux_layers=[1,x]", "target.aux_layers: [1, 'x'] does not fit; valid: list of integer | null"),
+        ("training.compile=perhaps", "training.compile: 'perhaps' does not fit; valid: true or false"),
+        ("data=3", "data: 3 does not fit; valid: keys and their values"),
+        (
+            "run.name=../up",
+            "run.name: '../up' does not fit; valid: text, matching ^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        ),
+        ("run.dir=[3]", "run.dir: [3] does not fit; valid: path"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named_with_what_does(recipe: Path, override: str, message: str) -> None:
+    assert error_of(recipe, override) == message
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("training.dp_size=5", "training.dp_size"),
+        ("controller.reorder_window=2", "controller.reorder_window"),
+        ("training.sp_ring_size=2", "need training.attention_backend=usp; it is flash"),
+        ("training.sp_ulysses_size=0", "training.sp_ulysses_size"),
+        ("training.sp_layout=striped", "training.sp_layout"),
+    ],
+)
+def test_what_contradicts_another_key_is_named(recipe: Path, override: str, key: str) -> None:
+    message = error_of(recipe, override)
+    assert key in message
+    assert "\n" not in message and "pydantic" not in message
+
+
+def test_each_thing_that_is_wrong_has_its_line(recipe: Path) -> None:
+    lines = error_of(recipe, "training.epoch=3", "run.seed=-1").splitlines()
+    assert len(lines) == 2
+    assert any("training.epochs" in line for line in lines) and any("run.seed" in line for line in lines)
+
+
+def test_the_target_is_required() -> None:
+    with pytest.raises(ValueError, match=r"^target: Field required$"):
+        parse_config({})
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    path = tmp_path / "absent.yaml"
+    assert error_of(path) == f"cannot read the config {path}: No such file or directory"
+
+
+def test_a_folder_is_no_config(tmp_path: Path) -> None:
+    assert error_of(tmp_path) == f"cannot read the config {tmp_path}: Is a directory"
+
+
+def test_broken_yaml_says_where(recipe: Path) -> None:
+    recipe.write_text("target:\n  path: [1, 2\ntraining: {\n")
+    message = error_of(recipe)
+    assert message.startswith(f"{recipe} is not valid YAML") and "line 3" in message and "\n" not in message
+
+
+def test_yaml_that_is_no_mapping(recipe: Path) -> None:
+    recipe.write_text("- a\n- b\n")
+    assert error_of(recipe) == f"{recipe} must hold sections (run:, target:, data:, ...), not a list"
+
+
+def test_the_saved_config_reads_back_equal(recipe: Path, tmp_path: Path) -> None:
+    config = load_config(recipe, ["optimizer.lr=2e-3", "inference.engine_args={a: [1, 2]}", "data.limit=9"])
+    save_config(config, tmp_path / "saved.yaml")
+    again = load_config(tmp_path / "saved.yaml")
+    assert again == config and again != Config.model_validate({"target": {"path": "models/x"}})

@@ -1,0 +1,130 @@
+"""The size of the inference pool, on simulated pipelines: one that follows, one that does not flutter."""
+
+from __future__ import annotations
+
+import pytest
+
+from torchspec.config.load import parse_config
+from torchspec.controller.autoscale import COOL_DOWN_SECONDS, Limits, Load, Move, decide
+from torchspec.controller.inference_pool import MOST_LOOKS, InferencePool, with_sizes, with_workers
+
+LIMITS = Limits(least=1, most=8)
+
+
+def simulate(pool: InferencePool, clock: list[float], needed: float, seconds: float) -> list[int]:
+    """Sizes of the pool while training could use what ``needed`` workers produce."""
+    sizes = [pool.wanted]
+    workers = sorted(pool._active)
+    end = clock[0] + seconds
+    while clock[0] < end:
+        while len(workers) < pool.wanted:
+            workers.append(f"w{len(workers)}t{clock[0]}")
+            pool.joined(workers[-1])
+        while len(workers) > pool.wanted:
+            pool.drain(workers.pop())
+        n = len(workers)
+        for look in range(20):
+            starved = look / 20 < 1 - n / needed
+            idle = [w for i, w in enumerate(workers) if (look + 0.5) / 20 < 1 - needed / n]
+            pool._waiting = set(idle)
+            pool.look(starved, busy=lambda _: False)
+        clock[0] += 10
+        pool.autoscale(step=int(clock[0]))
+        if pool.wanted != sizes[-1]:
+            sizes.append(pool.wanted)
+    return sizes
+
+
+def make_pool(clock: list[float], running: int = 0, **inference) -> InferencePool:
+    tree = {"target": {"path": "x"}, "inference": {"workers": "auto", "max_workers": 8, **inference}}
+    return InferencePool(parse_config(tree), running, lambda: clock[0])
+
+
+@pytest.mark.parametrize(("needed", "expected"), [(0.4, 1), (1.0, 1), (2.6, 3), (5.2, 6), (20.0, 8)])
+def test_the_pool_grows_to_what_training_needs_and_stays(needed, expected):
+    clock = [0.0]
+    sizes = simulate(make_pool(clock), clock, needed, 3600)
+    assert sizes[-1] == expected
+    assert sizes == sorted(sizes)
+
+
+def test_the_pool_follows_both_ways_and_does_not_flutter():
+    clock = [0.0]
+    pool = make_pool(clock)
+    assert simulate(pool, clock, 4.5, 3600)[-1] == 5
+    down = simulate(pool, clock, 1.5, 3600)
+    assert down == [5, 4, 3, 2]
+    assert simulate(pool, clock, 1.5, 3600) == [2]
+
+
+def test_nothing_is_decided_while_a_move_settles():
+    clock = [0.0]
+    pool = make_pool(clock)
+    simulate(pool, clock, 9.0, COOL_DOWN_SECONDS - 10)
+    assert pool.wanted == 1
+    simulate(pool, clock, 9.0, 20)
+    assert pool.wanted == 2
+
+
+def test_what_is_too_little_to_tell_decides_nothing():
+    """Of a long step, ten seconds are all waiting or none."""
+    clock = [1000.0]
+    pool = make_pool(clock, running=4)
+    for name in "abcd":
+        pool.joined(name)
+    clock[0] += 100
+    for step in (1, 2):
+        assert pool.autoscale(step) is None, "nothing was seen"
+    pool.forget_looks(2)
+    for look in range(MOST_LOOKS):
+        assert pool.autoscale(3) is None
+        pool.look(look % 2 == 0, busy=lambda _: True)
+    assert pool.autoscale(3) == Move(8, "training waits for samples 50% of the time")
+
+
+def test_a_number_switches_it_off_and_auto_begins_where_it_is():
+    clock = [0.0]
+    pool = make_pool(clock)
+    pool.ask_for(3)
+    assert simulate(pool, clock, 9.0, 600) == [3]
+    pool.ask_for("auto")
+    assert pool.wanted == 3
+    assert simulate(pool, clock, 9.0, 600)[-1] == 8
+
+
+def test_a_new_controller_keeps_the_workers_that_are_there():
+    assert make_pool([0.0], running=5).wanted == 5
+    assert make_pool([0.0], running=5, max_workers=4).wanted == 4
+    assert make_pool([0.0], running=5, workers=2).wanted == 2
+
+
+@pytest.mark.parametrize(
+    ("load", "expected"),
+    [
+        (Load(4, starvation=0.5, backpressure=0.0), 8),
+        (Load(4, starvation=0.9, backpressure=0.0), 8),  # at most twice as many at a time
+        (Load(4, starvation=0.12, backpressure=0.0), 5),
+        (Load(4, starvation=0.05, backpressure=0.0), None),
+        (Load(4, starvation=0.3, backpressure=0.6), None),  # both wait: more workers would wait, too
+        (Load(4, starvation=0.0, backpressure=0.3), None),  # three would be just enough: too close
+        (Load(4, starvation=0.0, backpressure=0.4), 3),
+        (Load(4, starvation=0.05, backpressure=0.6), None),
+        (Load(1, starvation=0.0, backpressure=1.0), None),
+        (Load(8, starvation=0.9, backpressure=0.0), None),
+    ],
+)
+def test_decisions(load, expected):
+    move = decide(load, LIMITS)
+    assert (move.workers if move else None) == expected
+    assert move is None or "%" in move.reason
+
+
+def test_sizes_are_checked_like_a_config():
+    config = parse_config({"target": {"path": "x"}, "training": {"batch_size": 2}})
+    assert with_workers(config, "auto").inference.workers == "auto"
+    scaled = with_sizes(config, {"dp_size": 2, "attention_backend": "usp", "sp_ring_size": 2})
+    assert scaled.training.world_size == 4 and config.training.world_size == 1
+    with pytest.raises(ValueError, match=r"training\.dp_size \(3\)"):
+        with_sizes(config, {"dp_size": 3})
+    with pytest.raises(ValueError, match=r"inference\.workers"):
+        with_workers(config, 0)

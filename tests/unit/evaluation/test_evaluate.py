@@ -1,0 +1,192 @@
+"""Figures of an evaluation, its prompts, and what it refuses before a server is started."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from torchspec.drafts.export import DraftExport, read_target
+from torchspec.evaluation import evaluate
+from torchspec.evaluation.evaluate import evaluate_draft, require_match, run_evaluation
+from torchspec.evaluation.prompts import EvaluationPrompt, load_prompts
+from torchspec.evaluation.render import render
+from torchspec.evaluation.result import Acceptance, EvaluationResult, EvaluationSettings, PromptResult
+from torchspec.evaluation.serving import Job, Reply, Served
+
+PROMPTS = [
+    PromptResult("a", "code", [7] * 11, [2, 1, 0, 2], True),
+    PromptResult("b", "maths", [7] * 4, [3], False),
+    PromptResult("c", "code", [7] * 5, [1, 1, 1], True),
+    PromptResult("d", None, [7], [], True),
+]
+
+
+def test_acceptance_follows_from_the_histograms() -> None:
+    # Steps with exactly 0, 1, 2, 3 right drafts: 6, 2, 1, 2.
+    figures = Acceptance.of(PROMPTS, num_draft_tokens=3)
+    assert (figures.prompts, figures.verify_steps, figures.correct_drafts, figures.output_tokens) == (4, 11, 10, 21)
+    assert figures.accept_length == pytest.approx(1 + 10 / 11)
+    assert figures.position_acceptance == pytest.approx((5 / 11, 3 / 11, 2 / 11))
+    assert figures.accept_length == pytest.approx(1 + sum(figures.position_acceptance))
+    assert figures.server_accept_length == pytest.approx(21 / 11)
+
+
+def test_acceptance_needs_a_verify_step() -> None:
+    with pytest.raises(ValueError, match="never verified a draft"):
+        Acceptance.of(PROMPTS[3:], num_draft_tokens=3)
+
+
+@pytest.fixture
+def result() -> EvaluationResult:
+    """What ``evaluate_draft`` makes of two known servings; the servers themselves are in the integration tests."""
+    drafted = Served([Reply(p.output_ids, p.histogram) for p in PROMPTS], seconds=2.0, sglang_version="0.5.23")
+    plain = Served([Reply(p.output_ids if p.identical else [1], []) for p in PROMPTS], 3.0, "0.5.23")
+    prompts = [EvaluationPrompt(p.id, p.category, (1, 2)) for p in PROMPTS]
+    settings = EvaluationSettings(device="cpu", dtype="bfloat16", threads=1)
+    return evaluate._compare(drafted, plain, prompts, settings, "draft", "target", "mine.jsonl")
+
+
+def test_servings_are_compared(result: EvaluationResult) -> None:
+    assert result.overall == Acceptance.of(PROMPTS, 3)
+    assert list(result.categories) == ["code", "maths"]
+    assert result.categories["code"].accept_length == pytest.approx(1 + 10 / 8)
+    assert result.categories["maths"].accept_length == 1
+    assert result.identical_outputs == 3
+    assert result.with_draft.tokens_per_s == pytest.approx(21 / 2)
+    assert result.without_draft.tokens_per_s == pytest.approx(18 / 3)
+    assert result.speed_up == pytest.approx(10.5 / 6)
+    assert result.prompts == PROMPTS
+
+
+def test_the_result_is_saved_as_json_and_shown_as_tables(result: EvaluationResult, tmp_path: Path) -> None:
+    result.save(tmp_path / "deep" / "result.json")
+    saved = json.loads((tmp_path / "deep" / "result.json").read_text())
+    assert saved["overall"]["accept_length"] == result.overall.accept_length
+    assert saved["settings"]["num_draft_tokens"] == 3
+    assert saved["prompts"][1] == {
+        "id": "b",
+        "category": "maths",
+        "output_ids": [7, 7, 7, 7],
+        "histogram": [3],
+        "identical": False,
+    }
+    shown = io.StringIO()
+    Console(width=120, file=shown).print(render(result))
+    text = shown.getvalue()
+    for figure in ("code", "1.909", "45.5%", "27.3%", "18.2%", "10.5", "1.75x", "3 of 4 answers identical"):
+        assert figure in text, figure
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"num_draft_tokens": 0}, "num_draft_tokens is 0, but must be at least 1"),
+        ({"max_tokens": -1}, "max_tokens is -1"),
+        ({"concurrency": 0}, "concurrency is 0"),
+        ({"threads": 0}, "threads is 0"),
+        ({"dtype": "fp32"}, "dtype is 'fp32', but must be one of auto, bfloat16, float16, float32"),
+        ({"device": "tpu"}, "device is 'tpu', but must be one of auto, cpu, cuda"),
+    ],
+)
+def test_settings_are_checked(setting: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        EvaluationSettings(**setting)
+
+
+def test_settings_are_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": False, "amx_bf16": False})
+    resolved = evaluate._resolve(EvaluationSettings())
+    assert (resolved.device, resolved.dtype, resolved.threads) == ("cpu", "float32", os.cpu_count())
+    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: {"avx512_bf16": False, "amx_bf16": True})
+    assert evaluate._resolve(EvaluationSettings()).dtype == "bfloat16"
+    with pytest.raises(ValueError, match="device is cuda"):
+        evaluate._resolve(EvaluationSettings(device="cuda"))
+    given = EvaluationSettings(device="cpu", dtype="float16", threads=3)
+    assert evaluate._resolve(given) == given
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_size": 2048}, "another target: hidden size 2048, but the target's is 576"),
+        ({"vocab_size": 32000}, "another target: vocabulary 32000, but the target's is 49152"),
+        ({"aux_layers": (1, 15, 28, 30)}, "reads layers .*30.*but the target has 30"),
+    ],
+)
+def test_a_draft_of_another_target_is_refused(target_path: Path, change: dict, message: str) -> None:
+    export = DraftExport(Path("draft"), 576, 49152, 8192, (1, 14, 26), "bfloat16")
+    require_match(export, read_target(target_path))
+    with pytest.raises(ValueError, match=message):
+        require_match(replace(export, **change), read_target(target_path))
+
+
+def test_what_cannot_be_evaluated_is_refused_before_a_server_starts(
+    target_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "serve", lambda job: pytest.fail("a server was started"))
+    with pytest.raises(ValueError, match="not an exported draft"):
+        run_evaluation(tmp_path, target_path)
+    with pytest.raises(ValueError, match="not an exported EAGLE3 draft"):
+        run_evaluation(target_path, target_path)
+
+    export = DraftExport(tmp_path, 576, 49152, 8192, (1, 14, 26), "bfloat16")
+    monkeypatch.setattr(evaluate, "validate_export", lambda folder: export)
+    with pytest.raises(ValueError, match=r"nowhere.* is not a checkpoint"):
+        run_evaluation(tmp_path, tmp_path / "nowhere")
+    with pytest.raises(ValueError, match="no-such-file"):
+        run_evaluation(tmp_path, target_path, "no-such-file.jsonl")
+    with pytest.raises(ValueError, match="no prompt"):
+        evaluate_draft(tmp_path, target_path, [])
+    long = EvaluationPrompt("long", None, (1,) * 8100)
+    with pytest.raises(ValueError, match=r"prompt long has 8100 tokens; with max_tokens=100 .* context of 8192"):
+        evaluate_draft(tmp_path, target_path, [long])
+
+
+def test_prompts_end_where_the_target_goes_on(target_path: Path, tmp_path: Path) -> None:
+    lines = [
+        {"id": "open", "category": "chat", "messages": [{"role": "user", "content": "Hi"}]},
+        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]},
+    ]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n\n" for line in lines))
+    opened, answered = load_prompts(str(tmp_path / "p.jsonl"), target_path, tmp_path)
+    assert (opened.id, opened.category) == ("open", "chat")
+    assert answered.category is None
+    assert answered.input_ids == opened.input_ids
+    assert len(opened.input_ids) > 5
+
+
+def test_the_heldout_prompts_have_categories(target_path: Path, tmp_path: Path) -> None:
+    prompts = load_prompts("builtin:heldout", target_path, tmp_path, limit=10)
+    assert len(prompts) == 10
+    assert all(prompt.category for prompt in prompts)
+
+
+def test_bad_prompts_are_refused_by_line(target_path: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "fine"}\n{"prompt": 7}\n')
+    with pytest.raises(ValueError, match=r"bad\.jsonl:2"):
+        load_prompts(str(tmp_path / "bad.jsonl"), target_path, tmp_path)
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="holds no conversation"):
+        load_prompts(str(tmp_path / "empty.jsonl"), target_path, tmp_path)
+
+
+def test_engine_arguments() -> None:
+    job = Job("target", [[1] * 10, [1] * 20], 30, "float32", "cpu", 1, concurrency=2, engine_args={"log_level": "info"})
+    plain, drafted = job.sglang_args(), replace(job, draft="draft", num_draft_tokens=5).sglang_args()
+    assert plain["log_level"] == "info"
+    assert plain["max_total_tokens"] >= 2 * (20 + 30)
+    added = {name: value for name, value in drafted.items() if name not in plain}
+    assert added == {
+        "speculative_algorithm": "EAGLE3",
+        "speculative_draft_model_path": "draft",
+        "speculative_num_steps": 5,
+        "speculative_eagle_topk": 1,
+        "speculative_num_draft_tokens": 6,
+    }

@@ -1,0 +1,80 @@
+"""What each sample of a run is made of: its prompt, the answer that is known for it, and so the lease for a worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from torchspec.contracts import HELDOUT_EPOCH, Answer, Lease, SampleId, pack_mask
+from torchspec.controller.journal import AnswerBook
+from torchspec.data.order import sample_seed
+from torchspec.data.prompt_set import PromptSet
+
+
+class Prompts:
+    """Looks samples up in the prompt sets and in the book of answers.
+
+    Args:
+        answers: the run's ``answers.jsonl``.
+        reuse: that of an earlier run.
+        seed: the run's.
+    """
+
+    def __init__(self, train: PromptSet, heldout: PromptSet | None, answers: Path, reuse: Path | None, seed: int):
+        self._train, self._heldout, self._seed = train, heldout, seed
+        self._answers = AnswerBook(answers, reuse)
+
+    def name(self, sample: SampleId) -> str:
+        return f"{self._prompts(sample).ids[sample.prompt]} (epoch {sample.epoch})"
+
+    def answer(self, sample: SampleId) -> np.ndarray | None:
+        """What the target has written for its prompt, in whatever epoch or run."""
+        return self._answers.get(self._prompts(sample).input_ids(sample.prompt))
+
+    def add_answer(self, sample: SampleId, answer: Answer) -> None:
+        prompts, row = self._prompts(sample), sample.prompt
+        self._answers.add(prompts.ids[row], prompts.input_ids(row), answer)
+
+    def being_answered(self, sample: SampleId, is_leased: Callable[[SampleId], bool]) -> bool:
+        """Whether another epoch's sample of this prompt is getting the answer that this one will use."""
+        if self._prompts(sample).loss_mask(sample.prompt) is not None or self.answer(sample) is not None:
+            return False
+        return any(is_leased(sample._replace(epoch=epoch)) for epoch in range(sample.epoch))
+
+    def describe(self, sample: SampleId) -> tuple[int, Lease]:
+        """Most tokens the sample can have, and its lease without a key yet."""
+        prompts, row = self._prompts(sample), sample.prompt
+        ids, mask, room = prompts.input_ids(row), prompts.loss_mask(row), prompts.max_new_tokens(row)
+        if mask is None:
+            answer = self.answer(sample)
+            if answer is not None:
+                read = answer[:-1]  # as when it was written: the last token is not read
+                mask = pack_mask([False] * len(ids) + [True] * len(read))
+                ids = np.concatenate([ids, read])
+        lease = Lease(
+            sample=sample,
+            key="",
+            input_ids=np.ascontiguousarray(ids, dtype="<i4").tobytes(),
+            loss_mask=mask or b"",
+            max_new_tokens=room if mask is None else 0,
+            seed=sample_seed(self._seed, *sample),
+            credit_bytes=0,
+        )
+        return len(ids) + lease.max_new_tokens, lease
+
+    def tokens(self, sample: SampleId) -> tuple[bytes, int | None]:
+        """All token ids of a captured sample, packed little-endian int32, and how many are the answered prompt's.
+
+        None where the conversation came with its answers.
+        """
+        _, lease = self.describe(sample)
+        prompts = self._prompts(sample)
+        answered = prompts.loss_mask(sample.prompt) is None
+        return lease.input_ids, len(prompts.input_ids(sample.prompt)) if answered else None
+
+    def _prompts(self, sample: SampleId) -> PromptSet:
+        prompts = self._heldout if sample.epoch == HELDOUT_EPOCH else self._train
+        assert prompts is not None
+        return prompts

@@ -1,0 +1,1 @@
+"""What can be trained: one folder a kind of draft, behind one seam."""

@@ -1,0 +1,120 @@
+"""The driver's line to the controller, which may be dead, hung, or on its way back."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import ray
+
+from torchspec.controller.controller import NotBegun
+from torchspec.driver.cluster import node_is_alive
+from torchspec.driver.failure import RunFailed, root_cause
+from torchspec.driver.supervise import AwakeClock
+
+_PAUSE_SECONDS = 0.5
+
+
+class ControllerLost(Exception):
+    """The controller died or hangs. Its actor starts anew by itself, and knows nothing."""
+
+    def __init__(self, reason: str, hung: bool = False):
+        super().__init__(reason)
+        self.hung = hung
+
+
+def require_node() -> None:
+    """Raises RunFailed: Ray has died where the driver is."""
+    if not node_is_alive():
+        raise RunFailed("Ray's node of the driver has died")
+
+
+class ControllerClient:
+    """Calls the controller.
+
+    Args:
+        patience: seconds of silence (``recovery.hang_seconds``).
+        start: seconds that it may take to start (``recovery.start_seconds``).
+    """
+
+    def __init__(self, actor: Any, patience: float, start: float):
+        self.actor = actor
+        self._patience, self._start = patience, start
+
+    def ask(self, method: str, *args: Any) -> Any:
+        """Call ``method`` and wait for its result.
+
+        Raises:
+            ControllerLost: there is none.
+        """
+        return self.result(self.send(method, *args))
+
+    def ask_at_start(self, method: str) -> Any:
+        """Call ``method`` of an actor that is being started.
+
+        Raises:
+            RunFailed: it does not start.
+        """
+        ref, deadline = self.send(method), time.monotonic() + self._start
+        while not ray.wait([ref], timeout=_PAUSE_SECONDS)[0]:
+            require_node()
+            if time.monotonic() > deadline:
+                raise RunFailed(f"the controller has not started in {self._start:.0f} s")
+        try:
+            return ray.get(ref)
+        except ray.exceptions.RayError as error:
+            raise RunFailed(f"the controller does not start: {root_cause(error)}") from None
+
+    def send(self, method: str, *args: Any) -> ray.ObjectRef:
+        """Call ``method``; :meth:`result` has what comes of it."""
+        return getattr(self.actor, method).remote(*args)
+
+    def result(self, ref: ray.ObjectRef, patience: float | None = None) -> Any:
+        """Wait for the result of a call, for ``patience`` seconds if it may take longer than others.
+
+        Raises:
+            ControllerLost: there is none.
+            RunFailed: the controller could not do it.
+        """
+        clock, silence = AwakeClock(), 0.0
+        while not ray.wait([ref], timeout=_PAUSE_SECONDS)[0]:
+            silence += clock.elapsed()
+            if silence >= (patience or self._patience):
+                raise ControllerLost("hangs", hung=True)
+        return _get(ref)
+
+    def revive(self, lost: ControllerLost, running: int) -> None:
+        """Wait until the actor has started anew, and let it take up the run.
+
+        Args:
+            running: inference workers that are at work.
+
+        Raises:
+            RunFailed: it does not come back.
+            ControllerLost: it is gone once more.
+        """
+        if lost.hung:
+            ray.kill(self.actor, no_restart=False)
+        deadline = time.monotonic() + self._start
+        while True:
+            try:
+                ray.get(self.actor.ping.remote(), timeout=self._patience)
+                break
+            except ray.exceptions.ActorDiedError as error:
+                raise RunFailed(f"the controller does not start again: {root_cause(error)}") from None
+            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
+                if time.monotonic() > deadline:
+                    raise RunFailed(f"the controller has not started again in {self._start:.0f} s") from None
+                time.sleep(_PAUSE_SECONDS)
+        self.result(self.send("begin", running), self._start)
+
+
+def _get(ref: ray.ObjectRef) -> Any:
+    try:
+        return ray.get(ref)
+    except ray.exceptions.RayActorError:
+        raise ControllerLost("died") from None
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, NotBegun):
+            raise ControllerLost("died") from None
+        raise RunFailed(f"the controller failed: {root_cause(error)}") from None

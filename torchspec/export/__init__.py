@@ -1,1 +1,0 @@
-"""Folders that real servers load."""

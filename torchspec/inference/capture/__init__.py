@@ -1,0 +1,1 @@
+"""Runs inside SGLang's scheduler: takes hidden states out of it, into the store."""

@@ -1,0 +1,1 @@
+"""What SGLang's wheel lacks on a CPU."""

@@ -1,0 +1,110 @@
+"""SGLang plugin that makes a CPU engine fast enough to train with, and lets it verify EAGLE3 drafts.
+
+Idle on any other device. It replaces the attention backend (``cpu_attention.py``), adds the multi-step backend that
+SGLang's draft worker asks for, and makes seeded sampling affordable.
+
+Shapes: B requests of a batch, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+    from sglang.srt.speculative.draft_utils import DraftBackendFactory
+
+    from torchspec.inference.cpu.attention import BatchedAttention
+
+_DEFAULT_SEED = 42
+"""SGLang's, for requests that name none."""
+
+
+def register() -> None:
+    """Entry point of the group ``sglang.srt.plugins``."""
+    if os.environ.get("SGLANG_USE_CPU_ENGINE") != "1":
+        return
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from torchspec.inference.cpu.attention import BatchedAttention
+
+    HookRegistry.register(
+        "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend", BatchedAttention, HookType.REPLACE
+    )
+    HookRegistry.register(
+        "sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend", _create_backend, HookType.AROUND
+    )
+    HookRegistry.register(
+        "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", _add_seeds, HookType.AFTER
+    )
+    HookRegistry.register("sglang.srt.layers.sampler.multinomial_with_seed", sample_with_seeds, HookType.REPLACE)
+
+
+def _create_backend(
+    original: Callable[..., Any],
+    factory: DraftBackendFactory,
+    name: str,
+    backends: dict[str, Callable[[], tuple[str, Any]]],
+    error: str,
+    stamps_children: bool = False,
+) -> Any:
+    """Offer ``torch_native`` among the draft worker's backends; ``stamps_children`` asks for the multi-step one."""
+
+    def torch_native() -> tuple[str, DraftChain | BatchedAttention]:
+        from torchspec.inference.cpu.attention import BatchedAttention
+
+        runner = factory.draft_model_runner
+        if not stamps_children:
+            return "torch_native", BatchedAttention(runner)
+        if factory.topk != 1:
+            raise ValueError(f"speculative_eagle_topk={factory.topk}: a CPU engine drafts chains only (1)")
+        return "torch_native", DraftChain(runner, factory.speculative_num_steps)
+
+    return original(factory, name, backends | {"torch_native": torch_native}, error, stamps_children)
+
+
+class DraftChain:
+    """One attention backend for each draft token after the first."""
+
+    def __init__(self, runner: ModelRunner, num_steps: int):
+        from torchspec.inference.cpu.attention import BatchedAttention
+
+        self.attn_backends = [BatchedAttention(runner, draft_step=step) for step in range(1, num_steps)]
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        for backend in self.attn_backends:
+            backend.init_forward_metadata(forward_batch)
+
+
+def _add_seeds(info: SamplingBatchInfo, _cls: type, batch: ScheduleBatch, _vocab_size: int) -> None:
+    """Seed each request's sampling; SGLang does so in its "deterministic" mode only, which a CPU cannot afford."""
+    seeds = [req.sampling_params.sampling_seed for req in batch.reqs]
+    info.sampling_seed = torch.tensor([_DEFAULT_SEED if seed is None else seed for seed in seeds])
+
+
+def sample_with_seeds(logprobs_BV: Tensor, seeds_B: Tensor, positions_B: Tensor) -> Tensor:
+    """Draw one token a row [B, 1] by inverting its distribution at a number that (seed, position) determines.
+
+    SGLang's own function hashes each of the V entries for a Gumbel noise, which takes longer than the forward pass.
+    """
+    uniform_B = [_uniform(*row) for row in zip(seeds_B.tolist(), positions_B.tolist(), strict=True)]
+    cdf_BV = logprobs_BV.exp().cumsum(-1, dtype=torch.float64)
+    return torch.searchsorted(
+        cdf_BV, cdf_BV[:, -1:] * torch.tensor(uniform_B, dtype=torch.float64)[:, None], right=True
+    )
+
+
+def _uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) with 53 random bits."""
+    digest = hashlib.blake2b(struct.pack("<qq", seed, position), digest_size=8).digest()
+    return (int.from_bytes(digest, "little") >> 11) * 2.0**-53

@@ -1,0 +1,1 @@
+"""Capture in SGLang servers that users start themselves."""

@@ -1,0 +1,1 @@
+"""What drafts of any kind are made of: attention, rotary embedding, layers, losses."""

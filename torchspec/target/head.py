@@ -1,0 +1,120 @@
+"""The frozen pieces of the target that a trainer needs: embedding, final norm and head, and nothing else.
+
+They live outside the draft: they are not trained, not sharded with it, not checkpointed and not exported. Only their
+tensors are read from the checkpoint's safetensors files; the decoder layers never leave the disk.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from torch import Tensor
+
+from torchspec.contracts import NormState
+from torchspec.nn.losses import Teacher
+
+EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class TargetHead:
+    """Frozen tensors of the target. V target vocabulary, D draft vocabulary, X = V - D, H hidden size."""
+
+    embedding_VH: Tensor
+    draft_head_DH: Tensor
+    """The head's rows of the draft vocabulary, in its order."""
+    rest_head_XH: Tensor
+    norm_H: Tensor
+    norm_eps: float
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.embedding_VH)
+
+    def teacher(self, lhs_NH: Tensor, norm_state: NormState) -> Teacher:
+        """The target's side of the loss, from its last hidden states; the final norm is applied exactly once.
+
+        Raises:
+            ValueError: ``norm_state`` is not one of ``post_norm`` and ``pre_norm``.
+        """
+        if norm_state not in ("post_norm", "pre_norm"):
+            raise ValueError(f"norm_state={norm_state!r} must be 'post_norm' or 'pre_norm'")
+        hidden_NH = lhs_NH.to(self.norm_H.dtype)
+        if norm_state == "pre_norm":
+            hidden_NH = F.rms_norm(hidden_NH, self.norm_H.shape, self.norm_H, self.norm_eps)
+        return Teacher(hidden_NH, self.draft_head_DH, self.rest_head_XH)
+
+
+def load_target_head(
+    model_path: str | Path, dtype: torch.dtype, device: torch.device | str, draft_ids_D: Tensor | None = None
+) -> TargetHead:
+    """Read the frozen pieces of a Llama, Qwen2, Qwen3 or equally named checkpoint.
+
+    Args:
+        model_path: folder with ``config.json`` and one ``model.safetensors``, or shards with an index.
+        dtype: what the tensors are kept and multiplied in.
+        draft_ids_D: sorted target ids of the draft vocabulary; all of the target's by default.
+
+    Raises:
+        ValueError: a file or tensor is missing; the message names the folder and the tensor.
+    """
+    folder = Path(model_path)
+    config = _read_json(folder / "config.json")
+    names = {EMBEDDING, NORM} | (set() if config.get("tie_word_embeddings") else {HEAD})
+    tensors = {name: t.to(dtype) for name, t in read_tensors(folder, names).items()}
+    embedding_VH = tensors[EMBEDDING].to(device)
+    head_VH = tensors[HEAD].to(device) if HEAD in tensors else embedding_VH
+    rest = torch.ones(len(head_VH), dtype=torch.bool)
+    if draft_ids_D is None:
+        draft_head_DH, rest = head_VH, ~rest
+    else:
+        ids = draft_ids_D.cpu()
+        rest[ids] = False
+        draft_head_DH = head_VH[ids.to(device)]
+    return TargetHead(
+        embedding_VH=embedding_VH,
+        draft_head_DH=draft_head_DH,
+        rest_head_XH=head_VH[rest.to(device)],
+        norm_H=tensors[NORM].to(device),
+        norm_eps=config["rms_norm_eps"],
+    )
+
+
+def read_tensors(folder: Path, names: set[str]) -> dict[str, Tensor]:
+    """Read the named tensors of a safetensors checkpoint, single-file or sharded, and no others.
+
+    Raises:
+        ValueError: a file or tensor is missing.
+    """
+    files = _files_of(folder, names)
+    tensors = {}
+    for name in sorted(names):
+        with safe_open(folder / files[name], framework="pt") as shard:
+            if name not in shard.keys():  # noqa: SIM118 (a shard is no dict)
+                raise ValueError(f"target.path: {folder / files[name]} has no tensor {name!r}")
+            tensors[name] = shard.get_tensor(name)
+    return tensors
+
+
+def _files_of(folder: Path, names: set[str]) -> Mapping[str, str]:
+    if not (folder / INDEX).is_file():
+        if not (folder / SINGLE).is_file():
+            raise ValueError(f"target.path: {folder} has neither {SINGLE} nor {INDEX}")
+        return dict.fromkeys(names, SINGLE)
+    index: dict[str, str] = _read_json(folder / INDEX)["weight_map"]
+    missing = sorted(names - index.keys())
+    if missing:
+        raise ValueError(f"target.path: {folder / INDEX} lists no tensor {missing[0]!r}")
+    return index
+
+
+def _read_json(path: Path) -> dict:
+    if not path.is_file():
+        raise ValueError(f"target.path: {path} does not exist")
+    return json.loads(path.read_text())
