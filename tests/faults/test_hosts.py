@@ -15,8 +15,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from hosts import Host, ray_on, two_hosts
 
+from tests.faults.hosts import Host, ray_on, two_hosts
 from tests.online import (
     Command,
     journal,

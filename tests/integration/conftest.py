@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from store_harness import RunningStore, running_store
 
+from tests.integration.store_harness import RunningStore, running_store
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.hidden_state_store import HiddenStateStore
 

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_harness import AUX_LAYERS, CHUNK, LiveEngine, live_engine
-from store_harness import RunningStore, running_store
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from tests.integration.engine_harness import AUX_LAYERS, CHUNK, LiveEngine, live_engine
+from tests.integration.store_harness import RunningStore, running_store
 from torchspec.inference.engine import CaptureError, EngineError
 from torchspec.store.hidden_state_store import HiddenStateStore
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from trainer_harness import (
+
+from tests.integration.trainer_harness import (
     AUX_LAYERS,
     DRAFT_IDS,
     Bench,
@@ -22,7 +23,6 @@ from trainer_harness import (
     run_script,
     running_bench,
 )
-
 from torchspec.config.load import load_config
 from torchspec.config.schema import Config, OptimizerConfig
 from torchspec.contracts import SampleRef

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import ray
-from controller_harness import drive, make_spec
 from ray.cluster_utils import Cluster as RayNodes
 from ray.util.placement_group import remove_placement_group
 
+from tests.integration.controller_harness import drive, make_spec
 from torchspec.config.load import parse_config, save_config
 from torchspec.config.schema import ClusterConfig
 from torchspec.controller.controller import Controller

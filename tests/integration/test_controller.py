@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from controller_harness import (
+
+from tests.integration.controller_harness import (
     GEOMETRY,
     batch_is_saved,
     drive,
@@ -24,7 +25,6 @@ from controller_harness import (
     start,
     worker,
 )
-
 from torchspec.contracts import HELDOUT_EPOCH, SampleId, WorkerReport, unpack_mask
 from torchspec.controller.journal import trained_batches
 from torchspec.controller.verify import EpochCount, verify_run

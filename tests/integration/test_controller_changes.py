@@ -7,7 +7,8 @@ import random
 import shutil
 
 import pytest
-from controller_harness import (
+
+from tests.integration.controller_harness import (
     drive,
     make,
     member,
@@ -20,7 +21,6 @@ from controller_harness import (
     stored,
     worker,
 )
-
 from torchspec.config.load import load_config
 from torchspec.contracts import SampleId, WorkerReport
 from torchspec.controller.journal import read_lines, trained_batches

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import psutil
 import pytest
-from engine_harness import EngineProcess
-from store_harness import RunningStore, running_store
 
+from tests.integration.engine_harness import EngineProcess
+from tests.integration.store_harness import RunningStore, running_store
 from torchspec.processes.leftovers import SHARED_MEMORY, remove_shared_memory_leftovers
 
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 import ray
 import torch
-from engine_harness import AUX_LAYERS
-from store_harness import RunningStore
 from transformers import AutoTokenizer
 
+from tests.integration.engine_harness import AUX_LAYERS
+from tests.integration.store_harness import RunningStore
 from torchspec.config.schema import AnswerConfig, InferenceConfig
 from torchspec.contracts import Lease, SampleId, pack_mask, unpack_mask
 from torchspec.inference.engine import EngineConfig

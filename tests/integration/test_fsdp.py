@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 from torch import Tensor
-from trainer_harness import Bench, Outcome, Step, make_config, put_samples, run_script, running_bench
+
+from tests.integration.trainer_harness import Bench, Outcome, Step, make_config, put_samples, run_script, running_bench
 
 RELATIVE = 1e-5
 

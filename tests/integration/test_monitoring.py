@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from controller_harness import drive, make, member, start
 
+from tests.integration.controller_harness import drive, make, member, start
 from torchspec.contracts import RankReport, WorkerReport
 from torchspec.controller.controller import Controller
 from torchspec.monitor.bottleneck import judge_run

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from standalone_harness import ServedModel, command, environment, served_model
-from store_harness import RunningStore, running_store
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tests.integration.standalone_harness import ServedModel, command, environment, served_model
+from tests.integration.store_harness import RunningStore, running_store
 from torchspec.inference.capture.protocol import capture_rid, decode_captured
 from torchspec.shards import ShardFormula
 from torchspec.store.hidden_state_store import HiddenStateStore

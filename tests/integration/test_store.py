@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from store_harness import SAMPLES_PER_PRODUCER, Peer, RunningStore, pattern, running_store, tokens_of
 
+from tests.integration.store_harness import SAMPLES_PER_PRODUCER, Peer, RunningStore, pattern, running_store, tokens_of
 from torchspec.contracts import TensorSpec
 from torchspec.store.client import ReplicateConfig
 from torchspec.store.errors import MissingObject, SizeMismatch, StoreFull

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import psutil
 import pytest
-from store_harness import Peer, RunningStore, running_store
 
+from tests.integration.store_harness import Peer, RunningStore, running_store
 from torchspec.contracts import TensorSpec
 from torchspec.processes.child import free_port
 from torchspec.store.endpoint import StoreEndpoint

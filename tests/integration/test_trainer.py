@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import ray
 import torch
-from trainer_harness import (
+from transformers import AutoConfig
+
+from tests.integration.trainer_harness import (
     AUX_LAYERS,
     DRAFT_IDS,
     GEOMETRY,
@@ -27,8 +29,6 @@ from trainer_harness import (
     run_script,
     running_bench,
 )
-from transformers import AutoConfig
-
 from torchspec.contracts import RankId, unpack_mask
 from torchspec.controller.batching import split_batch
 from torchspec.drafts.eagle3.spec import Eagle3Spec

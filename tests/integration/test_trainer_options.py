@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from trainer_harness import DRAFT_IDS, HIDDEN, VOCAB, make_config, make_target
 
+from tests.integration.trainer_harness import DRAFT_IDS, HIDDEN, VOCAB, make_config, make_target
 from torchspec.drafts.eagle3.model import Batch, Eagle3Draft, TargetHead
 from torchspec.training.setup import build_draft, compile_or_stay_eager
 

@@ -9,8 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from trainer_harness import GEOMETRY, TTT, Bench, Outcome, Step, make_config, put_samples, run_script, running_bench
 
+from tests.integration.trainer_harness import (
+    GEOMETRY,
+    TTT,
+    Bench,
+    Outcome,
+    Step,
+    make_config,
+    put_samples,
+    run_script,
+    running_bench,
+)
 from torchspec.drafts.eagle3.model import Batch
 from torchspec.shards import ShardFormula
 from torchspec.store.usp import shard_suffix

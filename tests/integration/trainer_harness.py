@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-from store_harness import running_store
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.integration.store_harness import running_store
 from torchspec.config.load import parse_config
 from torchspec.config.schema import Config
 from torchspec.contracts import RankBatch, RankId, RankReport, SampleId, SampleRef, StepReport, pack_mask
@@ -50,7 +50,7 @@ def running_bench(folder: Path) -> Iterator[Bench]:
     """A store, a Ray cluster, a tiny target."""
     with running_store(folder, 64 << 20) as store:
         client = HiddenStateStore(store.endpoint, 8 << 20)
-        environment = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+        environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
         ray.init(
             address="local",  # not one that happens to run on this machine
             num_cpus=2,

@@ -13,8 +13,8 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from kuberay_schema import KINDS
 
+from tests.launch.kuberay_schema import KINDS
 from torchspec.config.load import parse_config
 
 LAUNCH = Path(__file__).parents[2] / "configs" / "launch"
