@@ -3,6 +3,8 @@
 #   make quickstart    set up, train an EAGLE3 draft online for a 135M LLM, measure it in a real SGLang server
 #   make test          set up, run the linters and the tests (ARGS="-m slow": more of the same)
 #
+# and one is for all day: make check, the linters and the unit tests, in under two minutes.
+#
 # Variables:
 #   TORCH_INDEX_URL    package index for torch, where the default index would bring the CUDA build:
 #                      make quickstart TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
@@ -16,21 +18,26 @@ BIN := .venv/bin
 SGLANG := sglang==0.5.23
 TORCH := torch==2.13.0
 UV := uv==0.13.8
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: quickstart test setup tools lint clean
+.PHONY: quickstart check test setup tools lint clean
 .DEFAULT_GOAL := setup
 
 quickstart: setup
 	$(BIN)/torchspec quickstart $(ARGS)
 
-test: setup tools lint
-	$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+check: lint
+	OMP_NUM_THREADS=1 $(PYTEST) tests/unit $(ARGS)
+
+test: tools lint
+	$(PYTEST) $(ARGS)
 
 lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 setup: .venv/.complete
 	@$(BIN)/python -m torchspec.inference.sglang_patch apply

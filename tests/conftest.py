@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["tests.skips"]
 os.environ["RAY_AUTH_MODE"] = "token"  # as the command does, before anybody imports Ray
 
 
