@@ -24,7 +24,6 @@ from torchspec.contracts import TensorSpec
 from torchspec.store.client import connect, pinned
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.errors import MissingObject, SizeMismatch, error_for
-from torchspec.store.layout import tensor_bytes
 from torchspec.store.slot_pool import SlotPool, align
 from torchspec.store.usage import StoreUsage, read_usage
 
@@ -76,7 +75,7 @@ class HiddenStateStore:
         starts, end = [], 0
         for spec in tensors.values():
             starts.append(end)
-            end += align(tensor_bytes(spec))
+            end += align(spec.num_bytes)
         if end > self._pool.capacity:
             raise ValueError(
                 f"a sample of {end} bytes never fits into a host buffer of {self._pool.capacity}: raise "
@@ -90,7 +89,7 @@ class HiddenStateStore:
                 "inference.buffer_bytes (engines) or training.buffer_bytes (trainers)"
             ) from error
         views = {
-            suffix: self._buffer[offset + start : offset + start + tensor_bytes(spec)]
+            suffix: self._buffer[offset + start : offset + start + spec.num_bytes]
             .view(getattr(torch, spec.dtype))
             .view(spec.shape)
             for (suffix, spec), start in zip(tensors.items(), starts, strict=True)
