@@ -16,7 +16,7 @@ from torchspec.store.errors import StoreUnavailable
 class Away:
     """A store that answers only when ``there``."""
 
-    def __init__(self, endpoint: StoreEndpoint, buffer_bytes: int):
+    def __init__(self, endpoint: StoreEndpoint):
         self.there, self.calls, self.removed = False, 0, set[str]()
 
     def remove(self, key: str, suffixes: Iterable[str]) -> None:
@@ -32,7 +32,7 @@ class Away:
 @pytest.fixture(autouse=True)
 def away(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No store, and little patience."""
-    monkeypatch.setattr(objects, "HiddenStateStore", Away)
+    monkeypatch.setattr(objects, "StoreClient", Away)
     monkeypatch.setattr(objects, "_ATTEMPTS", 2)
     monkeypatch.setattr(objects, "_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(objects, "_LONG_PAUSE_SECONDS", 0.1)
