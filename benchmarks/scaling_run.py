@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.online import Command, built_target, journal, run_to_end, steps_done, write_config
-from torchspec.controller.journal import read_lines
 from torchspec.data.order import epoch_order
+from torchspec.files import read_lines
 
 RESULTS = Path(__file__).parent / "results" / "scaling_run.json"
 PHASES: list[tuple[str, tuple[str, ...]]] = [

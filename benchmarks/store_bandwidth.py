@@ -31,7 +31,7 @@ from torchspec.contracts import TensorSpec
 from torchspec.store.client import connect, pinned
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.hidden_state_store import HiddenStateStore
-from torchspec.store.layout import sample_tensors, tensor_bytes
+from torchspec.store.layout import sample_tensors
 from torchspec.store.master import MooncakeMaster
 from torchspec.store.node import StoreNode
 
@@ -47,7 +47,7 @@ class Raw:
     def __init__(self, endpoint: StoreEndpoint, tensors: dict[str, TensorSpec]):
         self.client = connect(endpoint)
         self.config = pinned()
-        self.buffers = {s: torch.empty(tensor_bytes(t), dtype=torch.uint8).random_(0, 256) for s, t in tensors.items()}
+        self.buffers = {s: torch.empty(t.num_bytes, dtype=torch.uint8).random_(0, 256) for s, t in tensors.items()}
         for buffer in self.buffers.values():
             self.client.register_buffer(buffer.data_ptr(), buffer.nbytes)
 
@@ -87,7 +87,7 @@ class Ours:
     """The same through HiddenStateStore, as a capture and a trainer use it."""
 
     def __init__(self, endpoint: StoreEndpoint, tensors: dict[str, TensorSpec]):
-        self.store = HiddenStateStore(endpoint, sum(tensor_bytes(spec) for spec in tensors.values()) + 4096)
+        self.store = HiddenStateStore(endpoint, sum(spec.num_bytes for spec in tensors.values()) + 4096)
         self.tensors = tensors
 
     def put(self, key: str) -> None:
@@ -122,7 +122,7 @@ def one_round(clients: dict[str, Raw | Ours], number: int, repeats: int) -> dict
 def measure(endpoint: StoreEndpoint, shape: tuple[int, int, int], rounds: int) -> dict[str, float]:
     """Median GB/s of each client and the medians of the paired ratios, for puts and gets."""
     tensors = sample_tensors(*shape, "bfloat16")
-    size = sum(tensor_bytes(spec) for spec in tensors.values())
+    size = sum(spec.num_bytes for spec in tensors.values())
     clients: dict[str, Raw | Ours] = {
         "raw": Raw(endpoint, tensors),
         "batch": Batch(endpoint, tensors),

@@ -11,7 +11,8 @@ from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from torchspec.contracts import SampleId, SampleRef, pack_mask
+from torchspec.contracts import SampleId, SampleRef
+from torchspec.data.masks import pack_mask
 from torchspec.shards import ShardFormula
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry

@@ -10,9 +10,10 @@ its tensors live in the store under ``{key}_{hs,lhs,ids}``; what travels here is
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from math import prod
 from typing import Literal, NamedTuple
 
-from torchspec.monitor.latency import EMPTY, Histogram
+from torchspec.instruments import EMPTY, Histogram
 from torchspec.shards import ShardFormula
 
 HELDOUT_EPOCH = -1
@@ -59,7 +60,7 @@ class Lease:
     """Store key prefix; unique for each attempt, so a late put of a dead worker can never be read."""
     input_ids: bytes
     loss_mask: bytes
-    """Packed mask of ``input_ids`` (``pack_mask``); empty when the answer has yet to be written."""
+    """Packed mask of ``input_ids`` (``data/masks.py``); empty when the answer has yet to be written."""
     max_new_tokens: int
     seed: int
     """Sampling seed, a function of the run's seed, the epoch and the prompt."""
@@ -69,12 +70,27 @@ class Lease:
     """How to split what is stored among ranks that share the sample; None: whole."""
 
 
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
+"""The dtypes that the store carries, by torch's names, and the bytes of one element."""
+
+
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
     """Global shape and dtype name (``bfloat16``, ``int32``) of one stored tensor."""
 
     shape: tuple[int, ...]
     dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its data.
+
+        Raises:
+            ValueError: the store does not carry this dtype.
+        """
+        if self.dtype not in ITEM_BYTES:
+            raise ValueError(f"the store does not carry dtype {self.dtype!r}; it carries {', '.join(ITEM_BYTES)}")
+        return prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +168,7 @@ class WorkerReport:
     leases: int = 0
     """In hand now."""
     put_histogram: Histogram = EMPTY
-    """Latencies of puts (``monitor/latency.py``)."""
+    """Latencies of puts (``instruments.py``)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,23 +287,3 @@ class RunStatus:
     sp_size: int = 1
     closing: bool = False
     """That group makes no more steps than it has: the run ends, or goes on at another size."""
-
-
-def pack_mask(mask: list[bool] | list[int]) -> bytes:
-    """Pack a 0/1 mask into bits, most significant bit first (numpy's ``packbits`` order)."""
-    packed = bytearray((len(mask) + 7) // 8)
-    for i, keep in enumerate(mask):
-        if keep:
-            packed[i >> 3] |= 0x80 >> (i & 7)
-    return bytes(packed)
-
-
-def unpack_mask(packed: bytes, length: int) -> list[bool]:
-    """Inverse of :func:`pack_mask`.
-
-    Raises:
-        ValueError: ``packed`` does not hold exactly ``length`` bits (rounded up to whole bytes).
-    """
-    if len(packed) != (length + 7) // 8:
-        raise ValueError(f"a mask of {len(packed)} bytes cannot describe {length} tokens")
-    return [bool(packed[i >> 3] & (0x80 >> (i & 7))) for i in range(length)]

@@ -1,9 +1,14 @@
-"""Files that are complete or absent, whoever else writes them at the same time and however the machine ends."""
+"""Files that are complete or absent, and files of JSON lines that are appended to.
+
+The first stay so whoever else writes them at the same time and however the machine ends. Lines are flushed at every
+write, so that a ``kill -9`` costs at most a torn last one, which readers skip.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,3 +41,49 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class JsonLines:
+    """Appends objects to a file."""
+
+    def __init__(self, path: Path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_torn_line(path)
+        self._file = path.open("a")
+        sync_folder(path.parent)
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Returns when all that has been written is on the disk. Any thread may call it."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The records of a :class:`JsonLines` file, without a torn last line. Nothing if there is no file."""
+    if not path.exists():
+        return
+    with path.open() as lines:
+        for line in lines:
+            if line.endswith("\n"):
+                yield json.loads(line)
+
+
+def _drop_torn_line(path: Path, block: int = 1 << 16) -> None:
+    if not path.exists():
+        return
+    with path.open("rb+") as file:
+        kept = file.seek(0, os.SEEK_END)
+        while kept > 0:
+            start = max(0, kept - block)
+            file.seek(start)
+            line_feed = file.read(kept - start).rfind(b"\n")
+            kept = start + line_feed + 1
+            if line_feed >= 0:
+                break
+        file.truncate(kept)

@@ -18,8 +18,8 @@ from tests.online import (
     write_config,
 )
 from torchspec.config.load import load_config
-from torchspec.controller.journal import read_lines
 from torchspec.controller.verify import verify_run
+from torchspec.files import read_lines
 
 SIZES = [(1, 1), (2, 1), (1, 2)]
 """DP and SP of the generations of ranks."""

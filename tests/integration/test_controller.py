@@ -25,9 +25,10 @@ from tests.integration.controller_harness import (
     start,
     worker,
 )
-from torchspec.contracts import HELDOUT_EPOCH, SampleId, WorkerReport, unpack_mask
+from torchspec.contracts import HELDOUT_EPOCH, SampleId, WorkerReport
 from torchspec.controller.journal import trained_batches
 from torchspec.controller.verify import EpochCount, verify_run
+from torchspec.data.masks import unpack_mask
 
 
 @pytest.mark.parametrize(("workers", "ranks"), [(1, 1), (3, 1), (2, 2)])

@@ -23,9 +23,10 @@ from tests.integration.controller_harness import (
 )
 from torchspec.config.load import load_config
 from torchspec.contracts import SampleId, WorkerReport
-from torchspec.controller.journal import read_lines, trained_batches
+from torchspec.controller.journal import trained_batches
 from torchspec.controller.steps import GroupEnded
 from torchspec.controller.verify import verify_run
+from torchspec.files import read_lines
 from torchspec.shards import ShardFormula
 
 

@@ -17,7 +17,8 @@ from transformers import AutoTokenizer
 from tests.integration.engine_harness import AUX_LAYERS
 from tests.integration.store_harness import RunningStore
 from torchspec.config.schema import AnswerConfig, InferenceConfig
-from torchspec.contracts import Lease, SampleId, pack_mask, unpack_mask
+from torchspec.contracts import Lease, SampleId
+from torchspec.data.masks import pack_mask, unpack_mask
 from torchspec.inference.engine import EngineConfig
 from torchspec.inference.worker import InferenceWorker
 from torchspec.shards import ShardFormula

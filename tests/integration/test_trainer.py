@@ -29,8 +29,9 @@ from tests.integration.trainer_harness import (
     run_script,
     running_bench,
 )
-from torchspec.contracts import RankId, unpack_mask
+from torchspec.contracts import RankId
 from torchspec.controller.batching import split_batch
+from torchspec.data.masks import unpack_mask
 from torchspec.drafts.eagle3.spec import Eagle3Spec
 from torchspec.training.fetch import SampleFetcher, StepStream
 from torchspec.training.flops import draft_flops

@@ -19,8 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.integration.store_harness import running_store
 from torchspec.config.load import parse_config
 from torchspec.config.schema import Config
-from torchspec.contracts import RankBatch, RankId, RankReport, SampleId, SampleRef, StepReport, pack_mask
+from torchspec.contracts import RankBatch, RankId, RankReport, SampleId, SampleRef, StepReport
 from torchspec.controller.batching import split_batch
+from torchspec.data.masks import pack_mask
 from torchspec.processes.child import free_port
 from torchspec.shards import ShardFormula
 from torchspec.store.endpoint import StoreEndpoint

@@ -12,8 +12,7 @@ from typing import Literal
 
 from tests.simulation.pipeline import Setup, Simulation
 from tests.simulation.run_folder import RunFolder
-from torchspec.config.load import load_config, save_config
-from torchspec.controller.inference_pool import with_workers
+from torchspec.config.load import load_config, save_config, with_values
 from torchspec.monitor.server import PageServer, ServerThread, ensure_token
 from torchspec.run_folder import this_process
 
@@ -62,7 +61,7 @@ class LiveRun:
     def scale_inference(self, workers: int | Literal["auto"]) -> None:
         self.asked.append(f"scale {workers}")
         config = self.path / "config.yaml"
-        save_config(with_workers(load_config(config), workers), config)
+        save_config(with_values(load_config(config), {"inference.workers": workers}), config)
         if workers != "auto":
             with self._lock:
                 self.folder.scale(workers)

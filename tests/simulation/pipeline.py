@@ -17,8 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 
 from torchspec.contracts import RankReport, RunStatus, StepReport, WorkerReport
-from torchspec.controller.rates import WINDOW_SECONDS
-from torchspec.monitor.latency import observe
+from torchspec.instruments import WINDOW_SECONDS, observe
 from torchspec.monitor.record.telemetry import Telemetry
 from torchspec.monitor.snapshot import Snapshot
 

@@ -20,7 +20,8 @@ import numpy as np
 
 from tests.simulation.pipeline import START, Setup, Simulation
 from torchspec.config.load import parse_config, save_config
-from torchspec.contracts import StepReport, pack_mask
+from torchspec.contracts import StepReport
+from torchspec.data.masks import pack_mask
 from torchspec.monitor.record.recorder import EventLog, Recorder
 from torchspec.monitor.record.timeline import SAMPLE_LINES, SAMPLE_RECENT, SampleRecord
 from torchspec.monitor.series import Series

@@ -1,10 +1,10 @@
-"""A cache file is complete or absent."""
+"""A file is complete or absent; of one that is appended to, a torn last line goes."""
 
 from __future__ import annotations
 
 import pytest
 
-from torchspec.files import write_atomically
+from torchspec.files import JsonLines, read_lines, write_atomically
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
@@ -19,3 +19,22 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
         write_atomically(path, fail)
     assert path.read_bytes() == b"first"
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_torn_last_line_is_dropped_and_written_over(tmp_path):
+    path = tmp_path / "x.jsonl"
+    JsonLines(path).write({"a": 1})
+    with path.open("a") as file:
+        file.write('{"a": 2, "b"')
+    assert list(read_lines(path)) == [{"a": 1}]
+    JsonLines(path).write({"a": 3})
+    assert list(read_lines(path)) == [{"a": 1}, {"a": 3}]
+
+
+@pytest.mark.parametrize("size", [0, 1, (1 << 16) - 1, 1 << 16, 200_000])
+@pytest.mark.parametrize("whole", ["", '{"a": 1}\n'])
+def test_a_torn_line_of_any_size_goes(tmp_path, whole, size):
+    path = tmp_path / "x.jsonl"
+    path.write_text(whole + "x" * size)
+    JsonLines(path).close()
+    assert path.read_text() == whole

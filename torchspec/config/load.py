@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,19 @@ def parse_config(tree: dict[str, Any]) -> Config:
     except ValidationError as error:
         lines = [_explain(e["loc"], e["type"], e["msg"], tree) for e in error.errors()]
         raise ValueError("\n".join(dict.fromkeys(lines))) from None  # a union complains once for each member
+
+
+def with_values(config: Config, values: Mapping[str, Any]) -> Config:
+    """``config`` with other values, by the knob's name: ``{"training.dp_size": 2}``.
+
+    Raises:
+        ValueError: they do not fit, or not with the rest of it.
+    """
+    tree = config.model_dump()
+    for knob, value in values.items():
+        *sections, leaf = knob.split(".")
+        reduce(dict.__getitem__, sections, tree)[leaf] = value
+    return parse_config(tree)
 
 
 def save_config(config: Config, path: Path) -> None:

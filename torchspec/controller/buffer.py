@@ -14,7 +14,7 @@ from typing import Any
 from torchspec.config.schema import Config
 from torchspec.contracts import HELDOUT_EPOCH, SampleId, SampleRef
 from torchspec.controller.credits import Credits
-from torchspec.controller.journal import JsonLines, count_events
+from torchspec.controller.journal import count_events
 from torchspec.controller.ledger import Ledger, Record
 from torchspec.controller.ledger_snapshot import LedgerShape, Rejection, ledger_shape
 from torchspec.controller.objects import StoredObjects
@@ -22,6 +22,7 @@ from torchspec.controller.prompts import Prompts
 from torchspec.controller.spec import ControllerSpec
 from torchspec.controller.sync import Signal
 from torchspec.controller.token_counts import TokenCounts
+from torchspec.files import JsonLines
 from torchspec.monitor.record.observer import Observer
 from torchspec.shards import ShardFormula
 from torchspec.training.rotation import latest_checkpoint

@@ -18,13 +18,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
 from functools import wraps
 from typing import Concatenate, Literal, ParamSpec, TypeVar
 
-from torchspec.config.load import load_config, save_config
-from torchspec.config.schema import Config
+from torchspec.config.load import load_config, save_config, with_values
 from torchspec.contracts import (
     Answer,
     FailureKind,
@@ -41,7 +40,7 @@ from torchspec.contracts import (
     WorkerReport,
 )
 from torchspec.controller.buffer import SampleBuffer
-from torchspec.controller.inference_pool import InferencePool, with_sizes, with_workers
+from torchspec.controller.inference_pool import InferencePool
 from torchspec.controller.leases import Leases
 from torchspec.controller.spec import ControllerSpec
 from torchspec.controller.steps import GroupEnded, GroupPlan, TrainingGroup
@@ -107,7 +106,7 @@ class Controller:
         await self.buffer.open(self.config)
         if running is not None:
             self.buffer.observer.note("the controller was lost; it has started again", "controller_lost")
-        self._observing = asyncio.create_task(self._observe_pools())
+        self._observing = asyncio.create_task(self._follow_pools())
         self._recording = asyncio.create_task(self._record())
         self._begun.set()
 
@@ -277,7 +276,7 @@ class Controller:
     @after_begin
     async def scale_inference(self, workers: int | Literal["auto"]) -> None:
         """Have so many inference workers; ``auto``: as many as training needs."""
-        self._decide(with_workers(self.config, workers))
+        self._decide({"inference.workers": workers})
         observer = self.buffer.observer
         message = f"inference workers: {workers} asked for, {len(observer.workers)} there"
         observer.note(message, "scaled", workers=workers)
@@ -285,12 +284,12 @@ class Controller:
 
     @after_begin
     async def scale_training(self, sizes: dict[str, int | str]) -> None:
-        """Go on training with other sizes (``pools.SIZES``) after the steps that are formed, from a checkpoint.
+        """Go on with other values of these knobs of ``training`` after the steps that are formed, from a checkpoint.
 
         Raises:
             ValueError: the config does not allow them.
         """
-        self._decide(with_sizes(self.config, sizes))
+        self._decide({f"training.{knob}": value for knob, value in sizes.items()})
         training = self.config.training
         message = f"training goes on with dp_size {training.dp_size} and sp_size {training.sp_size}"
         self.buffer.observer.note(message, "scaled", dp_size=training.dp_size, sp_size=training.sp_size)
@@ -298,10 +297,11 @@ class Controller:
         if self._group is not None:
             self._group.close()
 
-    def _decide(self, config: Config) -> None:
-        """What was asked for is kept before it is acted on."""
-        save_config(config, self._run_dir / "config.yaml")
-        self.config = config
+    def _decide(self, values: Mapping[str, int | str]) -> None:
+        """What is asked for is kept before it is acted on, so that a controller or a resume after this one goes on
+        with it."""
+        self.config = with_values(self.config, values)
+        save_config(self.config, self._run_dir / "config.yaml")
 
     @after_begin
     async def wanted(self, seen: int | None) -> int:
@@ -378,12 +378,12 @@ class Controller:
             return "stopping"
         return "training" if self.buffer.vocabulary.vocab is not None else "counting-vocabulary"
 
-    async def _observe_pools(self) -> None:
+    async def _follow_pools(self) -> None:
         """See now and then which pool waits for the other, let the inference pool follow, and try the store again."""
         while True:
             for _ in range(LOOKS):
                 await asyncio.sleep(AUTOSCALE_SECONDS / LOOKS)
-                self._look_at_pools()
+                self._observe_pools()
             self.buffer.room()  # others than our own steps may have made room in the store
             self._advance()
             move = self.pool.autoscale(self.buffer.ledger.trained_step)
@@ -391,12 +391,12 @@ class Controller:
                 message = f"inference workers: {move.workers}, because {move.reason}"
                 self.buffer.observer.note(message, "scaled", workers=move.workers)
 
-    def _look_at_pools(self) -> None:
+    def _observe_pools(self) -> None:
         """While ranks start, evaluate or save, nobody waits for samples and the store fills: that says nothing."""
         if self._group is None or not self._group.at_work:
-            self.pool.forget_looks(self.buffer.ledger.trained_step)
+            self.pool.begin_stretch(self.buffer.ledger.trained_step)
         elif not self.buffer.observer.telemetry.pausing:
-            self.pool.look(self._group.starved, self.leases.busy)
+            self.pool.observe(self._group.starved, self.leases.busy)
 
     async def _record(self) -> None:
         """Write a snapshot each ``monitor.history_seconds``, and when there is news, until the run has ended."""

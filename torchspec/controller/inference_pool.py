@@ -1,27 +1,61 @@
-"""What size the two pools should have: what was asked for, kept in the run's ``config.yaml`` before it is acted on.
+"""How many inference workers there are, and how many there should be: a number, or what training needs and no more.
 
-So whatever dies in the middle of a change, the next one to read the file goes on with it: a restarted controller, and
-``torchspec resume``.
+Two shares of time, measured over a window, say which pool waits for the other:
+
+    starvation     training waits for samples          -> with n workers it has (1 - starvation) of what it could train
+    backpressure   workers wait for credits or window  -> (1 - backpressure) of n would do
+
+The gap between the two thresholds is the hysteresis; after each move nothing is decided until the pool has had the new
+size for a while, because a new engine loads its model first.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal
 
-from torchspec.config.load import parse_config
 from torchspec.config.schema import Config
-from torchspec.controller.autoscale import COOL_DOWN_SECONDS, Limits, Load, Move, decide
 from torchspec.controller.sync import Signal
 
-SIZES = ("dp_size", "attention_backend", "sp_ulysses_size", "sp_ring_size")
-"""Knobs of ``training`` that can change while a run goes on."""
-
-
-FEWEST_LOOKS, MOST_LOOKS = 20, 120
+STARVED = 0.1
+"""Training waits for more than this share of the time: too few workers."""
+FED = 0.02
+"""It waits for less than this share: maybe too many."""
+SPARE = 0.15
+"""Share of the remaining workers' time that must be left over after one has gone."""
+COOL_DOWN_SECONDS = 30.0
+FEWEST_OBSERVATIONS, MOST_OBSERVATIONS = 20, 120
 FEWEST_STEPS = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """A window's measurements."""
+
+    workers: int
+    """That have been at work all through it."""
+    starvation: float
+    backpressure: float
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Of the pool's size."""
+
+    least: int
+    most: int
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """A new size, and why."""
+
+    workers: int
+    reason: str
 
 
 class InferencePool:
@@ -43,8 +77,8 @@ class InferencePool:
         self._active: set[str] = set()
         self._waiting: set[str] = set()
         self._gone: set[str] = set()
-        self._looks: list[tuple[float, float]] = []  # starvation and backpressure
-        self._looking_since = 0  # the step
+        self._stretch: list[tuple[float, float]] = []  # starvation and backpressure
+        self._stretch_from = 0  # the step
         self._settled_at = clock()
 
     def ask_for(self, workers: int | Literal["auto"]) -> None:
@@ -79,15 +113,15 @@ class InferencePool:
         finally:
             self._waiting.discard(worker)
 
-    def look(self, starved: bool, busy: Callable[[str], bool]) -> None:
+    def observe(self, starved: bool, busy: Callable[[str], bool]) -> None:
         """Note how things are now.
 
         Args:
             starved: training waits for samples.
-            busy: whether a worker has leases in hand.
+            busy: whether a worker holds leases.
         """
         idle = sum(not busy(worker) for worker in self._waiting & self._active)
-        self._looks.append((float(starved), idle / max(1, len(self._active))))
+        self._stretch.append((float(starved), idle / max(1, len(self._active))))
 
     def autoscale(self, step: int) -> Move | None:
         """Think about what was seen since the last time, if that was enough, and move if that is called for.
@@ -96,12 +130,12 @@ class InferencePool:
             step: the last one that was made. A stretch of less than :data:`FEWEST_STEPS` looks like waiting or like
                 none, as it happens.
         """
-        if len(self._looks) < FEWEST_LOOKS:
+        if len(self._stretch) < FEWEST_OBSERVATIONS:
             return None
-        if step - self._looking_since < FEWEST_STEPS and len(self._looks) < MOST_LOOKS:
+        if step - self._stretch_from < FEWEST_STEPS and len(self._stretch) < MOST_OBSERVATIONS:
             return None
-        starvation, backpressure = (sum(column) / len(self._looks) for column in zip(*self._looks, strict=True))
-        self.forget_looks(step)
+        starvation, backpressure = (sum(column) / len(self._stretch) for column in zip(*self._stretch, strict=True))
+        self.begin_stretch(step)
         load = Load(len(self._active), starvation, backpressure)
         settled = load.workers == self.wanted and self._clock() >= self._settled_at + COOL_DOWN_SECONDS
         move = decide(load, self.limits) if self.auto and settled else None
@@ -109,10 +143,10 @@ class InferencePool:
             self._resize(move.workers)
         return move
 
-    def forget_looks(self, step: int) -> None:
+    def begin_stretch(self, step: int) -> None:
         """Begin a new stretch after ``step``."""
-        self._looks.clear()
-        self._looking_since = step
+        self._stretch.clear()
+        self._stretch_from = step
 
     def _within_limits(self, workers: int) -> int:
         return min(max(workers, self.limits.least), self.limits.most)
@@ -122,22 +156,18 @@ class InferencePool:
         self.changed.fire()
 
 
-def with_sizes(config: Config, sizes: Mapping[str, int | str]) -> Config:
-    """``config`` with other sizes of the training group (:data:`SIZES`).
+def decide(load: Load, limits: Limits) -> Move | None:
+    """What a pool of ``load.workers`` should become; None to stay as it is.
 
-    Raises:
-        ValueError: they do not fit the rest of it.
+    Growing aims at the size that would feed the trainers if production grows with the workers, at most twice the
+    present one; shrinking goes one at a time.
     """
-    assert set(sizes) <= set(SIZES)
-    tree = config.model_dump()
-    return parse_config(tree | {"training": tree["training"] | sizes})
-
-
-def with_workers(config: Config, workers: int | Literal["auto"]) -> Config:
-    """``config`` with so many inference workers.
-
-    Raises:
-        ValueError: so many there cannot be.
-    """
-    tree = config.model_dump()
-    return parse_config(tree | {"inference": tree["inference"] | {"workers": workers}})
+    n = load.workers
+    if load.starvation > STARVED and load.starvation > load.backpressure:
+        needed = math.ceil(n / max(0.5, 1 - load.starvation))
+        workers = min(max(n + 1, needed), limits.most)
+        if workers > n:
+            return Move(workers, f"training waits for samples {load.starvation:.0%} of the time")
+    elif load.starvation < FED and n * (1 - load.backpressure) <= (n - 1) * (1 - SPARE) and n > limits.least:
+        return Move(n - 1, f"workers wait for room {load.backpressure:.0%} of the time, and training for none")
+    return None

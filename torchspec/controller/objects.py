@@ -10,18 +10,16 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
+from torchspec.store.client import StoreClient
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.errors import StoreError
-from torchspec.store.hidden_state_store import HiddenStateStore
 
-BUFFER_BYTES = 1 << 20
-"""Who only removes needs hardly any buffer."""
 _ATTEMPTS, _PAUSE_SECONDS = 30, 1.0
 """What it takes to notice that a master is gone, and to start another."""
 _LONG_PAUSE_SECONDS = 10.0
 """Between two such series of attempts."""
 _WORKER_ENDS_SECONDS = 15.0
-"""Children of a killed actor may live on for 11 s, and put what they have in hand."""
+"""Children of a killed actor may live on for 11 s, and put what they hold."""
 
 
 T = TypeVar("T")
@@ -34,7 +32,7 @@ class StoredObjects:
 
     def __init__(self, endpoint: StoreEndpoint):
         self._endpoint = endpoint
-        self._store: HiddenStateStore | None = None
+        self._store: StoreClient | None = None
         self._suffixes: dict[str, None] = {}
         self._removals: set[asyncio.Task[None]] = set()
         self._repeats: set[asyncio.TimerHandle] = set()
@@ -47,7 +45,7 @@ class StoredObjects:
             suffixes: of the tensors that samples have.
         """
         self.also(suffixes)
-        self._store = await self._insist(HiddenStateStore, self._endpoint, BUFFER_BYTES)
+        self._store = await self._insist(StoreClient, self._endpoint)
 
     def also(self, suffixes: Iterable[str]) -> None:
         """Samples may have tensors with these suffixes, too: they are split in another way from now on."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
-from torchspec.contracts import HELDOUT_EPOCH, Answer, Lease, SampleId, pack_mask
-from torchspec.controller.journal import AnswerBook
+from torchspec.contracts import HELDOUT_EPOCH, Answer, Lease, SampleId
+from torchspec.data.masks import pack_mask
 from torchspec.data.order import sample_seed
 from torchspec.data.prompt_set import PromptSet
+from torchspec.files import JsonLines, read_lines
 
 
 class Prompts:
@@ -78,3 +81,46 @@ class Prompts:
         prompts = self._heldout if sample.epoch == HELDOUT_EPOCH else self._train
         assert prompts is not None
         return prompts
+
+
+class AnswerBook:
+    """What the target wrote, by prompt. Filled from earlier files, appended to this run's ``answers.jsonl``.
+
+    An answer belongs to the exact tokens of its prompt: with another template or another prompt under the same id it
+    is not found.
+    """
+
+    def __init__(self, path: Path, reuse: Path | None = None):
+        self._answers: dict[bytes, bytes] = {}  # int32: a run may have a million, a tuple takes 36 bytes a token
+        self._saved: set[bytes] = set()
+        for source in (reuse, path):
+            for record in read_lines(source) if source else ():
+                digest = bytes.fromhex(record["prompt_hash"])
+                self._answers[digest] = _packed(record["token_ids"])
+                if source == path:
+                    self._saved.add(digest)
+        self._file = JsonLines(path)
+
+    def get(self, prompt_ids: np.ndarray) -> np.ndarray | None:
+        """int32 token ids, or None where there is no answer."""
+        packed = self._answers.get(_digest(prompt_ids))
+        return None if packed is None else np.frombuffer(packed, dtype=np.int32)
+
+    def add(self, prompt_id: str, prompt_ids: np.ndarray, answer: Answer) -> None:
+        digest = _digest(prompt_ids)
+        if digest in self._saved:
+            return
+        self._saved.add(digest)
+        self._answers[digest] = _packed(answer.token_ids)
+        self._file.write(
+            {"id": prompt_id, "prompt_hash": digest.hex(), **{k: v for k, v in asdict(answer).items() if k != "prompt"}}
+        )
+
+
+def _packed(token_ids: Sequence[int]) -> bytes:
+    return np.array(token_ids, dtype=np.int32).tobytes()
+
+
+def _digest(prompt_ids: np.ndarray) -> bytes:
+    """Names a prompt by its token ids."""
+    return hashlib.sha256(np.ascontiguousarray(prompt_ids, dtype="<i4").tobytes()).digest()[:12]

@@ -63,7 +63,7 @@ class PromptSet:
         return self.token_ids[self.offsets[row] : self.offsets[row + 1]]
 
     def loss_mask(self, row: int) -> bytes | None:
-        """Mask over ``input_ids(row)`` as ``contracts.pack_mask`` packs it; None where the target has yet to answer."""
+        """Packed mask over ``input_ids(row)`` (``data/masks.py``); None where the target has yet to answer."""
         if self.room[row]:
             return None
         return self.packed_masks[self._mask_offsets[row] : self._mask_offsets[row + 1]].tobytes()

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import ray
 
+from torchspec.config.load import with_values
 from torchspec.config.schema import Config
 from torchspec.controller.controller import Controller
-from torchspec.controller.inference_pool import with_workers
 from torchspec.controller.spec import ControllerSpec
 from torchspec.controller.steps import GroupPlan
 from torchspec.data.vocabulary import DraftVocab
@@ -120,7 +120,8 @@ class ActorFactory:
         self._workers += 1
         prepared, target = self._prepared, self._prepared.target
         inference = self._config.inference
-        fair = plan_threads(with_workers(self._config, pool), prepared.plan.cores, prepared.on_gpu)
+        pooled = with_values(self._config, {"inference.workers": pool})
+        fair = plan_threads(pooled, prepared.plan.cores, prepared.on_gpu)
         engine = EngineConfig(
             model_path=target.path,
             dtype=self._config.target.dtype,

@@ -19,10 +19,10 @@ from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 from torchspec.config.schema import TrainingConfig
+from torchspec.contracts import ITEM_BYTES
 from torchspec.drafts.eagle3.spec import Eagle3Spec
 from torchspec.parallel.ulysses import key_value_repeats
 from torchspec.shards import ShardFormula
-from torchspec.store.layout import ITEM_BYTES
 
 MASTER = 4
 """Bytes of an element of the weights' masters, their gradients and moments, and of all sums: float32."""

@@ -9,9 +9,8 @@ from typing import Literal
 
 import torch
 
-from torchspec.config.load import load_config
+from torchspec.config.load import load_config, with_values
 from torchspec.config.schema import Config
-from torchspec.controller.inference_pool import SIZES, with_sizes, with_workers
 from torchspec.driver.cluster import alive_nodes
 from torchspec.driver.placement import check_pools, nodes_within
 from torchspec.driver.plan import check_gpus, check_room
@@ -19,6 +18,9 @@ from torchspec.driver.threads import plan_threads, usable_cores
 from torchspec.hardware import pick_device
 from torchspec.run_folder import only_machine
 from torchspec.target.checkpoint import read_target
+
+SIZES = ("dp_size", "attention_backend", "sp_ulysses_size", "sp_ring_size")
+"""Knobs of ``training`` that can change while a run goes on."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +52,13 @@ def checked_change(
         if inference != "auto" and not (inference.isdecimal() and int(inference) > 0):
             raise ValueError(f"--inference {inference} must be a positive number or auto")
         workers: int | Literal["auto"] = "auto" if inference == "auto" else int(inference)
-        config, change = with_workers(config, workers), replace(change, workers=workers)
+        config, change = with_values(config, {"inference.workers": workers}), replace(change, workers=workers)
     if {dp, sp, ulysses, ring} != {None}:
         sizes = _sizes(config, dp, sp, ulysses, ring)
-        config, change = with_sizes(config, sizes), replace(change, sizes=sizes)
+        config, change = (
+            with_values(config, {f"training.{name}": size for name, size in sizes.items()}),
+            replace(change, sizes=sizes),
+        )
         check_room(config, read_target(config.target, config.training.shard_formula))
     _check_machines(config, run_dir)
     return change

@@ -39,12 +39,11 @@ from torchspec.inference.capture.protocol import (
     decode_captured,
 )
 from torchspec.inference.sglang_process import end_children, end_engine
-from torchspec.monitor.stopwatch import Stopwatch
+from torchspec.instruments import Stopwatch
 from torchspec.processes.leftovers import remove_shared_memory_leftovers
 from torchspec.shards import ShardFormula
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
-from torchspec.store.layout import tensor_bytes
 from torchspec.store.slot_pool import align
 from torchspec.target.layers import resolve_aux_layers
 
@@ -213,7 +212,7 @@ class TargetEngine:
             "sampling_seed": seed,
         }
         tensors = self._geometry.tensors(len(input_ids) + max_new_tokens)
-        size = sum(align(tensor_bytes(spec)) for spec in tensors.values())
+        size = sum(align(spec.num_bytes) for spec in tensors.values())
         async with self._room.taken(size):
             stored = self._captures[key] = asyncio.get_running_loop().create_future()
             started = time.perf_counter()

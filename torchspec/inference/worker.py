@@ -22,7 +22,8 @@ import ray
 from transformers import AutoTokenizer
 
 from torchspec.config.schema import AnswerConfig, InferenceConfig
-from torchspec.contracts import Answer, FailureKind, Lease, SampleRef, SampleTiming, WorkerReport, pack_mask
+from torchspec.contracts import Answer, FailureKind, Lease, SampleRef, SampleTiming, WorkerReport
+from torchspec.data.masks import pack_mask
 from torchspec.inference.capture.protocol import Captured
 from torchspec.inference.engine import (
     EngineConfig,
@@ -33,8 +34,7 @@ from torchspec.inference.engine import (
     SampleTooLarge,
     TargetEngine,
 )
-from torchspec.monitor.latency import observe
-from torchspec.monitor.stopwatch import Stopwatch
+from torchspec.instruments import Stopwatch, observe
 from torchspec.store.endpoint import StoreEndpoint
 
 CAPTURES_WHILE_ANSWERING = 2

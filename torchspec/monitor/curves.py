@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from torchspec.controller.journal import read_lines
+from torchspec.files import read_lines
 from torchspec.monitor.views import undo
 
 if TYPE_CHECKING:

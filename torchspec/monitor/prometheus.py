@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric as Family
 
-from torchspec.monitor.latency import BOUNDS, Histogram
+from torchspec.instruments import BOUNDS, Histogram
 from torchspec.monitor.metrics import METRICS, PREFIX, Metric, read
 from torchspec.monitor.snapshot import Snapshot
 

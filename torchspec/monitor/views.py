@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from torchspec.contracts import unpack_mask
+from torchspec.data.masks import unpack_mask
 from torchspec.monitor.bottleneck import Verdict, judge_run
 from torchspec.monitor.health import Health, assess_run
 from torchspec.monitor.metrics import METRICS, prometheus_name

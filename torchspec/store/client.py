@@ -1,17 +1,84 @@
-"""How a process of ours joins the store."""
+"""How a process of ours joins the store, and what it can do there without holding a tensor. No torch."""
 
 from __future__ import annotations
 
 import os
+import re
 import socket
+from collections.abc import Iterable
 
 from mooncake.store import MooncakeDistributedStore, ReplicateConfig
 
 from torchspec.network import confine
 from torchspec.store.endpoint import StoreEndpoint
-from torchspec.store.errors import StoreUnavailable
+from torchspec.store.errors import MissingObject, StoreUnavailable, error_for
+from torchspec.store.usage import StoreUsage, read_usage
 
 _PROBE_SECONDS = 5.0
+
+
+class StoreClient:
+    """A client that looks for objects and removes them; :class:`HiddenStateStore` also moves them. Thread-safe.
+
+    Raises:
+        StoreUnavailable: the master does not answer.
+    """
+
+    def __init__(self, endpoint: StoreEndpoint):
+        self.endpoint = endpoint
+        self._client = connect(endpoint)
+
+    def remove(self, key: str, suffixes: Iterable[str]) -> None:
+        """Free ``{key}_{suffix}``, whether or not a reader's lease on it has ended. What is not there is fine.
+
+        Raises:
+            StoreUnavailable: the master does not answer.
+        """
+        names = object_names(key, suffixes)
+        for name, code in zip(names, self._client.batch_remove(names, True), strict=True):
+            error = error_for(code, "remove", name)
+            if code < 0 and not isinstance(error, MissingObject):
+                raise error
+
+    def remove_all(self, prefix: str) -> None:
+        """Free every object whose name starts with ``prefix``. The master looks at all names: not for every day.
+
+        Raises:
+            StoreUnavailable: the master does not answer.
+        """
+        code = self._client.remove_by_regex(f"^{re.escape(prefix)}", True)
+        if code < 0:
+            raise error_for(code, "remove", f"{prefix}*")
+
+    def exists(self, key: str, suffixes: Iterable[str]) -> bool:
+        """Whether all of ``{key}_{suffix}`` are stored.
+
+        Raises:
+            StoreUnavailable: the master does not answer.
+        """
+        names = object_names(key, suffixes)
+        results = self._client.batch_is_exist(names)
+        for name, result in zip(names, results, strict=True):
+            if result < 0:
+                raise error_for(result, "look-up", name)
+        return all(results)
+
+    def usage(self) -> StoreUsage:
+        """The whole store's fill level.
+
+        Raises:
+            StoreUnavailable: the master does not answer.
+        """
+        return read_usage(self.endpoint)
+
+    def close(self) -> None:
+        """Disconnect."""
+        self._client.close()
+
+
+def object_names(key: str, suffixes: Iterable[str]) -> list[str]:
+    """Of a sample's objects, one a tensor."""
+    return [f"{key}_{suffix}" for suffix in suffixes]
 
 
 def connect(endpoint: StoreEndpoint, segment_bytes: int = 0) -> MooncakeDistributedStore:

@@ -13,20 +13,17 @@ Keys must be unique for each attempt: Mooncake answers a put on an existing key 
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
 from torchspec.contracts import TensorSpec
-from torchspec.store.client import connect, pinned
+from torchspec.store.client import StoreClient, object_names, pinned
 from torchspec.store.endpoint import StoreEndpoint
-from torchspec.store.errors import MissingObject, SizeMismatch, error_for
-from torchspec.store.layout import tensor_bytes
+from torchspec.store.errors import SizeMismatch, error_for
 from torchspec.store.slot_pool import SlotPool, align
-from torchspec.store.usage import StoreUsage, read_usage
 
 _PUT_THREADS = 2
 
@@ -44,8 +41,8 @@ class Slot:
         return Slot({suffix: view[:rows] for suffix, view in self.views.items()}, self.offset)
 
 
-class HiddenStateStore:
-    """A process's client of the store. Thread-safe.
+class HiddenStateStore(StoreClient):
+    """A client that puts and gets samples. Thread-safe.
 
     Args:
         endpoint: The run's store.
@@ -56,8 +53,7 @@ class HiddenStateStore:
     """
 
     def __init__(self, endpoint: StoreEndpoint, buffer_bytes: int):
-        self.endpoint = endpoint
-        self._client = connect(endpoint)
+        super().__init__(endpoint)
         self._buffer = torch.empty(buffer_bytes, dtype=torch.uint8)  # pages are touched when used
         self._pool = SlotPool(buffer_bytes)
         code = self._client.register_buffer(self._buffer.data_ptr(), buffer_bytes)
@@ -76,7 +72,7 @@ class HiddenStateStore:
         starts, end = [], 0
         for spec in tensors.values():
             starts.append(end)
-            end += align(tensor_bytes(spec))
+            end += align(spec.num_bytes)
         if end > self._pool.capacity:
             raise ValueError(
                 f"a sample of {end} bytes never fits into a host buffer of {self._pool.capacity}: raise "
@@ -90,7 +86,7 @@ class HiddenStateStore:
                 "inference.buffer_bytes (engines) or training.buffer_bytes (trainers)"
             ) from error
         views = {
-            suffix: self._buffer[offset + start : offset + start + tensor_bytes(spec)]
+            suffix: self._buffer[offset + start : offset + start + spec.num_bytes]
             .view(getattr(torch, spec.dtype))
             .view(spec.shape)
             for (suffix, spec), start in zip(tensors.items(), starts, strict=True)
@@ -125,7 +121,7 @@ class HiddenStateStore:
         """
         buffer = self.allocate(tensors, timeout)
         try:
-            names, sizes = _names(key, tensors), [view.nbytes for view in buffer.views.values()]
+            names, sizes = object_names(key, tensors), [view.nbytes for view in buffer.views.values()]
             pointers = [view.data_ptr() for view in buffer.views.values()]
             results = self._client.batch_get_into(names, pointers, sizes)
             for name, size, result in zip(names, sizes, results, strict=True):
@@ -138,58 +134,15 @@ class HiddenStateStore:
             raise
         return buffer
 
-    def remove(self, key: str, suffixes: Iterable[str]) -> None:
-        """Free ``{key}_{suffix}``, whether or not a reader's lease on it has ended. What is not there is fine.
-
-        Raises:
-            StoreUnavailable: the master does not answer.
-        """
-        names = _names(key, suffixes)
-        for name, code in zip(names, self._client.batch_remove(names, True), strict=True):
-            error = error_for(code, "remove", name)
-            if code < 0 and not isinstance(error, MissingObject):
-                raise error
-
-    def remove_all(self, prefix: str) -> None:
-        """Free every object whose name starts with ``prefix``. The master looks at all names: not for every day.
-
-        Raises:
-            StoreUnavailable: the master does not answer.
-        """
-        code = self._client.remove_by_regex(f"^{re.escape(prefix)}", True)
-        if code < 0:
-            raise error_for(code, "remove", f"{prefix}*")
-
-    def exists(self, key: str, suffixes: Iterable[str]) -> bool:
-        """Whether all of ``{key}_{suffix}`` are stored.
-
-        Raises:
-            StoreUnavailable: the master does not answer.
-        """
-        names = _names(key, suffixes)
-        results = self._client.batch_is_exist(names)
-        for name, result in zip(names, results, strict=True):
-            if result < 0:
-                raise error_for(result, "look-up", name)
-        return all(results)
-
-    def usage(self) -> StoreUsage:
-        """The whole store's fill level.
-
-        Raises:
-            StoreUnavailable: the master does not answer.
-        """
-        return read_usage(self.endpoint)
-
     def close(self) -> None:
         """Finish the puts under way and disconnect. Views of this store's buffers must not be used any more."""
         self._executor.shutdown()
         self._client.unregister_buffer(self._buffer.data_ptr())
-        self._client.close()
+        super().close()
 
     def _put(self, key: str, buffer: Slot, pieces: Mapping[str, Sequence[torch.Tensor]]) -> int:
         try:
-            names, sizes = _names(key, pieces), [[part.nbytes for part in parts] for parts in pieces.values()]
+            names, sizes = object_names(key, pieces), [[part.nbytes for part in parts] for parts in pieces.values()]
             pointers = [[part.data_ptr() for part in parts] for parts in pieces.values()]
             codes = self._client.batch_put_from_multi_buffers(names, pointers, sizes, self._replication)
             for name, code in zip(names, codes, strict=True):
@@ -200,7 +153,3 @@ class HiddenStateStore:
             return sum(map(sum, sizes))
         finally:
             self.release(buffer)
-
-
-def _names(key: str, suffixes: Iterable[str]) -> list[str]:
-    return [f"{key}_{suffix}" for suffix in suffixes]

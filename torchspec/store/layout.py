@@ -6,12 +6,8 @@ Legend: S tokens of the sample, F auxiliary layers, H hidden size of the target.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import prod
 
 from torchspec.contracts import TensorSpec
-
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
-"""The dtypes that the store carries, by torch's names, and the bytes of one element."""
 
 USABLE_SHARE = 0.7
 """Share of the store that samples may fill, counted in ``stored_bytes``; the rest pays for fragmentation.
@@ -38,20 +34,9 @@ def sample_tensors(num_tokens: int, num_aux: int, hidden: int, dtype: str) -> di
     }
 
 
-def tensor_bytes(spec: TensorSpec) -> int:
-    """Bytes of a tensor's data.
-
-    Raises:
-        ValueError: the store does not carry this dtype.
-    """
-    if spec.dtype not in ITEM_BYTES:
-        raise ValueError(f"the store does not carry dtype {spec.dtype!r}; it carries {', '.join(ITEM_BYTES)}")
-    return prod(spec.shape) * ITEM_BYTES[spec.dtype]
-
-
 def stored_bytes(tensors: Mapping[str, TensorSpec]) -> int:
     """Upper bound of the segment bytes that these tensors occupy, each an object of its own."""
-    return sum(object_bytes(tensor_bytes(spec)) for spec in tensors.values())
+    return sum(object_bytes(spec.num_bytes) for spec in tensors.values())
 
 
 def object_bytes(size: int) -> int:

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from torchspec.contracts import MicroBatches, RankBatch, RankId, SampleId, SampleRef
 from torchspec.drafts.eagle3.model import Batch
-from torchspec.monitor.latency import EMPTY, observe
+from torchspec.instruments import EMPTY, observe
 from torchspec.shards import Segment
 from torchspec.store.errors import MissingObject, SizeMismatch, StoreUnavailable
 from torchspec.store.geometry import SampleGeometry

@@ -21,12 +21,12 @@ from torchspec.cli.quickstart import unused_name
 from torchspec.cli.tables import plan_table, summary_table
 from torchspec.config.load import load_config, parse_config, save_config
 from torchspec.config.schema import TrainingConfig
-from torchspec.controller.journal import JsonLines
 from torchspec.data.order import epoch_order
 from torchspec.data.survey import Survey
 from torchspec.driver.plan import Plan
 from torchspec.driver.splits import Split
 from torchspec.driver.threads import ThreadPlan
+from torchspec.files import JsonLines
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from torchspec.config.load import load_config, parse_config, save_config
+from torchspec.config.load import load_config, parse_config, save_config, with_values
 from torchspec.config.schema import Config
 
 RECIPES = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
@@ -157,3 +157,14 @@ def test_the_saved_config_reads_back_equal(recipe: Path, tmp_path: Path) -> None
     save_config(config, tmp_path / "saved.yaml")
     again = load_config(tmp_path / "saved.yaml")
     assert again == config and again != Config.model_validate({"target": {"path": "models/x"}})
+
+
+def test_other_values_are_checked_like_a_config() -> None:
+    config = parse_config({"target": {"path": "x"}, "training": {"batch_size": 2}})
+    assert with_values(config, {"inference.workers": "auto"}).inference.workers == "auto"
+    sizes = {"training.dp_size": 2, "training.attention_backend": "usp", "training.sp_ring_size": 2}
+    assert with_values(config, sizes).training.world_size == 4 and config.training.world_size == 1
+    with pytest.raises(ValueError, match=r"training\.dp_size \(3\)"):
+        with_values(config, {"training.dp_size": 3})
+    with pytest.raises(ValueError, match=r"inference\.workers"):
+        with_values(config, {"inference.workers": 0})

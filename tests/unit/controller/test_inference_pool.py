@@ -5,8 +5,15 @@ from __future__ import annotations
 import pytest
 
 from torchspec.config.load import parse_config
-from torchspec.controller.autoscale import COOL_DOWN_SECONDS, Limits, Load, Move, decide
-from torchspec.controller.inference_pool import MOST_LOOKS, InferencePool, with_sizes, with_workers
+from torchspec.controller.inference_pool import (
+    COOL_DOWN_SECONDS,
+    MOST_OBSERVATIONS,
+    InferencePool,
+    Limits,
+    Load,
+    Move,
+    decide,
+)
 
 LIMITS = Limits(least=1, most=8)
 
@@ -27,7 +34,7 @@ def simulate(pool: InferencePool, clock: list[float], needed: float, seconds: fl
             starved = look / 20 < 1 - n / needed
             idle = [w for i, w in enumerate(workers) if (look + 0.5) / 20 < 1 - needed / n]
             pool._waiting = set(idle)
-            pool.look(starved, busy=lambda _: False)
+            pool.observe(starved, busy=lambda _: False)
         clock[0] += 10
         pool.autoscale(step=int(clock[0]))
         if pool.wanted != sizes[-1]:
@@ -75,10 +82,10 @@ def test_what_is_too_little_to_tell_decides_nothing():
     clock[0] += 100
     for step in (1, 2):
         assert pool.autoscale(step) is None, "nothing was seen"
-    pool.forget_looks(2)
-    for look in range(MOST_LOOKS):
+    pool.begin_stretch(2)
+    for look in range(MOST_OBSERVATIONS):
         assert pool.autoscale(3) is None
-        pool.look(look % 2 == 0, busy=lambda _: True)
+        pool.observe(look % 2 == 0, busy=lambda _: True)
     assert pool.autoscale(3) == Move(8, "training waits for samples 50% of the time")
 
 
@@ -117,14 +124,3 @@ def test_decisions(load, expected):
     move = decide(load, LIMITS)
     assert (move.workers if move else None) == expected
     assert move is None or "%" in move.reason
-
-
-def test_sizes_are_checked_like_a_config():
-    config = parse_config({"target": {"path": "x"}, "training": {"batch_size": 2}})
-    assert with_workers(config, "auto").inference.workers == "auto"
-    scaled = with_sizes(config, {"dp_size": 2, "attention_backend": "usp", "sp_ring_size": 2})
-    assert scaled.training.world_size == 4 and config.training.world_size == 1
-    with pytest.raises(ValueError, match=r"training\.dp_size \(3\)"):
-        with_sizes(config, {"dp_size": 3})
-    with pytest.raises(ValueError, match=r"inference\.workers"):
-        with_workers(config, 0)

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from torchspec.contracts import unpack_mask
 from torchspec.data.conversations import read_conversations
+from torchspec.data.masks import unpack_mask
 from torchspec.data.prompt_set import PromptSet, TokenizeOptions
 from torchspec.data.tokenize import ChatTokenizer
 

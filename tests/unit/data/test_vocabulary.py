@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from torchspec.contracts import unpack_mask
+from torchspec.data.masks import unpack_mask
 from torchspec.data.prompt_set import PromptSet, TokenizeOptions
 from torchspec.data.vocabulary import DraftVocab, VocabCounter, load_or_count
 

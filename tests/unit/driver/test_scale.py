@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from torchspec.config.load import load_config, parse_config, save_config
-from torchspec.controller.inference_pool import with_sizes, with_workers
+from torchspec.config.load import load_config, parse_config, save_config, with_values
 from torchspec.driver.scale import Change, checked_change, sizes_so_far
 
 
@@ -67,7 +66,8 @@ def test_workers_are_a_number_or_auto(run_dir: Path) -> None:
 
 def test_what_was_scaled_is_kept_by_whoever_starts_from_the_first_config(run_dir: Path) -> None:
     first = run_dir / "config.yaml"
-    scaled = with_sizes(with_workers(load_config(first), 3), checked_change(run_dir, dp=2, sp=3).sizes)
+    sizes = {f"training.{name}": size for name, size in checked_change(run_dir, dp=2, sp=3).sizes.items()}
+    scaled = with_values(load_config(first), {"inference.workers": 3, **sizes})
     later = run_dir / "later"
     later.mkdir()
     save_config(scaled, later / "config.yaml")

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from torchspec.monitor.latency import BOUNDS, EMPTY, observe, percentile, since
 from torchspec.monitor.series import Follower, Series, read_series, tail, thin
 
 
@@ -70,20 +69,3 @@ def test_a_follower_sees_every_record_once_also_when_the_file_is_rewritten(tmp_p
             seen += times(follower.read())
     seen += times(follower.read())
     assert seen == [float(i) for i in range(500)]
-
-
-def test_percentiles_are_within_a_bucket_of_the_truth() -> None:
-    latencies = [0.0005 + 0.0013 * i for i in range(1000)]
-    histogram = EMPTY
-    for seconds in latencies:
-        histogram = observe(histogram, seconds)
-    assert sum(histogram) == 1000
-    for share in (0.01, 0.5, 0.9, 0.99):
-        truth, estimate = latencies[int(share * 1000)], percentile(histogram, share)
-        assert estimate is not None
-        bounds = [0.0, *BOUNDS]
-        slot = next(i for i, bound in enumerate(BOUNDS) if truth <= bound)
-        assert bounds[slot] <= estimate <= BOUNDS[slot]
-    assert percentile(EMPTY, 0.5) is None
-    assert percentile(observe(EMPTY, 1e9), 0.5) == BOUNDS[-1]
-    assert since(histogram, histogram) == EMPTY

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from tests.simulation.pipeline import START, Simulation
 from tests.simulation.run_folder import SCENARIOS, RunFolder
 from torchspec.config.load import parse_config, save_config
-from torchspec.contracts import pack_mask
+from torchspec.data.masks import pack_mask
 from torchspec.monitor import views
 from torchspec.monitor.record.timeline import SampleRecord
 from torchspec.monitor.series import read_series

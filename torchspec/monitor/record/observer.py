@@ -15,10 +15,10 @@ import ray
 from torchspec.config.schema import Config
 from torchspec.contracts import RunStatus, SampleId, SampleRef, SampleTiming, StepReport, WorkerReport
 from torchspec.controller.credits import Credits
-from torchspec.controller.journal import JsonLines
 from torchspec.controller.ledger import Ledger, Record
 from torchspec.controller.prompts import Prompts
-from torchspec.controller.rates import Rate
+from torchspec.files import JsonLines
+from torchspec.instruments import Rate
 from torchspec.monitor.health import FAULTS, count_faults
 from torchspec.monitor.record.ray_metrics import RayMetrics
 from torchspec.monitor.record.recorder import EventLog, Recorder

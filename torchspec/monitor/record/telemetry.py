@@ -13,8 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from torchspec.contracts import RankReport, RunStatus, WorkerReport
-from torchspec.controller.rates import FEWEST_STEPS, WINDOW_SECONDS
-from torchspec.monitor.latency import percentile, since
+from torchspec.instruments import FEWEST_STEPS, WINDOW_SECONDS, percentile, since
 from torchspec.monitor.snapshot import SILENT_SECONDS, HistoryPoint, RankState, Snapshot, WorkerDoing, WorkerState
 
 GONE_KEPT = 16

@@ -61,7 +61,7 @@ class SampleRecord:
     token_ids: str
     """base64 of little-endian int32, of the first :data:`TOKENS_KEPT` tokens."""
     loss_mask: str
-    """base64 of their packed mask (``contracts.pack_mask``)."""
+    """base64 of their packed mask (``data.masks.pack_mask``)."""
 
 
 @dataclass(slots=True)

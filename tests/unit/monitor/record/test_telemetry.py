@@ -11,10 +11,10 @@ import pytest
 from tests.clock import Clock
 from tests.simulation.pipeline import Simulation
 from tests.simulation.run_folder import SCENARIOS
-from torchspec.contracts import RankReport, SampleId, SampleRef, SampleTiming, WorkerReport, pack_mask, unpack_mask
-from torchspec.controller.rates import FEWEST_STEPS, Rate
+from torchspec.contracts import RankReport, SampleId, SampleRef, SampleTiming, WorkerReport
+from torchspec.data.masks import pack_mask, unpack_mask
+from torchspec.instruments import EMPTY, FEWEST_STEPS, observe
 from torchspec.monitor import snapshot as snapshots
-from torchspec.monitor.latency import EMPTY, observe
 from torchspec.monitor.record.recorder import EventLog, Recorder
 from torchspec.monitor.record.telemetry import GONE_KEPT, Telemetry
 from torchspec.monitor.record.timeline import TOKENS_KEPT, Timelines
@@ -78,42 +78,6 @@ def test_ranks_with_short_steps_are_judged_by_the_last_half_minute(telemetry: Te
         clock.now += 1
     (rank,) = telemetry.snapshot(STATUS).ranks
     assert rank.tokens_per_s == pytest.approx(70) and rank.step_seconds == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize("gap", [1.0, 5.0, 45.0])
-def test_a_rate_is_right_from_the_second_piece_on_and_between_pieces(clock: Clock, gap: float) -> None:
-    rate = Rate(clock)
-    for piece in range(50):
-        rate.add(16, 1600)
-        if piece:
-            for _ in range(4):
-                assert rate.samples_per_s == pytest.approx(16 / gap)
-                assert rate.tokens_per_s == pytest.approx(1600 / gap)
-                clock.now += gap / 4
-        else:
-            assert rate.samples_per_s == 0.0
-            clock.now += gap
-
-
-def test_pieces_that_come_together_are_no_burst_of_speed(clock: Clock) -> None:
-    rate = Rate(clock)
-    for _ in range(4):
-        for _ in range(32):
-            rate.add(1, 10)
-            assert rate.samples_per_s <= 32
-        clock.now += 10.0
-    assert rate.samples_per_s == pytest.approx(3.2, rel=0.3)
-
-
-def test_a_rate_falls_when_nothing_comes_any_more(clock: Clock) -> None:
-    rate = Rate(clock)
-    for _ in range(60):
-        rate.add(1, 10)
-        clock.now += 1.0
-    clock.now += 60
-    assert rate.samples_per_s < 0.1
-    clock.now += 3600
-    assert rate.samples_per_s < 0.01
 
 
 def test_totals_go_on_when_workers_and_ranks_are_replaced(telemetry: Telemetry, clock: Clock) -> None:

@@ -1,18 +1,14 @@
-"""Parts of the controller by themselves: its hand in a store that is away, and the reports that it keeps."""
+"""The controller's hand in a store that is away."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
-from tests.reports import REPORT
 from torchspec.controller import objects
 from torchspec.controller.objects import StoredObjects
-from torchspec.monitor.record.observer import Observer
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.errors import StoreUnavailable
 
@@ -20,7 +16,7 @@ from torchspec.store.errors import StoreUnavailable
 class Away:
     """A store that answers only when ``there``."""
 
-    def __init__(self, endpoint: StoreEndpoint, buffer_bytes: int):
+    def __init__(self, endpoint: StoreEndpoint):
         self.there, self.calls, self.removed = False, 0, set[str]()
 
     def remove(self, key: str, suffixes: Iterable[str]) -> None:
@@ -36,7 +32,7 @@ class Away:
 @pytest.fixture(autouse=True)
 def away(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No store, and little patience."""
-    monkeypatch.setattr(objects, "HiddenStateStore", Away)
+    monkeypatch.setattr(objects, "StoreClient", Away)
     monkeypatch.setattr(objects, "_ATTEMPTS", 2)
     monkeypatch.setattr(objects, "_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(objects, "_LONG_PAUSE_SECONDS", 0.1)
@@ -80,20 +76,3 @@ def test_a_run_ends_although_the_store_is_away():
         assert gone == []
 
     asyncio.run(scenario())
-
-
-def test_reports_that_the_driver_has_are_forgotten_and_their_numbers_stay(tmp_path: Path):
-    observer, seen, count = Observer(tmp_path, 0), [], 0
-    for step in range(1, 7):
-        observer.report(replace(REPORT, step=step))
-        if step % 2 == 0:
-            news = observer.steps_since(count)
-            assert len(news) == 2 == len(observer._steps)
-            count += len(news)
-            seen += [report.step for report in news]
-    assert seen == [1, 2, 3, 4, 5, 6] and observer.steps_since(count) == observer._steps == []
-    observer.report(replace(REPORT, step=7))
-    for count in (0, 0):  # it has lost touch, and counts anew
-        assert [report.step for report in observer.steps_since(count)] == [7]
-    assert observer.steps_since(1) == []
-    observer.close()
