@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 
 from torchspec.config.schema import AnswerConfig, InferenceConfig
 from torchspec.contracts import Lease, SampleId, pack_mask, unpack_mask
-from torchspec.inference.engine import EngineConfig
+from torchspec.inference.sglang_process import EngineConfig
 from torchspec.inference.worker import InferenceWorker
 from torchspec.shards import ShardFormula
 from torchspec.store.hidden_state_store import HiddenStateStore

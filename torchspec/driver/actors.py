@@ -24,7 +24,7 @@ from torchspec.data.vocabulary import DraftVocab
 from torchspec.driver.placement import Placement, RankSlots
 from torchspec.driver.prepare import Prepared
 from torchspec.driver.threads import plan_threads
-from torchspec.inference.engine import EngineConfig
+from torchspec.inference.sglang_process import EngineConfig
 from torchspec.inference.worker import InferenceWorker
 from torchspec.processes.janitor import MARK, start_janitor
 from torchspec.store.endpoint import StoreEndpoint
