@@ -27,9 +27,11 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from torchspec.config.schema import AnswerConfig
 from torchspec.data.builtin_target import CACHE, MODEL
 from torchspec.hardware import fast_dtype
-from torchspec.inference.engine import EngineConfig, TargetEngine
+from torchspec.inference.engine import TargetEngine
+from torchspec.inference.sglang_process import EngineConfig, start_token_engine
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.hidden_state_store import HiddenStateStore
 from torchspec.store.master import MooncakeMaster
@@ -82,14 +84,12 @@ def serve(role: str, model: Path, endpoint: StoreEndpoint) -> None:
     config = EngineConfig(str(model), default_aux_layers(30), dtype=fast_dtype("cpu"), max_total_tokens=10000)
     engine: Any
     if role == "capture":
-        engine = TargetEngine(config, endpoint, BUFFER_BYTES)
+        engine = TargetEngine(config, endpoint, BUFFER_BYTES, AnswerConfig())
         client = HiddenStateStore(endpoint, 1 << 20)
         pids = engine._engine.get_all_child_pids()
     else:
         os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
-        from torchspec.inference.token_engine import TokenEngine
-
-        engine = TokenEngine(**{k: v for k, v in config.engine_args().items() if k not in CAPTURE_ARGS})
+        engine = start_token_engine(**{k: v for k, v in config.engine_args().items() if k not in CAPTURE_ARGS})
         pids = engine.get_all_child_pids()
     processes = [psutil.Process(pid) for pid in pids]
 

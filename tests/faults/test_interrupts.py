@@ -15,9 +15,9 @@ import signal, sys, time
 from pathlib import Path
 from torchspec.config.load import parse_config
 from torchspec.driver.cluster import start_cluster
-from torchspec.driver.interrupts import Interrupts
+from torchspec.driver.console import Interrupts
 from torchspec.driver.plan import Plan
-from torchspec.driver.threads import ThreadPlan
+from torchspec.driver.plan import ThreadPlan
 
 config = parse_config({"target": {"path": "unused"}})
 plan = Plan((), ThreadPlan(1, 1), 2, 0, 0, 0, 0, 0, 0, 0, ())

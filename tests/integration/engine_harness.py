@@ -20,7 +20,9 @@ from typing import Any
 
 import psutil
 
-from torchspec.inference.engine import Answered, EngineConfig, EngineDied, EngineError, TargetEngine
+from torchspec.config.schema import AnswerConfig
+from torchspec.inference.engine import Answered, EngineDied, TargetEngine
+from torchspec.inference.sglang_process import EngineConfig, EngineError
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.target.layers import default_aux_layers
 
@@ -33,9 +35,8 @@ class LiveEngine:
 
     def __init__(self, endpoint: StoreEndpoint, model_path: Path, buffer_bytes: int = 16 << 20, **config: Any):
         defaults: dict[str, Any] = {"chunked_prefill_size": CHUNK, "max_total_tokens": 8192, "dtype": "float32"}
-        self.engine = TargetEngine(
-            EngineConfig(str(model_path), AUX_LAYERS, **(defaults | config)), endpoint, buffer_bytes
-        )
+        engine = EngineConfig(str(model_path), AUX_LAYERS, **(defaults | config))
+        self.engine = TargetEngine(engine, endpoint, buffer_bytes, AnswerConfig())
         self.runner = asyncio.Runner()
         self._keys = map("answer{}".format, count())
 

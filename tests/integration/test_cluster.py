@@ -23,10 +23,9 @@ from torchspec.controller.controller import Controller
 from torchspec.controller.verify import verify_run
 from torchspec.driver.cluster import Cluster, namespace, pack_code, start_cluster
 from torchspec.driver.nodes import check_nodes, differences, look
-from torchspec.driver.placement import Placement, check_pools, check_room, nodes_of, nodes_within
-from torchspec.driver.plan import Plan
+from torchspec.driver.placement import Placement, check_capacity, check_pools, nodes_of, nodes_within
+from torchspec.driver.plan import Plan, ThreadPlan
 from torchspec.driver.scale import checked_change
-from torchspec.driver.threads import ThreadPlan
 from torchspec.inference.sglang_patch import our_edits
 from torchspec.network import LOOPBACK
 from torchspec.store.hidden_state_store import HiddenStateStore
@@ -73,10 +72,10 @@ def ids(cluster: Cluster, role: str) -> set[str]:
 
 def test_a_cluster_of_one_machine_is_on_loopback(cluster):
     assert len(cluster.nodes) == 4 and cluster.host == LOOPBACK and not cluster.spans_machines
-    room = Placement(cluster, ROLES).ranks(2, 1, 0)
-    address, port = ray.get(room.meeting)
+    slots = Placement(cluster, ROLES).ranks(2, 1, 0)
+    address, port = ray.get(slots.meeting)
     assert address == LOOPBACK and port > 0
-    assert set(places(room.places, num_cpus=1)) == ids(cluster, "torchspec_training")
+    assert set(places(slots.places, num_cpus=1)) == ids(cluster, "torchspec_training")
 
 
 def test_every_role_has_its_nodes(cluster):
@@ -90,19 +89,19 @@ def test_ranks_of_several_machines_are_placed_together_and_meet_at_the_address_o
     spanning = replace(cluster, host=next(iter(cluster.nodes)).address)
     placement = Placement(spanning, ROLES)
     for count in (2, 1, 2):  # another generation takes the place of the one before
-        room = placement.ranks(count, 1, 0)
-        address, port = ray.get(room.meeting, timeout=60)
-        assert address == spanning.host and port > 0 and len(room.places) == count
-        assert set(places(room.places, num_cpus=1)) == ids(cluster, "torchspec_training")
+        slots = placement.ranks(count, 1, 0)
+        address, port = ray.get(slots.meeting, timeout=60)
+        assert address == spanning.host and port > 0 and len(slots.places) == count
+        assert set(places(slots.places, num_cpus=1)) == ids(cluster, "torchspec_training")
     remove_placement_group(placement._ranks)
 
 
 def test_ranks_that_have_no_room_wait_for_it(cluster):
     spanning = replace(cluster, host=cluster.nodes[0].address)
     placement, other = Placement(spanning, ROLES), Placement(spanning, ROLES)
-    room = placement.ranks(3, 1, 0)
-    assert ray.wait([room.meeting], timeout=2)[0] == []
-    assert "3 training ranks (training.dp_size" in room.wanted
+    slots = placement.ranks(3, 1, 0)
+    assert ray.wait([slots.meeting], timeout=2)[0] == []
+    assert "3 training ranks (training.dp_size" in slots.wanted
     ray.get(placement.ranks(2, 1, 0).meeting, timeout=60)
     wanted = other.ranks(1, 1, 0).meeting
     assert ray.wait([wanted], timeout=2)[0] == []
@@ -112,17 +111,17 @@ def test_ranks_that_have_no_room_wait_for_it(cluster):
         remove_placement_group(used._ranks)
 
 
-def test_room_is_checked_by_role(cluster):
-    check_room(cluster.nodes, "cluster.inference_resource", "torchspec_inference", 4, 1, 0)
-    check_room(cluster.nodes, "cluster.inference_resource", None, 6, 1, 0)
+def test_capacity_is_checked_by_role(cluster):
+    check_capacity(cluster.nodes, "cluster.inference_resource", "torchspec_inference", 4, 1, 0)
+    check_capacity(cluster.nodes, "cluster.inference_resource", None, 6, 1, 0)
     with pytest.raises(ValueError, match=r"5 actors of 1 CPUs.*room for 4"):
-        check_room(cluster.nodes, "cluster.inference_resource", "torchspec_inference", 5, 1, 0)
+        check_capacity(cluster.nodes, "cluster.inference_resource", "torchspec_inference", 5, 1, 0)
     with pytest.raises(ValueError, match=r"2 actors of 2 CPUs.*room for 1"):
-        check_room(cluster.nodes, "cluster.training_resource", "torchspec_training", 2, 2, 0)
+        check_capacity(cluster.nodes, "cluster.training_resource", "torchspec_training", 2, 2, 0)
     with pytest.raises(ValueError, match="no node of the cluster offers the resource cooking"):
-        check_room(cluster.nodes, "cluster.training_resource", "cooking", 1, 1, 0)
+        check_capacity(cluster.nodes, "cluster.training_resource", "cooking", 1, 1, 0)
     with pytest.raises(ValueError, match="1 GPUs"):
-        check_room(cluster.nodes, "cluster.training_resource", "torchspec_training", 1, 1, 1)
+        check_capacity(cluster.nodes, "cluster.training_resource", "torchspec_training", 1, 1, 1)
 
 
 def test_both_pools_must_fit_together(cluster):

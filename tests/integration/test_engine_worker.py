@@ -19,7 +19,7 @@ from tests.integration.store_harness import RunningStore
 from torchspec.config.schema import AnswerConfig, InferenceConfig
 from torchspec.contracts import Lease, SampleId
 from torchspec.data.masks import pack_mask, unpack_mask
-from torchspec.inference.engine import EngineConfig
+from torchspec.inference.sglang_process import EngineConfig
 from torchspec.inference.worker import InferenceWorker
 from torchspec.shards import ShardFormula
 from torchspec.store.hidden_state_store import HiddenStateStore

@@ -78,7 +78,7 @@ def run_training(config: Config, resume: bool) -> RunSummary:
     from torchspec.cli.live import open_view
     from torchspec.cli.tables import summary_table
     from torchspec.driver import run
-    from torchspec.driver.failure import RunFailed
+    from torchspec.driver.supervise import RunFailed
 
     try:
         with closing(open_view(config.monitor)) as view:

@@ -22,9 +22,9 @@ from torchspec.controller.spec import ControllerSpec
 from torchspec.controller.steps import GroupPlan
 from torchspec.data.vocabulary import DraftVocab
 from torchspec.driver.placement import Placement, RankSlots
+from torchspec.driver.plan import plan_threads
 from torchspec.driver.prepare import Prepared
-from torchspec.driver.threads import plan_threads
-from torchspec.inference.engine import EngineConfig
+from torchspec.inference.sglang_process import EngineConfig
 from torchspec.inference.worker import InferenceWorker
 from torchspec.processes.janitor import MARK, start_janitor
 from torchspec.store.endpoint import StoreEndpoint
@@ -155,8 +155,8 @@ class ActorFactory:
         )
         return name, actor
 
-    def rank_room(self, plan: GroupPlan) -> RankSlots:
-        """Ask for room for a generation."""
+    def rank_slots(self, plan: GroupPlan) -> RankSlots:
+        """Ask for the slots of a generation."""
         _, threads, gpus = self._rank_size(plan)
         return self._placement.ranks(plan.training.world_size, threads, gpus)
 
@@ -166,11 +166,11 @@ class ActorFactory:
         threads = plan_threads(config, self._prepared.plan.cores, self._prepared.on_gpu).training
         return config, threads, 1 if self._prepared.on_gpu else 0
 
-    def trainers(self, vocabulary: DraftVocab, plan: GroupPlan, room: RankSlots) -> list[Any]:
-        """The actors of a generation that there is room for, one a rank, told where to meet."""
+    def trainers(self, vocabulary: DraftVocab, plan: GroupPlan, slots: RankSlots) -> list[Any]:
+        """The actors of a generation that has its slots, one a rank, told where to meet."""
         prepared, training = self._prepared, plan.training
         config, threads, gpus = self._rank_size(plan)
-        address, port = ray.get(room.meeting)
+        address, port = ray.get(slots.meeting)
         actors = []
         for rank in range(training.world_size):
             spec = TrainerSpec(
@@ -189,7 +189,7 @@ class ActorFactory:
                 run_dir=prepared.run_dir,
                 resume=plan.resume,
             )
-            options = {"max_concurrency": RANK_CALLS, "incarnation": plan.generation, **room.places[rank]}
+            options = {"max_concurrency": RANK_CALLS, "incarnation": plan.generation, **slots.places[rank]}
             actors.append(self._start(Trainer, f"trainer-{rank}", threads, gpus, spec, **options))
         return actors
 

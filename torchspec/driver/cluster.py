@@ -18,8 +18,8 @@ import ray
 
 import torchspec
 from torchspec.config.schema import ClusterConfig, Config
-from torchspec.driver.failure import RunFailed
 from torchspec.driver.plan import Plan
+from torchspec.driver.supervise import RunFailed
 from torchspec.network import LOOPBACK, is_loopback
 from torchspec.processes.child import free_port
 

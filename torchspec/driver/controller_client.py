@@ -9,8 +9,7 @@ import ray
 
 from torchspec.controller.controller import NotBegun
 from torchspec.driver.cluster import node_is_alive
-from torchspec.driver.failure import RunFailed, root_cause
-from torchspec.driver.supervise import AwakeClock
+from torchspec.driver.supervise import AwakeClock, RunFailed, root_cause
 
 _PAUSE_SECONDS = 0.5
 

@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 
 from torchspec.config.schema import ClusterConfig, Config
 from torchspec.driver.cluster import Cluster, Node
-from torchspec.driver.threads import ThreadPlan
+from torchspec.driver.plan import ThreadPlan
 from torchspec.network import LOOPBACK, meeting_point
 from torchspec.processes.child import free_port
 
@@ -35,7 +35,7 @@ class RankSlots:
     """What a generation of training ranks has asked the cluster for."""
 
     meeting: ray.ObjectRef
-    """Comes with rank 0's address and a port that is free there, once there is room for all ranks."""
+    """Comes with rank 0's address and a port that is free there, once there is a slot for every rank."""
     places: list[Options]
     """Of each rank's actor."""
     wanted: str
@@ -56,7 +56,7 @@ class Placement:
         return {"resources": self._resources(self._config.inference_resource)}
 
     def ranks(self, count: int, cpus: int, gpus: int) -> RankSlots:
-        """Ask for room for ``count`` training ranks. That of the ranks before is given back."""
+        """Ask for slots for ``count`` training ranks. Those of the ranks before are given back."""
         role = self._resources(self._config.training_resource)
         wanted = (
             f"{count} training ranks (training.dp_size x sp_ulysses_size x sp_ring_size) of {cpus} CPUs and {gpus} GPUs"
@@ -87,8 +87,8 @@ def check_pools(nodes: Sequence[Node], config: Config, threads: ThreadPlan, on_g
     roles, inference, training = config.cluster, config.inference.most_workers, config.training.world_size
     engine_gpus, rank_gpus = (config.inference.tp_size, 1) if on_gpu else (0, 0)
     knob = "cluster.inference_resource"
-    check_room(nodes, knob, roles.inference_resource, inference, threads.inference, engine_gpus)
-    check_room(nodes, "cluster.training_resource", roles.training_resource, training, threads.training, rank_gpus)
+    check_capacity(nodes, knob, roles.inference_resource, inference, threads.inference, engine_gpus)
+    check_capacity(nodes, "cluster.training_resource", roles.training_resource, training, threads.training, rank_gpus)
     used = {n.id: n for role in (roles.inference_resource, roles.training_resource) for n in nodes_of(nodes, role)}
     for name, needed in (
         ("CPU", inference * threads.inference + training * threads.training),
@@ -112,7 +112,7 @@ def nodes_of(nodes: Sequence[Node], role: str | None) -> list[Node]:
     return [n for n in nodes if n.resources.get("CPU", 0) >= 1 and (role is None or role in n.resources)]
 
 
-def check_room(nodes: Sequence[Node], knob: str, role: str | None, count: int, cpus: int, gpus: int) -> None:
+def check_capacity(nodes: Sequence[Node], knob: str, role: str | None, count: int, cpus: int, gpus: int) -> None:
     """Raises ValueError: ``count`` actors of a role do not fit on its nodes, even if nothing else runs there."""
     nodes = nodes_of(nodes, role)
     if not nodes and role is None:
@@ -122,15 +122,15 @@ def check_room(nodes: Sequence[Node], knob: str, role: str | None, count: int, c
             f"no node of the cluster offers the resource {role} of {knob}: start Ray there with "
             f"--resources='{{\"{role}\": 1}}'"
         )
-    room = sum(_room(node, cpus, gpus) for node in nodes)
-    if room < count:
+    capacity = sum(_capacity(node, cpus, gpus) for node in nodes)
+    if capacity < count:
         where = ", ".join(sorted({node.address for node in nodes}))
         raise ValueError(
             f"{count} actors of {cpus} CPUs and {gpus} GPUs each do not fit on the nodes of {knob} ({where}): there is "
-            f"room for {room}"
+            f"room for {capacity}"
         )
 
 
-def _room(node: Node, cpus: int, gpus: int) -> int:
-    room = int(node.resources["CPU"] // cpus)
-    return min(room, int(node.resources.get("GPU", 0) // gpus)) if gpus else room
+def _capacity(node: Node, cpus: int, gpus: int) -> int:
+    actors = int(node.resources["CPU"] // cpus)
+    return min(actors, int(node.resources.get("GPU", 0) // gpus)) if gpus else actors

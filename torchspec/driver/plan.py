@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 
 import psutil
@@ -11,15 +12,21 @@ from torchspec.config.schema import Config, TrainingConfig
 from torchspec.drafts.eagle3.spec import Eagle3Spec
 from torchspec.driver.memory import draft_parameters
 from torchspec.driver.splits import MemoryBudget, Split, possible_splits
-from torchspec.driver.threads import ThreadPlan, plan_threads, usable_cores
 from torchspec.store.layout import USABLE_SHARE, stored_bytes
 from torchspec.target.checkpoint import TargetInfo
 
 ENGINE_OVERHEAD_BYTES = 3 << 29
 """Measured on a CPU: both processes of one engine, beside weights and KV cache."""
-MAX_DEFAULT_BUFFER = 4 << 30
 BASE_BYTES = 2 << 30
 """Ray's own processes, the controller, the driver."""
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadPlan:
+    """Threads of one inference engine and of one training rank."""
+
+    inference: int
+    training: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +66,7 @@ def make_plan(config: Config, target: TargetInfo, heldout_samples: int, vocab_pr
     threads = plan_threads(config, cores, on_gpu)
     sample_bytes = target.geometry.stored_bytes(config.data.max_seq_length)
     credit_bytes = int(config.store.segment_bytes * USABLE_SHARE)
-    buffer_bytes = check_room(config, target, heldout_samples, vocab_prompts)
+    buffer_bytes = check_buffers(config, target, heldout_samples, vocab_prompts)
     weights = target.num_parameters * (4 if config.target.dtype == "float32" else 2)
     kv_cache = config.inference.max_total_tokens * target.num_layers * target.hidden_size * 2
     engine = weights + kv_cache + ENGINE_OVERHEAD_BYTES + buffer_bytes
@@ -90,7 +97,7 @@ def make_plan(config: Config, target: TargetInfo, heldout_samples: int, vocab_pr
     )
 
 
-def check_room(config: Config, target: TargetInfo, heldout_samples: int = 0, vocab_prompts: int = 0) -> int:
+def check_buffers(config: Config, target: TargetInfo, heldout_samples: int = 0, vocab_prompts: int = 0) -> int:
     """Refuse a store or buffers that are too small for samples split as ``config`` says; returns the engines' buffer.
 
     Raises:
@@ -107,14 +114,25 @@ def check_room(config: Config, target: TargetInfo, heldout_samples: int = 0, voc
     return config.inference.buffer_bytes
 
 
-def resolve_buffer(config: Config, target: TargetInfo) -> Config:
-    """Put a size in place of the default of ``inference.buffer_bytes``."""
-    inference = config.inference
-    if inference.buffer_bytes is not None:
-        return config
-    sample = target.geometry.stored_bytes(config.data.max_seq_length)
-    size = max(2 * sample, min((inference.max_concurrency + 2) * sample, MAX_DEFAULT_BUFFER))
-    return config.model_copy(update={"inference": inference.model_copy(update={"buffer_bytes": size})})
+def usable_cores(config: Config) -> int:
+    """Of this machine."""
+    cores = os.cpu_count() or 1
+    return cores if config.cluster.num_cpus is None else min(cores, config.cluster.num_cpus)
+
+
+def plan_threads(config: Config, cores: int, on_gpu: bool) -> ThreadPlan:
+    """Share ``cores`` among the processes of both pools; numbers in the config are taken as they are.
+
+    Two OpenMP pools on the same cores wait for each other's threads: measured, an engine with two threads beside a busy
+    trainer is 5 to 15 times slower than one with a single thread. So ``auto`` never gives out more threads than cores,
+    unless there are more processes than cores, and then each gets one.
+    """
+    processes = config.inference.most_workers + config.training.world_size
+    fair = max(1, cores // processes)
+    if on_gpu:
+        fair = min(fair, 8)  # a GPU process needs its cores for launching and copying only
+    inference, training = config.inference.threads, config.training.threads
+    return ThreadPlan(fair if inference == "auto" else inference, fair if training == "auto" else training)
 
 
 def total_steps(training: TrainingConfig, prompts: int) -> int:

@@ -8,16 +8,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from torchspec.config.schema import Config, Section
+from torchspec.config.schema import Config
 from torchspec.controller.ledger_snapshot import LedgerSnapshot, ledger_shape
 from torchspec.data.prompt_set import PromptSet, TokenizeOptions
 from torchspec.data.survey import Survey, survey
 from torchspec.driver.cluster import namespace
-from torchspec.driver.plan import Plan, make_plan, resolve_buffer, total_steps
-from torchspec.hardware import Device, fast_dtype, pick_device
+from torchspec.driver.plan import Plan, make_plan, total_steps
+from torchspec.driver.resolve import resolve
 from torchspec.inference.sglang_patch import check_patched
 from torchspec.monitor.trackers import check_trackers
-from torchspec.target.checkpoint import TargetInfo, read_target
+from torchspec.target.checkpoint import TargetInfo
 from torchspec.training.rotation import latest_checkpoint
 
 
@@ -54,10 +54,8 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Pre
     """
     check_patched()
     check_trackers(config.monitor)
-    device = pick_device(config.training.device, "training.device")
-    config = resolve_dtypes(config, device)
-    target = read_target(config.target, config.training.shard_formula)
-    config = _absolute(resolve_buffer(config, target), target)
+    resolved = resolve(config)
+    config, target, on_gpu = resolved.config, resolved.target, resolved.on_gpu
     run_dir = config.run_dir
     resume_from = _check_folder(run_dir, resume)
     message("reading and tokenising the prompts")
@@ -68,7 +66,6 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Pre
     _require_rows(config, len(train), train.rejected)
     if resume_from is not None:
         LedgerSnapshot.from_json((resume_from / "ledger.json").read_text(), ledger_shape(config, train))
-    on_gpu = device == "cuda"
     vocab_prompts = 0 if train.fully_answered else min(config.draft.vocab_prompts, len(train))
     plan = make_plan(config, target, len(heldout) if heldout else 0, vocab_prompts, on_gpu)
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -83,54 +80,25 @@ def make_plan_for(config: Config) -> tuple[Plan, Survey]:
     Raises:
         ValueError: it could not run.
     """
-    device = pick_device(config.training.device, "training.device")
-    config = resolve_dtypes(config, device)
-    target = read_target(config.target, config.training.shard_formula)
+    resolved = resolve(config)
+    config = resolved.config
     train = _survey(config, "data.train", config.data.train, config.data.limit)
     _require_rows(config, train.rows, train.rejected)
     heldout = 0
     if config.evaluation.heldout is not None:
         heldout = _survey(config, "evaluation.heldout", config.evaluation.heldout, config.evaluation.samples).rows
     vocab_prompts = min(config.draft.vocab_prompts, train.rows) if train.answer_tokens else 0
-    return make_plan(resolve_buffer(config, target), target, heldout, vocab_prompts, device == "cuda"), train
+    return make_plan(config, resolved.target, heldout, vocab_prompts, resolved.on_gpu), train
 
 
 def _survey(config: Config, knob: str, source: str, limit: int | None) -> Survey:
-    path = Path(config.target.path).expanduser()
-    return survey(source, path, _tokenize_options(config, limit), config.data.cache_dir, knob)
+    return survey(source, Path(config.target.path), _tokenize_options(config, limit), config.data.cache_dir, knob)
 
 
 def _require_rows(config: Config, rows: int, rejected: Sequence[tuple[str, str]]) -> None:
     if rows == 0:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected[:3])
         raise ValueError(f"data.train {config.data.train}: no usable conversation is left ({reasons})")
-
-
-def resolve_dtypes(config: Config, device: Device) -> Config:
-    """Put the dtype that is fast on ``device`` in place of ``auto``."""
-    fast = fast_dtype(device)
-    sections = {}
-    for name in ("target", "training"):
-        section = getattr(config, name)
-        sections[name] = section.model_copy(update={"dtype": fast}) if section.dtype == "auto" else section
-    return config.model_copy(update=sections)
-
-
-def _absolute(config: Config, target: TargetInfo) -> Config:
-    """Actors have another working directory, so every path they see is absolute."""
-    run = config.run.model_copy(update={"dir": config.run.dir.expanduser().absolute()})
-    data = config.data.model_copy(update={"cache_dir": config.data.cache_dir.expanduser().absolute()})
-    section = config.target.model_copy(update={"path": str(Path(target.path).absolute())})
-    changed: dict[str, Section] = {"run": run, "data": data, "target": section}
-    if config.training.init_from is not None:
-        origin = config.training.init_from.expanduser().absolute()
-        changed["training"] = config.training.model_copy(update={"init_from": origin})
-    if config.answer.reuse is not None:
-        reuse = config.answer.reuse.expanduser().absolute()
-        if not reuse.is_file():
-            raise ValueError(f"answer.reuse: there is no file {reuse}")
-        changed["answer"] = config.answer.model_copy(update={"reuse": reuse})
-    return config.model_copy(update=changed)
 
 
 def _check_folder(run_dir: Path, resume: bool) -> Path | None:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import ray
 
 from torchspec.contracts import RunStatus
-from torchspec.driver.failure import root_cause
+from torchspec.driver.supervise import root_cause
 from torchspec.run_folder import is_live
 
 

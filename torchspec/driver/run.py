@@ -25,16 +25,15 @@ from torchspec.config.schema import Config
 from torchspec.contracts import RunStatus, StepReport
 from torchspec.driver.actors import ActorFactory
 from torchspec.driver.cluster import Cluster, start_cluster
-from torchspec.driver.console import View
+from torchspec.driver.console import Interrupts, View
 from torchspec.driver.controller_client import ControllerClient
-from torchspec.driver.failure import RunFailed
-from torchspec.driver.interrupts import Interrupts
 from torchspec.driver.nodes import check_nodes
 from torchspec.driver.placement import Placement, check_pools, nodes_of
 from torchspec.driver.prepare import Prepared, prepare
 from torchspec.driver.remote import PageControls
 from torchspec.driver.session import Session
 from torchspec.driver.store import StoreSupervisor
+from torchspec.driver.supervise import RunFailed
 from torchspec.files import write_atomically
 from torchspec.monitor.curves import draw_curves
 from torchspec.monitor.record.recorder import EventLog

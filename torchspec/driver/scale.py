@@ -13,11 +13,9 @@ from torchspec.config.load import load_config, with_values
 from torchspec.config.schema import Config
 from torchspec.driver.cluster import alive_nodes
 from torchspec.driver.placement import check_pools, nodes_within
-from torchspec.driver.plan import check_gpus, check_room
-from torchspec.driver.threads import plan_threads, usable_cores
-from torchspec.hardware import pick_device
+from torchspec.driver.plan import check_buffers, check_gpus, plan_threads, usable_cores
+from torchspec.driver.resolve import computes_on_gpu, resolve
 from torchspec.run_folder import only_machine
-from torchspec.target.checkpoint import read_target
 
 SIZES = ("dp_size", "attention_backend", "sp_ulysses_size", "sp_ring_size")
 """Knobs of ``training`` that can change while a run goes on."""
@@ -55,11 +53,10 @@ def checked_change(
         config, change = with_values(config, {"inference.workers": workers}), replace(change, workers=workers)
     if {dp, sp, ulysses, ring} != {None}:
         sizes = _sizes(config, dp, sp, ulysses, ring)
-        config, change = (
-            with_values(config, {f"training.{name}": size for name, size in sizes.items()}),
-            replace(change, sizes=sizes),
-        )
-        check_room(config, read_target(config.target, config.training.shard_formula))
+        config = with_values(config, {f"training.{name}": size for name, size in sizes.items()})
+        change = replace(change, sizes=sizes)
+        resolved = resolve(config)
+        check_buffers(resolved.config, resolved.target)
     _check_machines(config, run_dir)
     return change
 
@@ -75,7 +72,7 @@ def _sizes(
     config: Config, dp: int | None, sp: int | None, ulysses: int | None, ring: int | None
 ) -> dict[str, int | str]:
     training = config.training
-    heads = read_target(config.target).draft.num_heads
+    heads = resolve(config).target.draft.num_heads
     if sp is None:
         ulysses, ring = ulysses or training.sp_ulysses_size, ring or training.sp_ring_size
     elif ulysses is None:
@@ -93,7 +90,7 @@ def _sizes(
 
 def _check_machines(config: Config, run_dir: Path) -> None:
     """Raises ValueError: the machine, or the cluster that this process is connected to, has no room for ``config``."""
-    on_gpu = pick_device(config.training.device, "training.device") == "cuda"
+    on_gpu = computes_on_gpu(config)
     if config.cluster.address is not None:
         threads = plan_threads(config, usable_cores(config), on_gpu)
         check_pools(nodes_within(alive_nodes(), only_machine(run_dir)), config, threads, on_gpu)

@@ -18,13 +18,11 @@ import ray
 
 from torchspec.contracts import RunStatus
 from torchspec.driver.actors import ActorFactory
-from torchspec.driver.console import View
+from torchspec.driver.console import Interrupts, View, new_messages
 from torchspec.driver.controller_client import ControllerClient, ControllerLost, require_node
-from torchspec.driver.failure import Restarts
-from torchspec.driver.interrupts import Interrupts
 from torchspec.driver.prepare import Prepared
 from torchspec.driver.store import StoreSupervisor
-from torchspec.driver.supervise import AwakeClock, Pulse
+from torchspec.driver.supervise import AwakeClock, Pulse, Restarts
 from torchspec.driver.trainers import RankLost, Trainers
 from torchspec.driver.workers import Workers
 
@@ -179,11 +177,3 @@ class Session:
 
     def _step(self) -> int:
         return 0 if self._status is None else self._status.step
-
-
-def new_messages(seen: list[str], now: tuple[str, ...]) -> list[str]:
-    """What ``now``, a sliding window of recent messages, has after ``seen``, the same window earlier."""
-    for overlap in range(min(len(seen), len(now)), -1, -1):
-        if seen[len(seen) - overlap :] == list(now[:overlap]):
-            return list(now[overlap:])
-    raise AssertionError("an overlap of nothing always fits")

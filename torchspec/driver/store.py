@@ -15,8 +15,7 @@ from typing import Any
 import ray
 
 from torchspec.config.schema import RecoveryConfig
-from torchspec.driver.failure import RunFailed
-from torchspec.driver.supervise import Pulse
+from torchspec.driver.supervise import Pulse, RunFailed
 from torchspec.store.errors import StoreUnavailable
 from torchspec.store.master import MooncakeMaster
 from torchspec.store.usage import read_usage

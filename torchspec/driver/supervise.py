@@ -1,4 +1,4 @@
-"""Signs of life: notices what neither works nor ends."""
+"""Signs of life, and what follows when there are none: how often a part may start anew, and when the run ends."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
+
+import ray
 
 LONGEST_TURN = 2.0
 """Seconds that pass between two looks count up to here; of a longer gap, who knows who has slept."""
@@ -50,3 +52,38 @@ class Pulse:
                 self._silence, self._limit = 0.0, self._patience
             self._question = self._ask()
         return self._silence >= self._limit
+
+
+class RunFailed(Exception):
+    """The run cannot go on; the message says why and what to do."""
+
+
+class Restarts:
+    """Counts restarts that have led to nothing: since the last one, no step was made that had not been made before.
+
+    Args:
+        limit: ``recovery.max_restarts``.
+    """
+
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._furthest, self._fruitless = 0, 0
+
+    def count(self, step: int, reason: str) -> None:
+        """Something is about to be restarted because of ``reason``, after ``step`` steps.
+
+        Raises:
+            RunFailed: once too often.
+        """
+        self._fruitless = self._fruitless + 1 if step <= self._furthest else 1
+        self._furthest = max(step, self._furthest)
+        if self._fruitless > self._limit:
+            raise RunFailed(f"{reason}; {self._limit} restarts (recovery.max_restarts) did not help")
+
+
+def root_cause(error: BaseException) -> str:
+    """One line for a person: the remote exception itself, or how its process ended."""
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BaseException):
+        return " ".join(f"{type(cause).__name__}: {cause}".split())[:400]
+    return "its process ended" if isinstance(error, ray.exceptions.RayActorError) else type(error).__name__

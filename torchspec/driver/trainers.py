@@ -18,17 +18,16 @@ from torchspec.data.vocabulary import DraftVocab
 from torchspec.driver.actors import ActorFactory
 from torchspec.driver.console import View
 from torchspec.driver.controller_client import ControllerClient
-from torchspec.driver.failure import RunFailed, root_cause
 from torchspec.driver.placement import RankSlots
-from torchspec.driver.supervise import Pulse
+from torchspec.driver.supervise import Pulse, RunFailed, root_cause
 from torchspec.training.checkpoint import CheckpointError
 from torchspec.training.trainer import TrainingDiverged
 
 FATAL = (TrainingDiverged, CheckpointError)
 """What would only happen again."""
 _END_SECONDS = 30.0
-ROOM_SECONDS = 120.0
-"""How long ranks wait for room on their nodes: engines of a run before may just be leaving, a node coming back."""
+SLOT_SECONDS = 120.0
+"""How long ranks wait for slots on their nodes: engines of a run before may just be leaving, a node coming back."""
 
 
 class RankLost(Exception):
@@ -44,10 +43,10 @@ class Rank:
 
 @dataclass
 class Waiting:
-    """A generation that starts when there is room for it."""
+    """A generation that starts when it has its slots."""
 
     plan: GroupPlan
-    room: RankSlots
+    slots: RankSlots
     seconds: float = 0.0
     """So long, so far."""
 
@@ -63,15 +62,15 @@ class Trainers:
 
     @property
     def futures(self) -> list[ray.ObjectRef]:
-        return [*self._ranks, *([] if self._waiting is None else [self._waiting.room.meeting])]
+        return [*self._ranks, *([] if self._waiting is None else [self._waiting.slots.meeting])]
 
     @property
     def at_work(self) -> bool:
-        """Whether there are ranks; not while they wait for a vocabulary or for room."""
+        """Whether there are ranks; not while they wait for a vocabulary or for slots."""
         return bool(self._ranks)
 
     def start(self) -> None:
-        """Let the next generation start, once there are a vocabulary and room for it.
+        """Let the next generation start, once there are a vocabulary and slots for it.
 
         The one before must have ended, or been killed.
         """
@@ -84,19 +83,19 @@ class Trainers:
             f"starting {training.world_size} training rank{'s' if training.world_size > 1 else ''} "
             f"(dp_size {training.dp_size}, sp_size {training.sp_size}) {where}"
         )
-        self._waiting = Waiting(plan, self._actors.rank_room(plan))
+        self._waiting = Waiting(plan, self._actors.rank_slots(plan))
 
     def done(self, ref: ray.ObjectRef) -> bool:
-        """One of the futures is done: there is room, or a rank has ended. Whether it was the last of its generation.
+        """One of the futures is done: there are slots, or a rank has ended. Whether it was the last of its generation.
 
         Raises:
             RankLost: it broke.
             RunFailed: it broke in a way that would only happen again.
         """
         waiting = self._waiting
-        if waiting is not None and ref == waiting.room.meeting:
+        if waiting is not None and ref == waiting.slots.meeting:
             self._waiting = None
-            self._move_in(waiting.plan, waiting.room)
+            self._move_in(waiting.plan, waiting.slots)
             return False
         rank = self._ranks[ref]
         try:
@@ -111,28 +110,28 @@ class Trainers:
         return not self._ranks
 
     def follow(self, status: RunStatus) -> None:
-        """Ranks that still wait for room when another size is asked for are not needed any more."""
+        """Ranks that still wait for slots when another size is asked for are not needed any more."""
         waiting = self._waiting
         if waiting is not None and status.closing and status.generation == waiting.plan.generation:
             self.start()
 
-    def _move_in(self, plan: GroupPlan, room: RankSlots) -> None:
-        """Start the ranks that there is room for now."""
+    def _move_in(self, plan: GroupPlan, slots: RankSlots) -> None:
+        """Start the ranks that have their slots now."""
         assert self.vocabulary is not None
         try:
-            actors = self._actors.trainers(self.vocabulary, plan, room)
-        except ray.exceptions.RayError as error:  # the node that had room has just been lost
-            raise RankLost(f"{room.wanted} found no place: {root_cause(error)}") from None
+            actors = self._actors.trainers(self.vocabulary, plan, slots)
+        except ray.exceptions.RayError as error:  # the node that had them has just been lost
+            raise RankLost(f"{slots.wanted} found no place: {root_cause(error)}") from None
         for number, actor in enumerate(actors):
             pulse = Pulse(_ping(actor), self._recovery.hang_seconds, self._recovery.start_seconds)
             self._ranks[actor.run.remote(self._controller.actor)] = Rank(number, actor, pulse)
 
     def check(self, elapsed: float) -> None:
-        """Raises RankLost: a rank gives no sign of life, or there has been no room for too long."""
+        """Raises RankLost: a rank gives no sign of life, or there have been no slots for too long."""
         if self._waiting is not None:
             self._waiting.seconds += elapsed
-            if self._waiting.seconds > ROOM_SECONDS:
-                raise RankLost(f"the cluster has had no room for {self._waiting.room.wanted} in {ROOM_SECONDS:.0f} s")
+            if self._waiting.seconds > SLOT_SECONDS:
+                raise RankLost(f"the cluster has had no room for {self._waiting.slots.wanted} in {SLOT_SECONDS:.0f} s")
         for rank in self._ranks.values():
             if rank.pulse.hangs(elapsed):
                 raise RankLost(f"trainer rank {rank.number} gave no sign of life (log: {self._log(rank)})")

@@ -12,8 +12,7 @@ from torchspec.config.schema import Config
 from torchspec.driver.actors import ActorFactory
 from torchspec.driver.console import View
 from torchspec.driver.controller_client import ControllerClient
-from torchspec.driver.failure import RunFailed, root_cause
-from torchspec.driver.supervise import Pulse
+from torchspec.driver.supervise import Pulse, RunFailed, root_cause
 
 MAX_FRUITLESS_STARTS = 2
 """An inference pool in which so many workers die in a row, before they were given any work, will never work."""

@@ -13,14 +13,14 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from sglang.version import __version__ as sglang_version
 
 from torchspec.evaluation.loaded_weights import require_loaded
 from torchspec.evaluation.serving import Job, Reply
-from torchspec.inference.sglang_process import end_engine
-from torchspec.inference.token_engine import TokenEngine
+from torchspec.inference.sglang_process import end_engine, start_token_engine
 
 _WARM_UP_TOKENS = 8
 
@@ -31,7 +31,7 @@ def answer(job: Job) -> tuple[list[Reply], float]:
     Raises:
         ValueError: the engine does not hold all of the draft.
     """
-    engine = TokenEngine(**job.sglang_args())
+    engine = start_token_engine(**job.sglang_args())
     try:
         if job.draft is not None:
             require_loaded(engine, Path(job.draft), getattr(torch, job.dtype))
@@ -40,7 +40,7 @@ def answer(job: Job) -> tuple[list[Reply], float]:
         end_engine(engine)
 
 
-def _generate(engine: TokenEngine, job: Job) -> tuple[list[Reply], float]:
+def _generate(engine: Any, job: Job) -> tuple[list[Reply], float]:
     sampling = {"temperature": 0.0, "max_new_tokens": job.max_tokens}
     engine.generate(
         input_ids=job.prompts[: job.concurrency], sampling_params=sampling | {"max_new_tokens": _WARM_UP_TOKENS}

@@ -1,7 +1,7 @@
 """Serves a batch of prompts in a SGLang engine of its own, which is gone afterwards whatever happens.
 
     evaluation (this process)              engine process, its own session            SGLang's processes
-    job.json --------------------------->  TokenEngine(...), warm-up, generate  <-->  scheduler
+    job.json --------------------------->  token engine, warm-up, generate    <-->  scheduler
     replies.json <-----------------------  tokens, histograms, seconds
     janitor: kills what is left, cleans /dev/shm - also after Ctrl-C or kill -9 of this process
 

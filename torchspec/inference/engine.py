@@ -1,11 +1,11 @@
-"""One SGLang engine that answers prompts and captures hidden states, on a CPU or on GPUs.
+"""The live source: an SGLang engine that answers prompts and captures hidden states, on a CPU or on GPUs.
 
     answer(key, prompt) ---> sampled tokens, and the states of what was read on the way
     capture(key, text) ----> the states alone
 
 The states of every token that the model has read lie in the store under ``{key}_{hs,lhs,ids}`` then: the last token
 of an answer is written and never read. All are requests in the same continuous batch. One is done when the plugin in
-SGLang's scheduler process reports that the store has it (``capture.py``), so whoever gets a result may publish it. The
+SGLang's scheduler process reports that the store has it (``capture/``), so whoever gets a result may publish it. The
 engine never has more sample bytes under way than the plugin's buffer holds.
 
 A :class:`TargetEngine` on a CPU sets ``OMP_NUM_THREADS`` of its process, which SGLang's child processes inherit.
@@ -17,28 +17,32 @@ import asyncio
 import json
 import os
 import shutil
-import signal
 import socket
 import tempfile
-import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+import numpy as np
 import psutil
+from transformers import AutoTokenizer
 
-from torchspec.inference.capture.protocol import (
-    ENVIRONMENT_VARIABLE,
-    CaptureConfig,
-    Captured,
-    Hello,
-    capture_rid,
-    decode_captured,
+from torchspec.config.schema import AnswerConfig
+from torchspec.contracts import Answer, Lease, SampleRef, SampleTiming
+from torchspec.data.masks import pack_mask
+from torchspec.inference.capture.protocol import CaptureConfig, Captured, capture_rid, decode_captured
+from torchspec.inference.sglang_process import (
+    EngineConfig,
+    await_hello,
+    end_engine,
+    ignore_sigquit,
+    is_stopped,
+    start_capturing_engine,
 )
-from torchspec.inference.sglang_process import end_children, end_engine
+from torchspec.inference.source import Produced, SourceFailed
 from torchspec.instruments import Stopwatch
 from torchspec.processes.leftovers import remove_shared_memory_leftovers
 from torchspec.shards import ShardFormula
@@ -49,33 +53,15 @@ from torchspec.target.layers import resolve_aux_layers
 
 T = TypeVar("T")
 
+CAPTURES_WHILE_ANSWERING = 2
+"""SGLang prefers prefill to decode: without this bound, samples that only need a prefill would starve the answers that
+the front of the order waits for."""
+
 _LOOK_SECONDS = 1.0
-_HELLO_SECONDS = 10.0
-"""The plugin says hello while SGLang starts, so by then it is there or it will never be."""
 
 
-class EngineError(RuntimeError):
-    """A request came to nothing."""
-
-
-class EngineDied(EngineError):
-    """A scheduler process of SGLang ended; the engine is of no more use."""
-
-
-class CaptureError(EngineError):
-    """A prompt's states did not reach the store."""
-
-
-class NoRoom(CaptureError):
-    """The store has no hole large enough now. The prompt is not to blame."""
-
-
-class NoStore(CaptureError):
-    """The store does not answer. The prompt is not to blame."""
-
-
-class SampleTooLarge(ValueError):
-    """A sample that never fits into the plugin's buffer."""
+class EngineDied(RuntimeError):
+    """A process of SGLang ended or hangs; the engine is of no more use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,66 +73,8 @@ class Answered:
     captured: Captured
 
 
-@dataclass(frozen=True)
-class EngineConfig:
-    """What SGLang's engine is started with."""
-
-    model_path: str
-    aux_layers: tuple[int, ...]
-    """Layers whose outputs are captured (``aux_layers.py``)."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    dtype: str = "bfloat16"
-    threads: int = 1
-    """OpenMP threads of the scheduler process on a CPU."""
-    tp_size: int = 1
-    chunked_prefill_size: int = 2048
-    """Tokens of one prefill chunk."""
-    max_total_tokens: int = 32768
-    """KV-cache pool in tokens."""
-    max_running_requests: int = 32
-    mem_fraction_static: float | None = None
-    """Default: SGLang's on a GPU; on a CPU a half, which leaves room for whatever else starts at the same time."""
-    trust_remote_code: bool = False
-    hang_seconds: float = 15.0
-    """An engine one of whose processes has been stopped for so long is taken for dead."""
-    stuck_seconds: float = 600.0
-    """One step of the scheduler that takes longer is stuck, and ends the engine."""
-    extra_args: Mapping[str, Any] = field(default_factory=dict)
-    """More arguments of ``sglang.Engine``; they win over the ones above."""
-
-    def engine_args(self) -> dict[str, Any]:
-        """Keyword arguments of ``sglang.Engine``."""
-        args = {
-            "model_path": self.model_path,
-            "device": self.device,
-            "dtype": self.dtype,
-            "tp_size": self.tp_size,
-            "chunked_prefill_size": self.chunked_prefill_size,
-            "max_total_tokens": self.max_total_tokens,
-            "max_running_requests": self.max_running_requests,
-            "mem_fraction_static": self.mem_fraction_static,
-            "trust_remote_code": self.trust_remote_code,
-            "disable_radix_cache": True,  # a cached prefix has no hidden states
-            "enable_return_aux_hidden_states": True,
-            "speculative_algorithm": "EAGLE3",  # names the capture convention; no draft is loaded
-            "return_aux_hidden_state_layer_ids": list(self.aux_layers),
-            "watchdog_timeout": self.stuck_seconds,
-            "sleep_on_idle": True,  # the scheduler would spin on a core that others need
-            "log_level": "error",
-            "custom_sigquit_handler": signal.SIG_IGN,  # a dying child must not take this process along
-        }
-        if self.device == "cpu":
-            args |= {
-                "attention_backend": "torch_native",
-                "sampling_backend": "pytorch",
-                "disable_cuda_graph": True,
-                "mem_fraction_static": self.mem_fraction_static or 0.5,
-            }
-        return args | dict(self.extra_args)
-
-
 class TargetEngine:
-    """Start an engine and its capture plugin; blocks until the model is loaded.
+    """A :class:`SampleSource`: an engine and its capture plugin. Blocks until the model is loaded.
 
     The constructor belongs on a process's main thread, the other methods on one event loop.
 
@@ -154,13 +82,15 @@ class TargetEngine:
         config: The engine.
         endpoint: The store that captures go to.
         buffer_bytes: Registered host memory of the plugin; bounds the bytes of samples under way.
+        answering: How leases are answered.
 
     Raises:
         EngineError: SGLang did not start, or the capture plugin did not load.
     """
 
-    def __init__(self, config: EngineConfig, endpoint: StoreEndpoint, buffer_bytes: int):
-        self._config = config
+    def __init__(self, config: EngineConfig, endpoint: StoreEndpoint, buffer_bytes: int, answering: AnswerConfig):
+        self._config, self._answering = config, answering
+        self._tokenizer = AutoTokenizer.from_pretrained(config.model_path, trust_remote_code=config.trust_remote_code)
         self._started = time.time()
         self._folder = Path(tempfile.mkdtemp(prefix="torchspec-"))
         self._engine: Any = None
@@ -169,19 +99,52 @@ class TargetEngine:
             with socket.socket(socket.AF_UNIX) as listener:
                 listener.bind(capture.socket)
                 listener.listen(1)
-                self._engine = _start_sglang(config, capture)
-                self._socket, hello = _await_hello(listener)
+                self._engine = start_capturing_engine(config, capture)
+                self._socket, hello = await_hello(listener)
             resolve_aux_layers(hello.num_layers, config.aux_layers)
         except BaseException:
             self._shut_down()
             raise
         self._geometry = SampleGeometry(len(hello.aux_layers), hello.hidden_size, hello.dtype)
-        self._room = _Budget(buffer_bytes)
+        self._budget, self._turns = _Budget(buffer_bytes), _Turns()
         self.computing = Stopwatch()
         """Runs while SGLang has a request."""
         self._captures: dict[str, asyncio.Future[Captured]] = {}
         self._death: asyncio.Future[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
+
+    async def produce(self, lease: Lease) -> Produced:
+        """Have the target answer the lease's prompt, or read its text, in turn. See :class:`SampleSource`.
+
+        Raises:
+            SourceFailed: there is no sample.
+            EngineDied: the engine is gone.
+        """
+        started = time.perf_counter()
+        input_ids, loss_mask = np.frombuffer(lease.input_ids, "<i4").tolist(), lease.loss_mask
+        num_tokens, answer = len(input_ids), None
+        if lease.max_new_tokens > 0:
+            async with self._turns.taken("answers"):
+                answer, captured = await self._answer_lease(lease, input_ids)
+            read = len(answer.token_ids) - 1
+            loss_mask = pack_mask([False] * num_tokens + [True] * read)
+            num_tokens += read
+        else:
+            async with self._turns.taken("captures"):
+                captured = await self.capture(lease.key, input_ids, lease.sharding)
+        worked = captured.compute_seconds, captured.hold_seconds, captured.put_seconds
+        queued = max(0.0, time.perf_counter() - started - sum(worked))
+        ref = SampleRef(
+            sample=lease.sample,
+            key=lease.key,
+            num_tokens=num_tokens,
+            loss_mask=loss_mask,
+            tensors=captured.tensors,
+            num_bytes=captured.num_bytes,
+            norm_state="post_norm",  # SGLang's last_hidden_states
+            sharding=captured.sharding,
+        )
+        return Produced(ref, answer, SampleTiming(queued, *worked))
 
     async def answer(
         self,
@@ -200,20 +163,14 @@ class TargetEngine:
             sharding: how to split the sample among the ranks that share it; None: store it whole.
 
         Raises:
-            SampleTooLarge: the longest possible sample does not fit into the plugin's buffer.
-            CaptureError: the states are bad, or the store did not take them.
-            EngineError: SGLang gave the request up.
+            SourceFailed: the longest possible sample does not fit into the plugin's buffer, SGLang gave the request
+                up, the states are bad, or the store did not take them.
             EngineDied: the engine is gone.
         """
-        sampling = {
-            "max_new_tokens": max_new_tokens,
-            "temperature": temperature,
-            "top_p": top_p,
-            "sampling_seed": seed,
-        }
+        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "sampling_seed": seed}
         tensors = self._geometry.tensors(len(input_ids) + max_new_tokens)
         size = sum(align(spec.num_bytes) for spec in tensors.values())
-        async with self._room.taken(size):
+        async with self._budget.taken(size):
             stored = self._captures[key] = asyncio.get_running_loop().create_future()
             started = time.perf_counter()
             try:
@@ -241,6 +198,18 @@ class TargetEngine:
         self._socket.close()
         self._shut_down()
 
+    async def _answer_lease(self, lease: Lease, input_ids: list[int]) -> tuple[Answer, Captured]:
+        """The target's answer, with the token that ends the turn if it came to one, and its states."""
+        temperature, top_p = self._answering.temperature, self._answering.top_p
+        answered = await self.answer(
+            lease.key, input_ids, lease.max_new_tokens, temperature, top_p, lease.seed, lease.sharding
+        )
+        ids, reason = answered.token_ids, answered.finish_reason
+        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        if not text.strip():
+            raise SourceFailed("final", f"the target's answer is empty ({len(ids)} tokens, {reason})")
+        return Answer(lease.sample.prompt, tuple(ids), text, reason), answered.captured
+
     async def _generate(self, rid: str, input_ids: Sequence[int], sampling: dict[str, Any]) -> dict[str, Any]:
         self._watch()
         try:
@@ -251,10 +220,10 @@ class TargetEngine:
             self._engine.tokenizer_manager.abort_request(rid)
             raise
         except ValueError as error:  # SGLang's word for a request that it cannot serve
-            raise EngineError(str(error)) from error
+            raise SourceFailed("retry", str(error)) from error
         reason = reply["meta_info"]["finish_reason"]
         if reason["type"] == "abort":
-            raise EngineError(f"SGLang aborted the request: {reason['message']}")
+            raise SourceFailed("retry", f"SGLang aborted the request: {reason['message']}")
         return reply
 
     def _watch(self) -> None:
@@ -266,7 +235,7 @@ class TargetEngine:
         tokenizer_manager = self._engine.tokenizer_manager
         tokenizer_manager.auto_create_handle_loop()  # sets signal handlers, too
         tokenizer_manager._subprocess_watchdog.stop()  # would send us SIGQUIT
-        _ignore_sigquit()
+        ignore_sigquit()
         pids = self._engine.get_all_child_pids()
         for pid in pids:
             descriptor = os.pidfd_open(pid)
@@ -279,7 +248,7 @@ class TargetEngine:
         looks = 0
         while looks < self._config.hang_seconds / _LOOK_SECONDS:
             await asyncio.sleep(_LOOK_SECONDS)
-            looks = looks + 1 if any(_is_stopped(process) for process in processes) else 0
+            looks = looks + 1 if any(is_stopped(process) for process in processes) else 0
         self._declare_dead(f"an SGLang process has been stopped for {self._config.hang_seconds:.0f} s")
 
     def _on_death(self, pid: int, descriptor: int) -> None:
@@ -319,8 +288,7 @@ class TargetEngine:
             if message["stored"]:
                 future.set_result(decode_captured(message))
             else:
-                kind = NoRoom if message["no_room"] else NoStore if message["no_store"] else CaptureError
-                future.set_exception(kind(message["reason"]))
+                future.set_exception(SourceFailed(message["kind"], message["reason"]))
         self._declare_dead("SGLang's scheduler process ended: the capture plugin closed its socket")
 
     def _shut_down(self) -> None:
@@ -343,10 +311,11 @@ class _Budget:
         """Hold ``size`` bytes, once they are free.
 
         Raises:
-            SampleTooLarge: there will never be as many.
+            SourceFailed: there will never be as many.
         """
         if size > self._capacity:
-            raise SampleTooLarge(f"a sample of {size} bytes does not fit into inference.buffer_bytes={self._capacity}")
+            reason = f"a sample of {size} bytes does not fit into inference.buffer_bytes={self._capacity}"
+            raise SourceFailed("final", reason)
         async with self._turn, self._freed:
             await self._freed.wait_for(lambda: self._free >= size)
             self._free -= size
@@ -358,50 +327,24 @@ class _Budget:
                 self._freed.notify_all()
 
 
-def _start_sglang(config: EngineConfig, capture: CaptureConfig) -> Any:
-    """Start ``sglang.Engine`` with an environment that its child processes inherit."""
-    os.environ[ENVIRONMENT_VARIABLE] = capture.to_json()
-    if config.device == "cpu":
-        os.environ |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(config.threads)}
-    from torchspec.inference.token_engine import TokenEngine  # SGLang reads the environment
+class _Turns:
+    """Answers go at once; while any is under way, only so many captures do."""
 
-    others = psutil.Process().children()
-    try:
-        return TokenEngine(**config.engine_args())
-    except BaseException as error:
-        end_children(but=others)
-        if isinstance(error, RuntimeError):
-            raise EngineError(f"SGLang did not start: {error}") from error
-        raise
-    finally:
-        del os.environ[ENVIRONMENT_VARIABLE]  # or the next engine of this process would capture, too
+    def __init__(self) -> None:
+        self._under_way = {"answers": 0, "captures": 0}
+        self._changed = asyncio.Condition()
 
-
-def _await_hello(listener: socket.socket) -> tuple[socket.socket, Hello]:
-    """The plugin's connection and its first message."""
-    listener.settimeout(_HELLO_SECONDS)
-    try:
-        connection, _ = listener.accept()
-    except TimeoutError:
-        raise EngineError(
-            "the capture plugin did not load in SGLang's scheduler: is torchspec installed (pip install -e .) in this "
-            "environment, and does SGLANG_PLUGINS, if set, name torchspec_capture?"
-        ) from None
-    with connection.makefile("rb") as lines:
-        message = json.loads(lines.readline())
-    assert message.pop("type") == "hello"
-    connection.setblocking(False)
-    return connection, Hello(**message)
-
-
-def _is_stopped(process: psutil.Process) -> bool:
-    try:
-        return process.status() == psutil.STATUS_STOPPED
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _ignore_sigquit() -> None:
-    """SGLang kills its whole parent process on SIGQUIT, which its children send; we see them end by ourselves."""
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGQUIT, signal.SIG_IGN)
+    @asynccontextmanager
+    async def taken(self, kind: Literal["answers", "captures"]) -> AsyncIterator[None]:
+        """Hold the turn of one of ``kind``, once it has come."""
+        count = self._under_way
+        async with self._changed:
+            if kind == "captures":
+                await self._changed.wait_for(lambda: not count["answers"] or count[kind] < CAPTURES_WHILE_ANSWERING)
+            count[kind] += 1
+        try:
+            yield
+        finally:
+            async with self._changed:
+                count[kind] -= 1
+                self._changed.notify_all()

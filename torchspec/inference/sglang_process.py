@@ -1,17 +1,164 @@
-"""Ends SGLang's processes one by one.
+"""SGLang's processes: what they are started with, the start, the plugin's hello, and their end one by one.
+
+SGLang reads its environment when it is imported, so it is imported in :func:`start_token_engine` only.
 
 ``Engine.shutdown()``, which SGLang also runs at exit, kills every child of its process: other people's too, and
-Python's resource tracker, which then cannot remove the named semaphores in ``/dev/shm``.
+Python's resource tracker, which then cannot remove the named semaphores in ``/dev/shm``. So it never runs here.
 """
 
 from __future__ import annotations
 
 import atexit
-from collections.abc import Sequence
+import json
+import os
+import signal
+import socket
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from multiprocessing import resource_tracker
-from typing import Any
+from typing import Any, Literal
 
 import psutil
+
+from torchspec.inference.capture.protocol import ENVIRONMENT_VARIABLE, CaptureConfig, Hello
+
+_HELLO_SECONDS = 10.0
+"""The plugin says hello while SGLang starts, so by then it is there or it will never be."""
+
+
+class EngineError(RuntimeError):
+    """SGLang did not start, or started without the capture plugin."""
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What SGLang's engine is started with."""
+
+    model_path: str
+    aux_layers: tuple[int, ...]
+    """Layers whose outputs are captured (``target/layers.py``)."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    dtype: str = "bfloat16"
+    threads: int = 1
+    """OpenMP threads of the scheduler process on a CPU."""
+    tp_size: int = 1
+    chunked_prefill_size: int = 2048
+    """Tokens of one prefill chunk."""
+    max_total_tokens: int = 32768
+    """KV-cache pool in tokens."""
+    max_running_requests: int = 32
+    mem_fraction_static: float | None = None
+    """Default: SGLang's on a GPU; on a CPU a half, which leaves room for whatever else starts at the same time."""
+    trust_remote_code: bool = False
+    hang_seconds: float = 15.0
+    """An engine one of whose processes has been stopped for so long is taken for dead."""
+    stuck_seconds: float = 600.0
+    """One step of the scheduler that takes longer is stuck, and ends the engine."""
+    extra_args: Mapping[str, Any] = field(default_factory=dict)
+    """More arguments of ``sglang.Engine``; they win over the ones above."""
+
+    def engine_args(self) -> dict[str, Any]:
+        """Keyword arguments of ``sglang.Engine``."""
+        args = {
+            "model_path": self.model_path,
+            "device": self.device,
+            "dtype": self.dtype,
+            "tp_size": self.tp_size,
+            "chunked_prefill_size": self.chunked_prefill_size,
+            "max_total_tokens": self.max_total_tokens,
+            "max_running_requests": self.max_running_requests,
+            "mem_fraction_static": self.mem_fraction_static,
+            "trust_remote_code": self.trust_remote_code,
+            "disable_radix_cache": True,  # a cached prefix has no hidden states
+            "enable_return_aux_hidden_states": True,
+            "speculative_algorithm": "EAGLE3",  # names the capture convention; no draft is loaded
+            "return_aux_hidden_state_layer_ids": list(self.aux_layers),
+            "watchdog_timeout": self.stuck_seconds,
+            "sleep_on_idle": True,  # the scheduler would spin on a core that others need
+            "log_level": "error",
+            "custom_sigquit_handler": signal.SIG_IGN,  # a dying child must not take this process along
+        }
+        if self.device == "cpu":
+            args |= {
+                "attention_backend": "torch_native",
+                "sampling_backend": "pytorch",
+                "disable_cuda_graph": True,
+                "mem_fraction_static": self.mem_fraction_static or 0.5,
+            }
+        return args | dict(self.extra_args)
+
+
+def start_token_engine(**engine_args: Any) -> Any:
+    """A ``sglang.Engine`` for token ids in and token ids out, without SGLang's detokenizer process.
+
+    With ``skip_tokenizer_init`` the scheduler replies to this process by itself. SGLang starts the detokenizer all the
+    same: some 10 s of CPU time and half a GiB for a process that is never sent a message.
+    """
+    from sglang.srt.entrypoints.engine import Engine
+
+    class TokenEngine(Engine):
+        @classmethod
+        def _launch_detokenizer_subprocesses(cls, *_: Any, **__: Any) -> tuple[list[Any], list[str]]:
+            return [], []
+
+    return TokenEngine(**engine_args | {"skip_tokenizer_init": True})
+
+
+def start_capturing_engine(config: EngineConfig, capture: CaptureConfig) -> Any:
+    """A token engine whose plugin captures, started with an environment that its child processes inherit.
+
+    Raises:
+        EngineError: SGLang did not start.
+    """
+    os.environ[ENVIRONMENT_VARIABLE] = capture.to_json()
+    if config.device == "cpu":
+        os.environ |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(config.threads)}
+    others = psutil.Process().children()
+    try:
+        return start_token_engine(**config.engine_args())
+    except BaseException as error:
+        _end_children(but=others)
+        if isinstance(error, RuntimeError):
+            raise EngineError(f"SGLang did not start: {error}") from error
+        raise
+    finally:
+        del os.environ[ENVIRONMENT_VARIABLE]  # or the next engine of this process would capture, too
+
+
+def await_hello(listener: socket.socket) -> tuple[socket.socket, Hello]:
+    """The plugin's connection and its first message.
+
+    Raises:
+        EngineError: nobody connects.
+    """
+    listener.settimeout(_HELLO_SECONDS)
+    try:
+        connection, _ = listener.accept()
+    except TimeoutError:
+        raise EngineError(
+            "the capture plugin did not load in SGLang's scheduler: is torchspec installed (pip install -e .) in this "
+            "environment, and does SGLANG_PLUGINS, if set, name torchspec_capture?"
+        ) from None
+    with connection.makefile("rb") as lines:
+        message = json.loads(lines.readline())
+    assert message.pop("type") == "hello"
+    connection.setblocking(False)
+    return connection, Hello(**message)
+
+
+def ignore_sigquit() -> None:
+    """SGLang kills its whole parent process on SIGQUIT, which its children send; we see them end by ourselves."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGQUIT, signal.SIG_IGN)
+
+
+def is_stopped(process: psutil.Process) -> bool:
+    """Whether somebody has stopped it (SIGSTOP), so that it neither works nor ends."""
+    try:
+        return process.status() == psutil.STATUS_STOPPED
+    except psutil.NoSuchProcess:
+        return False
 
 
 def end_engine(engine: Any) -> None:
@@ -21,11 +168,11 @@ def end_engine(engine: Any) -> None:
     manager._subprocess_watchdog.stop()
     _kill([psutil.Process(pid) for pid in engine.get_all_child_pids() if psutil.pid_exists(pid)])
     # A message that nobody takes any more would hold up whoever collects the engine as garbage, for good.
-    for socket in (manager.send_to_scheduler, manager.recv_from_detokenizer, engine.send_to_rpc):
-        socket.close(linger=0)
+    for channel in (manager.send_to_scheduler, manager.recv_from_detokenizer, engine.send_to_rpc):
+        channel.close(linger=0)
 
 
-def end_children(but: Sequence[psutil.Process]) -> None:
+def _end_children(but: Sequence[psutil.Process]) -> None:
     """End the children that a ``sglang.Engine`` left when it failed to start: all ``but`` the ones there before."""
     tracker = resource_tracker._resource_tracker._pid  # type: ignore[attr-defined]
     _kill([child for child in psutil.Process().children() if child not in but and child.pid != tracker])

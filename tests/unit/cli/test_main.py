@@ -23,9 +23,8 @@ from torchspec.config.load import load_config, parse_config, save_config
 from torchspec.config.schema import TrainingConfig
 from torchspec.data.order import epoch_order
 from torchspec.data.survey import Survey
-from torchspec.driver.plan import Plan
+from torchspec.driver.plan import Plan, ThreadPlan
 from torchspec.driver.splits import Split
-from torchspec.driver.threads import ThreadPlan
 from torchspec.files import JsonLines
 
 
@@ -251,7 +250,7 @@ def test_a_failed_run_is_exit_code_1_and_a_finished_one_prints_its_summary(
 ) -> None:
     """How the command ends, for both ends of a run; the runs themselves are other tests' business."""
     from torchspec.driver import run as driver
-    from torchspec.driver.failure import RunFailed
+    from torchspec.driver.supervise import RunFailed
 
     def fails(config: object, *, resume: bool, view: object) -> driver.RunSummary:
         raise RunFailed("trainer rank 0 failed: out of memory")
@@ -272,7 +271,7 @@ def test_a_failed_run_is_exit_code_1_and_a_finished_one_prints_its_summary(
 
 def test_the_address_option_sets_the_cluster(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torchspec.driver import run as driver
-    from torchspec.driver.failure import RunFailed
+    from torchspec.driver.supervise import RunFailed
 
     addresses = []
 

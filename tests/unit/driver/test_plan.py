@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from torchspec.config.load import parse_config
-from torchspec.driver.threads import ThreadPlan, plan_threads
+from torchspec.driver.plan import ThreadPlan, plan_threads
 
 
 @pytest.mark.parametrize(

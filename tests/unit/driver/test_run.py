@@ -13,7 +13,7 @@ import pytest
 
 from torchspec.config.load import parse_config
 from torchspec.driver import run
-from torchspec.driver.failure import RunFailed
+from torchspec.driver.supervise import RunFailed
 
 VIEW: Any = SimpleNamespace(message=lambda text: None)
 

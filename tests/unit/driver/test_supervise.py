@@ -10,12 +10,10 @@ import pytest
 
 from torchspec.config.load import parse_config
 from torchspec.driver.cluster import start_cluster
-from torchspec.driver.failure import Restarts, RunFailed
-from torchspec.driver.plan import Plan
+from torchspec.driver.console import new_messages
+from torchspec.driver.plan import Plan, ThreadPlan
 from torchspec.driver.run import _lock
-from torchspec.driver.session import new_messages
-from torchspec.driver.supervise import LONGEST_TURN, AwakeClock, Pulse
-from torchspec.driver.threads import ThreadPlan
+from torchspec.driver.supervise import LONGEST_TURN, AwakeClock, Pulse, Restarts, RunFailed
 from torchspec.run_folder import is_live, this_process
 
 

@@ -11,7 +11,7 @@ from torchspec.config.load import parse_config
 from torchspec.controller.steps import GroupPlan
 from torchspec.driver.placement import RankSlots
 from torchspec.driver.session import Session
-from torchspec.driver.trainers import ROOM_SECONDS, RankLost, Trainers
+from torchspec.driver.trainers import SLOT_SECONDS, RankLost, Trainers
 
 
 class Waiting:
@@ -23,7 +23,7 @@ class Waiting:
         monkeypatch.setattr("torchspec.driver.trainers.ray.wait", lambda *_, **__: None)
         config = parse_config({"target": {"path": "x"}, "training": {"dp_size": 2, "batch_size": 4}})
         self.plan = GroupPlan(1, config.training, None)
-        self.rooms: list[RankSlots] = []
+        self.slots: list[RankSlots] = []
         self.group = Trainers(self, self, config.recovery, SimpleNamespace(message=lambda _: None))
         self.group.vocabulary = SimpleNamespace()
         self.group.start()
@@ -34,9 +34,9 @@ class Waiting:
         assert method == "open_group"
         return self.plan
 
-    def rank_room(self, plan: GroupPlan) -> RankSlots:
-        self.rooms.append(RankSlots(object(), [], "2 training ranks"))
-        return self.rooms[-1]
+    def rank_slots(self, plan: GroupPlan) -> RankSlots:
+        self.slots.append(RankSlots(object(), [], "2 training ranks"))
+        return self.slots[-1]
 
     def trainers(self, *_: object) -> list[SimpleNamespace]:
         return [SimpleNamespace(run=SimpleNamespace(remote=lambda _, n=number: f"rank {n}")) for number in range(2)]
@@ -50,34 +50,34 @@ def test_ranks_start_when_there_is_room_and_not_before(monkeypatch):
     waiting.group.check(1.0)
     assert not waiting.group.at_work
     (meeting,) = waiting.group.futures
-    assert meeting is waiting.rooms[0].meeting
+    assert meeting is waiting.slots[0].meeting
     assert waiting.group.done(meeting) is False
     assert waiting.group.at_work and waiting.group.futures == ["rank 0", "rank 1"]
-    waiting.group.check(10 * ROOM_SECONDS)
+    waiting.group.check(10 * SLOT_SECONDS)
 
 
 def test_ranks_do_not_wait_for_room_for_ever_and_ask_again(monkeypatch):
     waiting = Waiting(monkeypatch)
-    waiting.group.check(ROOM_SECONDS - 1)
+    waiting.group.check(SLOT_SECONDS - 1)
     with pytest.raises(RankLost, match="no room for 2 training ranks in 120 s"):
         waiting.group.check(2.0)
     waiting.group.kill()
     assert waiting.group.futures == []
     waiting.group.start()
-    waiting.group.check(ROOM_SECONDS - 1)
-    assert waiting.group.futures == [waiting.rooms[1].meeting]
+    waiting.group.check(SLOT_SECONDS - 1)
+    assert waiting.group.futures == [waiting.slots[1].meeting]
 
 
 def test_ranks_of_a_size_that_is_not_wanted_any_more_wait_no_longer(monkeypatch):
     waiting = Waiting(monkeypatch)
     for generation, closing in ((1, False), (0, True)):
         waiting.group.follow(SimpleNamespace(generation=generation, closing=closing))
-    assert len(waiting.rooms) == 1
+    assert len(waiting.slots) == 1
     waiting.group.follow(SimpleNamespace(generation=1, closing=True))
-    assert waiting.group.futures == [waiting.rooms[1].meeting]
-    waiting.group.done(waiting.rooms[1].meeting)
+    assert waiting.group.futures == [waiting.slots[1].meeting]
+    waiting.group.done(waiting.slots[1].meeting)
     waiting.group.follow(SimpleNamespace(generation=1, closing=True))
-    assert waiting.group.at_work and len(waiting.rooms) == 2, "ranks at work end by themselves"
+    assert waiting.group.at_work and len(waiting.slots) == 2, "ranks at work end by themselves"
 
 
 def test_a_run_that_is_stopped_while_no_rank_is_at_work_is_over():

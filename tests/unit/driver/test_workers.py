@@ -12,7 +12,7 @@ import ray
 
 from torchspec.config.load import parse_config
 from torchspec.contracts import WorkerReport
-from torchspec.driver.failure import RunFailed
+from torchspec.driver.supervise import RunFailed
 from torchspec.driver.workers import Workers
 
 

@@ -2,13 +2,13 @@
 
 An engine of a run is told by the process that started it: a :class:`CaptureConfig` in one environment variable, which
 is how it reaches a spawned process. Its plugin answers over an AF_UNIX socket, one JSON object a line: a hello once,
-on loading, and one message for each captured request. A server that a user started (``standalone.py``) is told by
+on loading, and one message for each captured request. A server that a user started (``standalone/``) is told by
 the user's environment, and the same message travels in the reply to the request:
 
     {"type": "hello", "aux_layers": [..], "num_layers": .., "hidden_size": .., "dtype": ..}
     {"stored": true, "key": .., "tensors": {suffix: {"shape": [..], "dtype": ..}}, "bytes": .., "put_seconds": ..,
      "usp_sharded": false}     or true, and "ulysses_size", "ring_size", "layout", "ttt_length"; shapes are global
-    {"stored": false, "key": .., "reason": .., "no_room": .., "no_store": ..}
+    {"stored": false, "key": .., "reason": .., "kind": ..}      (``FailureKind``)
 
 A request is captured when its id says so: ``capture:KEY:``, or ``capture:KEY:2x1-zigzag-7:`` for a sample to be split
 over 2 Ulysses ranks times 1 ring rank with the halo of 7 TTT steps. Ids end in a colon because SGLang aborts by prefix,
@@ -25,7 +25,7 @@ from concurrent.futures import Future
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from torchspec.contracts import TensorSpec
+from torchspec.contracts import FailureKind, TensorSpec
 from torchspec.shards import ShardFormula
 from torchspec.store.endpoint import StoreEndpoint
 
@@ -134,14 +134,9 @@ def encode_captured(key: str, captured: Captured) -> Message:
     }
 
 
-def encode_failed(key: str, reason: str, no_room: bool = False, no_store: bool = False) -> Message:
-    """The message that there is no sample under ``key``.
-
-    Args:
-        no_room: only the store's memory is to blame.
-        no_store: only the store is, which does not answer.
-    """
-    return {"stored": False, "key": key, "reason": reason, "no_room": no_room, "no_store": no_store}
+def encode_failed(key: str, reason: str, kind: FailureKind = "retry") -> Message:
+    """The message that there is no sample under ``key``, and what that calls for."""
+    return {"stored": False, "key": key, "reason": reason, "kind": kind}
 
 
 def decode_captured(message: Message) -> Captured:

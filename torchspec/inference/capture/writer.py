@@ -13,7 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
-from torchspec.contracts import TensorSpec
+from torchspec.contracts import FailureKind, TensorSpec
 from torchspec.inference.capture.protocol import Captured, Message, encode_captured, encode_failed
 from torchspec.shards import ShardFormula
 from torchspec.store.endpoint import StoreEndpoint
@@ -23,6 +23,8 @@ from torchspec.store.usp import put_usp_shards
 
 _THREADS = 2
 """One checks a sample while the other waits for a put."""
+_KINDS: dict[type[StoreError], FailureKind] = {StoreFull: "no_room", StoreUnavailable: "no_store"}
+"""Failures of a put that are not held against the sample."""
 
 
 class CaptureWriter:
@@ -61,7 +63,7 @@ class CaptureWriter:
             else:
                 num_bytes = put_usp_shards(self.store, key, buffer, sharding).result()
         except StoreError as error:
-            return encode_failed(key, str(error), isinstance(error, StoreFull), isinstance(error, StoreUnavailable))
+            return encode_failed(key, str(error), _KINDS.get(type(error), "retry"))
         return encode_captured(key, Captured(specs, num_bytes, time.perf_counter() - started, sharding))
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torchspec.contracts import FailureKind
 from torchspec.inference.capture.protocol import (
     CAPTURE_PREFIX,
     Captured,
@@ -18,7 +19,6 @@ from torchspec.inference.capture.protocol import (
     captured_key,
     captured_sharding,
     encode_captured,
-    encode_failed,
 )
 from torchspec.shards import ShardFormula
 from torchspec.store.endpoint import P2P_HANDSHAKE, StoreEndpoint
@@ -29,12 +29,12 @@ SWITCH = "TORCHSPEC_USP_SHARDED_MOONCAKE"
 META_INFO = "torchspec"
 """Where a reply's ``meta_info`` says what became of the request's states."""
 
+_FLAGS: tuple[FailureKind, ...] = ("no_room", "no_store")
+"""The kinds of failure that a reply tells apart, as names of booleans."""
 _DEFAULT_BUFFER_BYTES = 1 << 30
 """Mooncake's own."""
 
-_RESERVED = encode_captured("", Captured({}, 0, 0.0, ShardFormula(1, 1, "contiguous", 1))).keys() | (
-    encode_failed("", "").keys()
-)
+_RESERVED = {*encode_captured("", Captured({}, 0, 0.0, ShardFormula(1, 1, "contiguous", 1))), "reason", *_FLAGS}
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,10 +132,17 @@ def request_metadata(sampling: Mapping[str, Any]) -> dict[str, Any]:
     return (sampling.get("custom_params") or {}).get("metadata") or {}
 
 
-def merge_metadata(metadata: Mapping[str, Any], stored: Message) -> dict[str, Any]:
-    """One dictionary with all of both; :meth:`StandaloneConfig.check_request` made sure that no name is in both."""
-    assert not metadata.keys() & stored.keys()
-    return {**metadata, **stored}
+def reply_entry(metadata: Mapping[str, Any], outcome: Message) -> dict[str, Any]:
+    """What a reply says of its request's states, with all of the request's ``metadata``.
+
+    :meth:`StandaloneConfig.check_request` made sure that no name is in both.
+    """
+    entry = dict(outcome)
+    kind = entry.pop("kind", None)
+    if kind is not None:
+        entry |= {flag: flag == kind for flag in _FLAGS}
+    assert not metadata.keys() & entry.keys()
+    return {**metadata, **entry}
 
 
 def _check_metadata(metadata: object) -> None:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from torchspec.inference.capture.protocol import Message, encode_failed
 from torchspec.inference.capture.writer import CaptureWriter
 from torchspec.inference.sglang_patch import find_sglang
-from torchspec.inference.standalone.config import META_INFO, StandaloneConfig, merge_metadata, request_metadata
+from torchspec.inference.standalone.config import META_INFO, StandaloneConfig, reply_entry, request_metadata
 from torchspec.store.errors import StoreError
 from torchspec.store.usp import shard_suffix
 
@@ -90,7 +90,7 @@ def _add_metadata(
     others = {name: values for name, values in info.items() if name != META_INFO}
     original(manager, meta_info, state, others, index, finish_reason)
     if messages:
-        meta_info[META_INFO] = merge_metadata(request_metadata(state.obj.sampling_params), messages[0])
+        meta_info[META_INFO] = reply_entry(request_metadata(state.obj.sampling_params), messages[0])
 
 
 def _replace_streamer(_original: type, _scheduler: Scheduler) -> type:

@@ -14,7 +14,7 @@ from torchspec.inference.capture.protocol import (
     encode_captured,
     encode_failed,
 )
-from torchspec.inference.standalone.config import StandaloneConfig, merge_metadata, request_metadata
+from torchspec.inference.standalone.config import StandaloneConfig, reply_entry, request_metadata
 from torchspec.shards import ShardFormula
 
 ENVIRONMENT = {
@@ -104,7 +104,7 @@ def test_metadata_of_request_and_store_both_survive() -> None:
     captured = Captured(TENSORS, num_bytes=252, put_seconds=0.5, sharding=SHARDING)
     metadata = {"has_thinking": True, "source": "a.jsonl"}
     config().check_request("capture:k:", 5, sampling_with(metadata))
-    merged = merge_metadata(request_metadata(sampling_with(metadata)), encode_captured("k", captured))
+    merged = reply_entry(request_metadata(sampling_with(metadata)), encode_captured("k", captured))
     assert (merged["has_thinking"], merged["source"]) == (True, "a.jsonl")
     assert (merged["stored"], merged["key"], merged["bytes"]) == (True, "k", 252)
     assert (merged["usp_sharded"], merged["layout"], merged["ulysses_size"], merged["ring_size"]) == (
@@ -115,9 +115,10 @@ def test_metadata_of_request_and_store_both_survive() -> None:
     )
     assert merged["tensors"]["hs"] == {"shape": (9, 12), "dtype": "bfloat16"}
     assert decode_captured(merged) == captured
-    failed = merge_metadata(metadata, encode_failed("k", "no room", no_room=True))
-    assert (failed["stored"], failed["reason"], failed["has_thinking"]) == (False, "no room", True)
-    assert merge_metadata(request_metadata({"max_new_tokens": 1}), failed) == failed
+    failed = reply_entry(metadata, encode_failed("k", "it is full", "no_room"))
+    told = {"stored": False, "key": "k", "reason": "it is full", "no_room": True, "no_store": False}
+    assert failed == metadata | told
+    assert reply_entry(request_metadata({"max_new_tokens": 1}), failed) == failed
 
 
 @pytest.mark.parametrize("field", ["stored", "layout", "tensors", "usp_sharded", "reason", "ttt_length"])
