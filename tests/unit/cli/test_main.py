@@ -14,7 +14,7 @@ import pytest
 from rich.console import Console
 
 from tests.simulation.pipeline import Simulation
-from tests.simulation.run_folder import SCENARIOS, RunFolder
+from tests.simulation.simulated_run import SCENARIOS, SimulatedRun
 from torchspec.cli.arguments import find_run
 from torchspec.cli.main import main
 from torchspec.cli.quickstart import unused_name
@@ -186,7 +186,7 @@ def test_the_status_of_a_run_that_was_killed_says_which_side_was_slow_and_how_to
     monkeypatch.setenv("COLUMNS", "100")
     folder = tmp_path / "killed"
     simulation = Simulation(SCENARIOS["inference-bound"])
-    RunFolder(folder, simulation).follow(200)
+    SimulatedRun(folder, simulation).follow(200)
     assert run(monkeypatch, "status", str(folder)) == 0
     text = " ".join(capsys.readouterr().out.split())
     assert f"step {simulation.ranks.step}/" in text and "worker-1" in text
