@@ -27,8 +27,8 @@ from torchspec.config.load import load_config
 from torchspec.config.schema import Config, OptimizerConfig
 from torchspec.contracts import SampleRef
 from torchspec.drafts.export import validate_export
+from torchspec.network import free_port
 from torchspec.parallel.mesh import join_ranks
-from torchspec.processes.child import free_port
 from torchspec.run_folder import RunFolder
 from torchspec.training.checkpoint import (
     CheckpointInfo,

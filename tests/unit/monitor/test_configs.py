@@ -22,7 +22,7 @@ from tests.simulation.pipeline import Simulation
 from tests.simulation.simulated_run import SCENARIOS, SimulatedRun
 from torchspec.monitor.metrics import METRICS, prometheus_name
 from torchspec.monitor.server import PageServer, ServerThread
-from torchspec.processes.child import free_port
+from torchspec.network import free_port
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "monitoring"
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "alerts_test.yml"
