@@ -54,8 +54,7 @@ def checked_change(
     if {dp, sp, ulysses, ring} != {None}:
         sizes = _sizes(config, dp, sp, ulysses, ring)
         config = with_values(config, {f"training.{name}": size for name, size in sizes.items()})
-        change = replace(change, sizes=sizes)
-        resolved = resolve(config)
+        change, resolved = replace(change, sizes=sizes), resolve(config)
         check_buffers(resolved.config, resolved.target)
     _check_machines(config, run_dir)
     return change
