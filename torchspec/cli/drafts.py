@@ -68,7 +68,6 @@ def show_evaluation(
     from torchspec.evaluation.evaluate import run_evaluation
     from torchspec.evaluation.render import render
     from torchspec.evaluation.serving import ServingError
-    from torchspec.monitor.record.recorder import record_evaluation
 
     started = time.monotonic()
 
@@ -82,7 +81,7 @@ def show_evaluation(
         raise typer.Exit(1) from None
     run = RunFolder.around(draft)
     if run is not None:
-        record_evaluation(run.path, result)
+        result.record(run)
     Console().print(render(result))
 
 

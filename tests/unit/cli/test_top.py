@@ -28,7 +28,7 @@ from torchspec.cli.top import newest_run
 from torchspec.cli.top_app import PoolTable, TopApp
 from torchspec.cli.units import human_count, human_rate
 from torchspec.monitor.snapshot import read_latest
-from torchspec.monitor.watch import RunWatch, course, growth
+from torchspec.monitor.watch import RunWatch
 from torchspec.run_folder import this_process
 
 SETUP = Setup(workers=12, engine_seconds=4.0, warm_up=5.0, pause_every=20, store_samples=400, window=600)
@@ -76,22 +76,6 @@ def test_curves_follow_their_values() -> None:
     first = [min(i for i, dots in enumerate(row) if dots != "⠀") for row in rows]
     assert first == sorted(first, reverse=True) and first[-1] == 0 and first[0] > 25, "it rises from left to right"
     assert "no data yet" in drawn(top_view.Plot("x", "", [([], "red")], 6), 48)[1]
-
-
-def test_rates_are_growth_over_time() -> None:
-    history = [{"time": float(t), "n": n} for t, n in enumerate([0, 10, 20, 20, 20, 0, 30])]
-    assert growth(history, "n", 3) == [10.0, 0.0, 5.0]
-    assert growth(history, "n", 6) == [10.0, 10.0, 0.0, 0.0, 0.0, 30.0]
-    assert growth(history[:1], "n", 5) == []
-
-
-def test_curves_are_over_time_where_old_points_lie_further_apart() -> None:
-    times = [*range(0, 100, 20), *range(100, 111)]
-    history = [{"time": float(t), "n": 3 * t, "depth": float(t)} for t in times]
-    assert growth(history, "n", 11) == pytest.approx([3.0] * 11)
-    depths = course(history, "depth", 11)
-    assert len(depths) == 11 and depths == sorted(depths)
-    assert depths[:2] == [10.0, 10.0] and depths[-1] == 105.0
 
 
 def piloted(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torchspec.monitor.series import Series
 from torchspec.monitor.snapshot import (
@@ -17,9 +15,6 @@ from torchspec.monitor.snapshot import (
     write_latest,
 )
 from torchspec.run_folder import RunFolder
-
-if TYPE_CHECKING:
-    from torchspec.evaluation.result import EvaluationResult
 
 HISTORY_LINES, HISTORY_RECENT = 8192, 1800
 """At one every two seconds: an hour in full, the rest of the run as some two thousand points."""
@@ -53,21 +48,3 @@ class EventLog:
 
     def write(self, time: float, kind: EventKind, message: str, **detail: Any) -> None:
         self._events.append(to_line(Event(time, kind, message, detail)))
-
-
-def record_evaluation(run_dir: Path, result: EvaluationResult) -> None:
-    """Note what a real server made of one of the run's drafts."""
-    overall, now = result.overall, time.time()
-    record = {
-        "time": now,
-        "draft": result.draft,
-        "prompt_set": result.prompt_set,
-        "num_draft_tokens": result.settings.num_draft_tokens,
-        "accept_length": overall.accept_length,
-        "server_accept_length": overall.server_accept_length,
-        "position_acceptance": overall.position_acceptance,
-        "speed_up": result.speed_up,
-    }
-    Series(RunFolder(run_dir).evaluations, EVENT_LINES, EVENT_RECENT).append(json.dumps(record).encode() + b"\n")
-    message = f"measured in a server on {result.prompt_set}: accept length {overall.accept_length:.2f}"
-    EventLog(run_dir).write(now, "evaluated", message, accept_length=overall.accept_length)
