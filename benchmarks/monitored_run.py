@@ -33,7 +33,7 @@ from rich.table import Table
 
 from tests.online import Command, built_target, processes_of, run_to_end, steps_done, write_config
 from torchspec.files import read_lines
-from torchspec.processes.child import free_port
+from torchspec.network import free_port
 
 RESULTS = Path(__file__).parent / "results" / "monitored_run.json"
 WARM_UP = 20

@@ -18,8 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from torchspec.config.schema import OptimizerConfig, TrainingConfig
 from torchspec.drafts.eagle3.model import Batch, Eagle3Draft, Eagle3Spec, TargetHead
+from torchspec.network import free_port
 from torchspec.parallel.mesh import build_mesh, join_ranks, shard_module
-from torchspec.processes.child import free_port
 from torchspec.store.usp import segment_rows
 from torchspec.training.optimizer import build_optimizer
 from torchspec.training.setup import usp_backend

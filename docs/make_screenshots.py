@@ -27,7 +27,7 @@ sys.path.insert(0, str(DOCS.parent))
 
 from tests.simulation.live_run import LiveRun, serve  # noqa: E402
 from tests.simulation.pipeline import Setup, Simulation  # noqa: E402
-from tests.simulation.run_folder import RunFolder  # noqa: E402
+from tests.simulation.simulated_run import SimulatedRun  # noqa: E402
 from torchspec.cli.top_app import TopApp  # noqa: E402
 from torchspec.data.builtin_target import CACHE, MODEL, build  # noqa: E402
 
@@ -59,7 +59,7 @@ TALK = (
 )
 
 
-class Talk(RunFolder):
+class Talk(SimulatedRun):
     """A run whose samples are texts that a person can read."""
 
     def __init__(self, folder: Path, simulation: Simulation, target: Path):

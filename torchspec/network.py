@@ -16,8 +16,6 @@ from collections.abc import Iterable
 
 import psutil
 
-from torchspec.processes.child import free_port
-
 LOOPBACK = "127.0.0.1"
 
 _SO_ATTACH_FILTER = 26  # asm-generic/socket.h
@@ -35,6 +33,30 @@ def address_towards(host: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((host, 9))
         return str(probe.getsockname()[0])
+
+
+def free_port(host: str = LOOPBACK) -> int:
+    """A TCP port that was free a moment ago. Another process can take it, so callers try again."""
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def require_free_port(host: str, port: int, knob: str) -> None:
+    """Refuse a port that the user asked for and that cannot be had.
+
+    Raises:
+        ValueError: ``host:port`` is in use, or ``host`` is not an address of this machine.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free to a server
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise ValueError(
+                f"{knob}={port} cannot be used on {host} ({error.strerror}); choose another port, or leave {knob} out "
+                "to get a free one"
+            ) from error
 
 
 def meeting_point(host: str) -> tuple[str, int]:

@@ -1,4 +1,26 @@
-"""Whether a run is running. Standard library only."""
+"""A run's folder: every file in it by name, its newest checkpoint, and whether a driver lives. Standard library only.
+
+RUN/
+  config.yaml              the resolved config, with the sizes of the moment; a folder with it is a run
+  rejected.jsonl           prompts that cannot be trained on, and samples that could not be made, with the reason
+  answers.jsonl            what the target wrote, for later epochs and other runs
+  draft_vocab.json         the draft's vocabulary
+  ledger.jsonl             the journal, from which ``torchspec verify`` proves that nothing was lost
+  metrics.jsonl            a line a step and a held-out evaluation
+  metrics/                 latest.json, history|entities|events|evaluations|samples.jsonl (monitor/snapshot.py)
+  checkpoints/             step_000123/, and the links latest and best (training/checkpoint.py)
+  export/                  the newest draft, as servers load it
+  exports/step_000123/     the draft of a checkpoint (``torchspec export``)
+  curves.png               drawn at the end
+  evaluation.json          what the quickstart's draft was worth in a server
+  trace.json               of followed samples (``torchspec trace``)
+  logs/NAME.log            of each actor, and of the store's master
+  profile/rank-0.json.gz   of the steps in ``monitor.profile_steps``
+  handle.json              while it runs: where its controller is, and who drives it
+  driver.lock              held by the driver
+  ui_token                 lets the page control the run
+  tensorboard/, wandb_id, mlflow_run, mlflow.db    of the trackers (monitor/trackers/)
+"""
 
 from __future__ import annotations
 
@@ -8,31 +30,90 @@ import socket
 from pathlib import Path
 from typing import Any
 
+LEDGER_FILE = "ledger.json"
+"""In a checkpoint: which samples its steps have consumed."""
+
+
+class RunFolder:
+    """The files of the run in ``path``, whether they are there or not."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.config = path / "config.yaml"
+        self.rejected = path / "rejected.jsonl"
+        self.answers = path / "answers.jsonl"
+        self.draft_vocab = path / "draft_vocab.json"
+        self.journal = path / "ledger.jsonl"
+        self.steps = path / "metrics.jsonl"
+        self.latest = path / "metrics" / "latest.json"
+        self.history = path / "metrics" / "history.jsonl"
+        self.entities = path / "metrics" / "entities.jsonl"
+        self.events = path / "metrics" / "events.jsonl"
+        self.evaluations = path / "metrics" / "evaluations.jsonl"
+        self.samples = path / "metrics" / "samples.jsonl"
+        self.checkpoints = path / "checkpoints"
+        self.export = path / "export"
+        self.exports = path / "exports"
+        self.curves = path / "curves.png"
+        self.evaluation = path / "evaluation.json"
+        self.trace = path / "trace.json"
+        self.handle = path / "handle.json"
+        self.lock = path / "driver.lock"
+        self.token = path / "ui_token"
+
+    @classmethod
+    def around(cls, path: Path) -> RunFolder | None:
+        """That of the run which ``path`` lies in, if there is one."""
+        return next((run for run in map(cls, path.absolute().parents) if run.exists()), None)
+
+    def exists(self) -> bool:
+        """Whether there is a run, running or not."""
+        return self.config.is_file()
+
+    def log(self, name: str) -> Path:
+        """Of an actor or a process."""
+        return self.path / "logs" / f"{name}.log"
+
+    def profile(self, rank: int) -> Path:
+        return self.path / "profile" / f"rank-{rank}.json.gz"
+
+    def checkpoint(self, step: int) -> Path:
+        """Of one step."""
+        return self.checkpoints / f"step_{step:06d}"
+
+    def newest_checkpoint(self) -> Path | None:
+        """The newest complete one; None before the first."""
+        pointer = self.checkpoints / "latest"
+        return pointer.resolve() if pointer.exists() else None
+
+    def is_live(self) -> bool:
+        """Whether the run has a driver: on this machine one that lives, elsewhere one that has not ended."""
+        try:
+            handle = self.read_handle()
+        except FileNotFoundError:
+            return False
+        return handle["host"] != socket.gethostname() or _started_at(handle["pid"]) == handle["started"]
+
+    def read_handle(self) -> dict[str, Any]:
+        """``address`` of the cluster and ``namespace`` in it, ``machine`` (the address of the only one that the run may
+        use; None: all), ``store_metrics``, and what :func:`this_process` says of the driver.
+
+        Raises:
+            FileNotFoundError: it does not run.
+        """
+        handle: dict[str, Any] = json.loads(self.handle.read_text())
+        return handle
+
 
 def this_process() -> dict[str, Any]:
     """What a handle says of the driver, which calls this."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "started": started_at(os.getpid())}
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": _started_at(os.getpid())}
 
 
-def started_at(pid: int) -> int | None:
+def _started_at(pid: int) -> int | None:
     """When a process of this machine started, in clock ticks since boot; None: there is none."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except FileNotFoundError:
         return None
     return int(stat.rpartition(")")[2].split()[19])
-
-
-def only_machine(run_dir: Path) -> str | None:
-    """The address of the one machine that a running run is on; None: of its cluster's machines it can use them all."""
-    machine: str | None = json.loads((run_dir / "handle.json").read_text())["machine"]
-    return machine
-
-
-def is_live(run_dir: Path) -> bool:
-    """Whether the run in ``run_dir`` has a driver: on this machine one that lives, elsewhere one that has not ended."""
-    try:
-        handle = json.loads((run_dir / "handle.json").read_text())
-    except FileNotFoundError:
-        return False
-    return handle["host"] != socket.gethostname() or started_at(handle["pid"]) == handle["started"]

@@ -16,11 +16,12 @@ from torchspec.controller.spec import ControllerSpec
 from torchspec.data.masks import pack_mask
 from torchspec.data.order import epoch_order
 from torchspec.data.prompt_set import PromptSet
+from torchspec.run_folder import RunFolder
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
 from torchspec.store.hidden_state_store import HiddenStateStore
 from torchspec.store.usp import put_usp_shards, shard_tensors
-from torchspec.training.rotation import checkpoints_root, point, step_folder
+from torchspec.training.checkpoint import point
 
 GEOMETRY = SampleGeometry(num_aux=3, hidden_size=8, dtype="float32")
 VOCAB = 64
@@ -144,7 +145,7 @@ async def rank(controller: Controller, client: HiddenStateStore, number: int, se
 
 async def save(controller: Controller, me: RankId, step: int, tell: bool = True) -> None:
     """What a checkpoint is to the controller."""
-    folder = step_folder(checkpoints_root(controller._run_dir), step)
+    folder = RunFolder(controller._run_dir).checkpoint(step)
     folder.mkdir(parents=True)
     (folder / "ledger.json").write_text(await controller.ledger_snapshot(me, step))
     point(folder.parent, "latest", folder)
@@ -153,7 +154,7 @@ async def save(controller: Controller, me: RankId, step: int, tell: bool = True)
 
 
 def batch_is_saved(run_dir: Path, step: int) -> bool:
-    return step_folder(checkpoints_root(run_dir), step).exists()
+    return RunFolder(run_dir).checkpoint(step).exists()
 
 
 async def drive(controller: Controller, client: HiddenStateStore, workers: int, ranks: int, seed: int = 0) -> dict:

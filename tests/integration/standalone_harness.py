@@ -16,7 +16,7 @@ from typing import Any
 
 import psutil
 
-from torchspec.processes.child import free_port
+from torchspec.network import free_port
 from torchspec.processes.leftovers import remove_shared_memory_leftovers
 
 _START_SECONDS = 240.0

@@ -27,8 +27,9 @@ from torchspec.config.load import load_config
 from torchspec.config.schema import Config, OptimizerConfig
 from torchspec.contracts import SampleRef
 from torchspec.drafts.export import validate_export
+from torchspec.network import free_port
 from torchspec.parallel.mesh import join_ranks
-from torchspec.processes.child import free_port
+from torchspec.run_folder import RunFolder
 from torchspec.training.checkpoint import (
     CheckpointInfo,
     load_weights,
@@ -38,7 +39,6 @@ from torchspec.training.checkpoint import (
     training_state,
 )
 from torchspec.training.optimizer import build_optimizer
-from torchspec.training.rotation import latest_checkpoint
 from torchspec.training.setup import build_draft
 from torchspec.training.weights import export_checkpoint, load_draft
 
@@ -64,7 +64,7 @@ class Run:
 
     @property
     def checkpoint(self) -> Path:
-        folder = latest_checkpoint(self.config.run_dir)
+        folder = RunFolder(self.config.run_dir).newest_checkpoint()
         assert folder is not None
         return folder
 
@@ -109,7 +109,7 @@ def interrupted(
         world=worlds[1],
         total_steps=4,
         first_step=3,
-        resume=latest_checkpoint(run_dir),
+        resume=RunFolder(run_dir).newest_checkpoint(),
     )
     assert first.errors == second.errors == []
     assert [r.step for r in second.reports] == [3, 4]

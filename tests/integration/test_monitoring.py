@@ -17,7 +17,8 @@ from torchspec.contracts import RankReport, WorkerReport
 from torchspec.controller.controller import Controller
 from torchspec.monitor.bottleneck import judge_run
 from torchspec.monitor.series import read_series
-from torchspec.monitor.snapshot import Snapshot, metrics_dir, read_latest
+from torchspec.monitor.snapshot import Snapshot, read_latest
+from torchspec.run_folder import RunFolder
 from torchspec.store.hidden_state_store import HiddenStateStore
 
 PROMPTS, EPOCHS = 10, 2
@@ -73,7 +74,7 @@ def test_the_last_snapshot_is_the_runs_end(run, latest) -> None:
 
 def test_history_goes_only_forward(run) -> None:
     folder, _ = run
-    history = read_series(metrics_dir(folder) / "history.jsonl")
+    history = read_series(RunFolder(folder).history)
     assert len(history) >= 3
     for name in ("time", "step", "captured_samples", "trained_tokens", "worker_seconds", "retries"):
         assert all(b[name] >= a[name] for a, b in pairwise(history)), name
@@ -83,7 +84,7 @@ def test_history_goes_only_forward(run) -> None:
 
 def test_events_tell_the_story_in_order(run) -> None:
     folder, _ = run
-    events = read_series(metrics_dir(folder) / "events.jsonl")
+    events = read_series(RunFolder(folder).events)
     kinds = [event["kind"] for event in events]
     assert kinds[0] == "trainer_started" and kinds[1:4] == ["worker_started"] * 3 and kinds[-1] == "finished"
     lost = events[kinds.index("worker_lost")]
@@ -96,7 +97,7 @@ def test_events_tell_the_story_in_order(run) -> None:
 
 def test_every_sample_can_be_followed_from_lease_to_end(run) -> None:
     folder, controller = run
-    samples = read_series(metrics_dir(folder) / "samples.jsonl")
+    samples = read_series(RunFolder(folder).samples)
     assert sorted(s["sample"] for s in samples) == sorted(f"e{e}p{p}" for e in range(EPOCHS) for p in range(PROMPTS))
     answers = {a["id"]: a["token_ids"] for a in map(json.loads, (folder / "answers.jsonl").read_text().splitlines())}
     order = ["leased", "stored", "assigned", "fetched", "trained", "freed"]
@@ -126,7 +127,7 @@ def test_what_holds_up_leases_is_timed(endpoint, tmp_path) -> None:
         await controller.buffer.observer.record(await controller.status())
         await controller.finish()
         assert await waiting == []
-        snapshot = json.loads((metrics_dir(tmp_path / blocked_by) / "history.jsonl").read_text().splitlines()[-2])
+        snapshot = json.loads((RunFolder(tmp_path / blocked_by).history).read_text().splitlines()[-2])
         return snapshot
 
     by_credits = asyncio.run(scenario("credits", credit_bytes=60_000))
@@ -143,7 +144,7 @@ def test_switched_off_it_writes_no_snapshot(endpoint, tmp_path) -> None:
         await controller.finish()
 
     asyncio.run(scenario())
-    assert read_latest(tmp_path) is None and read_series(metrics_dir(tmp_path) / "history.jsonl") == []
+    assert read_latest(tmp_path) is None and read_series(RunFolder(tmp_path).history) == []
 
 
 def test_what_dies_is_written_down_at_once(endpoint, tmp_path) -> None:

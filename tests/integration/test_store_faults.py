@@ -14,7 +14,7 @@ import pytest
 
 from tests.integration.store_harness import Peer, RunningStore, running_store
 from torchspec.contracts import TensorSpec
-from torchspec.processes.child import free_port
+from torchspec.network import free_port
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.errors import MissingObject, StoreUnavailable
 from torchspec.store.hidden_state_store import HiddenStateStore

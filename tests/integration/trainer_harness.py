@@ -22,7 +22,7 @@ from torchspec.config.schema import Config
 from torchspec.contracts import RankBatch, RankId, RankReport, SampleId, SampleRef, StepReport
 from torchspec.controller.batching import split_batch
 from torchspec.data.masks import pack_mask
-from torchspec.processes.child import free_port
+from torchspec.network import free_port
 from torchspec.shards import ShardFormula
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry

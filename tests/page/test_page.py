@@ -16,7 +16,7 @@ from tests.page.conftest import INFERENCE_BOUND, Opener, served
 from tests.page.reading import caught_up, check_figures, rows, tile
 from tests.simulation.live_run import LiveRun, serve
 from tests.simulation.pipeline import Setup, Simulation
-from tests.simulation.run_folder import RunFolder
+from tests.simulation.simulated_run import SimulatedRun
 from torchspec.cli.units import human_count, human_seconds
 from torchspec.monitor.server import ensure_token
 from torchspec.monitor.snapshot import read_latest
@@ -138,7 +138,7 @@ def test_it_says_when_the_server_is_away_and_catches_up(live: LiveRun, browser: 
 
 def test_it_says_when_the_run_has_ended(tmp_path: Path, open_page: Opener) -> None:
     open_page.allowed = "ERR_CONNECTION"
-    run = RunFolder(tmp_path / "short", Simulation(Setup(workers=2, samples=400, warm_up=5.0), now=time.time() - 20))
+    run = SimulatedRun(tmp_path / "short", Simulation(Setup(workers=2, samples=400, warm_up=5.0), now=time.time() - 20))
     run.follow(20)
     live = LiveRun(run)
     server = serve(live.path)
@@ -164,7 +164,7 @@ def test_whatever_a_run_holds_is_text(tmp_path: Path, open_page: Opener, servers
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token=f"{evil}0"))
     tokenizer.add_special_tokens([f"{evil}{i}" for i in range(4000)])
     tokenizer.save(str(tmp_path / "target" / "tokenizer.json"))
-    run = RunFolder(tmp_path / "finished", Simulation(Setup(workers=2, samples=400, warm_up=5.0)))
+    run = SimulatedRun(tmp_path / "finished", Simulation(Setup(workers=2, samples=400, warm_up=5.0)))
     run.event("note", evil)
     run.follow(300)
     config = yaml.safe_load((run.folder / "config.yaml").read_text())
@@ -211,7 +211,7 @@ def test_a_run_without_data_says_so(tmp_path: Path, open_page: Opener, servers: 
 def test_two_runs_are_compared(tmp_path: Path, open_page: Opener, servers: ExitStack) -> None:
     folders = []
     for name, engine in (("fast", 0.2), ("slow", 0.8)):
-        run = RunFolder(
+        run = SimulatedRun(
             tmp_path / name, Simulation(Setup(workers=2, engine_seconds=engine, warm_up=5.0, pause_every=20))
         )
         run.follow(400, 2.0)
@@ -240,7 +240,7 @@ def test_two_runs_are_compared(tmp_path: Path, open_page: Opener, servers: ExitS
 
 
 def test_many_workers_fit(tmp_path: Path, open_page: Opener, servers: ExitStack) -> None:
-    run = RunFolder(
+    run = SimulatedRun(
         tmp_path / "many", Simulation(Setup(workers=64, ranks=64, batch=256, store_samples=2000, window=4000))
     )
     run.follow(90, 3.0)

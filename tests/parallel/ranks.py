@@ -15,8 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from torchspec.network import free_port
 from torchspec.parallel.mesh import join_ranks
-from torchspec.processes.child import free_port
 
 HOST = "127.0.0.1"
 PATIENCE = 120.0

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from tests.simulation.pipeline import Setup, Simulation
-from tests.simulation.run_folder import RunFolder
+from tests.simulation.simulated_run import SimulatedRun
 from torchspec.config.load import load_config, save_config, with_values
 from torchspec.monitor.server import PageServer, ServerThread, ensure_token
 from torchspec.run_folder import this_process
@@ -22,7 +22,7 @@ TICK_SECONDS = 0.5
 class LiveRun:
     """Lets ``run`` go on; it also is what its page controls."""
 
-    def __init__(self, run: RunFolder):
+    def __init__(self, run: SimulatedRun):
         self.folder, self.path = run, run.folder
         self.token = ensure_token(run.folder)
         self.asked: list[str] = []
@@ -35,7 +35,7 @@ class LiveRun:
     @classmethod
     def since(cls, folder: Path, setup: Setup, past: float = 300.0) -> LiveRun:
         """One that began ``past`` seconds ago."""
-        run = RunFolder(folder, Simulation(setup, now=time.time() - past))
+        run = SimulatedRun(folder, Simulation(setup, now=time.time() - past))
         run.follow(past)
         return cls(run)
 

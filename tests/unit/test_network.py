@@ -7,7 +7,15 @@ import socket
 import psutil
 import pytest
 
-from torchspec.network import LOOPBACK, accept_only_to, address_towards, interface_of, is_loopback
+from torchspec.network import (
+    LOOPBACK,
+    accept_only_to,
+    address_towards,
+    free_port,
+    interface_of,
+    is_loopback,
+    require_free_port,
+)
 
 
 def other_address() -> str:
@@ -54,3 +62,15 @@ def test_a_listener_on_all_interfaces_answers_to_one_address_only(wanted, family
         assert connection.recv(4) == b"data"
         connection.close()
         accepted.close()
+
+
+def test_a_port_that_is_taken_cannot_be_had():
+    port = free_port()
+    require_free_port("127.0.0.1", port, "store.master_port")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", port))
+        taken.listen()
+        with pytest.raises(ValueError, match=rf"store\.master_port={port}.*in use"):
+            require_free_port("127.0.0.1", port, "store.master_port")
+    with pytest.raises(ValueError, match=r"203\.0\.113\.7"):
+        require_free_port("203.0.113.7", port, "store.master_port")

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from torchspec.run_folder import RunFolder
+
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A recipe in YAML (see configs/).")]
 Overrides = Annotated[
     list[str] | None,
@@ -23,6 +25,6 @@ def find_run(run: str) -> Path:
     """
     places = [Path(run), Path("runs", run)]
     for folder in places:
-        if (folder / "config.yaml").is_file():
+        if RunFolder(folder).exists():
             return folder
     raise ValueError(f"no run {run}: neither {places[0]} nor {places[1]} has a config.yaml")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from torchspec.cli.units import human_seconds
+from torchspec.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from torchspec.evaluation.result import EvaluationSettings
@@ -25,11 +26,10 @@ def export(
 ) -> None:
     """Write a checkpoint's draft as a Hugging Face folder that SGLang and vLLM load."""
     from torchspec.cli.tables import shown
-    from torchspec.training.rotation import latest_checkpoint
     from torchspec.training.weights import export_checkpoint
 
-    folder = latest_checkpoint(checkpoint) or checkpoint.resolve()
-    out = out or folder.parent.parent / "exports" / folder.name
+    folder = RunFolder(checkpoint).newest_checkpoint() or checkpoint.resolve()
+    out = out or RunFolder(folder.parent.parent).exports / folder.name
     print(f"exported to {shown(export_checkpoint(folder, out, dtype))}")
 
 
@@ -68,7 +68,6 @@ def show_evaluation(
     from torchspec.evaluation.evaluate import run_evaluation
     from torchspec.evaluation.render import render
     from torchspec.evaluation.serving import ServingError
-    from torchspec.monitor.record.recorder import record_evaluation
 
     started = time.monotonic()
 
@@ -80,9 +79,9 @@ def show_evaluation(
     except ServingError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
-    run_dir = run_of(draft)
-    if run_dir is not None:
-        record_evaluation(run_dir, result)
+    run = RunFolder.around(draft)
+    if run is not None:
+        result.record(run)
     Console().print(render(result))
 
 
@@ -94,12 +93,7 @@ def target_of(draft: Path) -> str:
     """
     from torchspec.config.load import load_config
 
-    run_dir = run_of(draft)
-    if run_dir is None:
+    run = RunFolder.around(draft)
+    if run is None:
         raise ValueError(f"{draft} lies in no run's folder, so name the target: torchspec eval {draft} --target FOLDER")
-    return load_config(run_dir / "config.yaml").target.path
-
-
-def run_of(draft: Path) -> Path | None:
-    """The run's folder around ``draft``, if there is one."""
-    return next((folder for folder in draft.absolute().parents if (folder / "config.yaml").is_file()), None)
+    return load_config(run.config).target.path

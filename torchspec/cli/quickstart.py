@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torchspec.cli.arguments import Overrides
 from torchspec.cli.drafts import show_evaluation
 from torchspec.cli.train import run_training
+from torchspec.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from torchspec.config.schema import Config
@@ -27,13 +28,13 @@ def quickstart(overrides: Overrides = None) -> None:
         return
     settings = EvaluationSettings(num_draft_tokens=3, max_tokens=config.answer.max_tokens)
     target = str(Path(config.target.path).expanduser())
-    show_evaluation(summary.export, target, "builtin:heldout", settings, None, summary.run_dir / "evaluation.json")
+    show_evaluation(summary.export, target, "builtin:heldout", settings, None, RunFolder(summary.run_dir).evaluation)
 
 
 def unused_name(config: Config) -> str:
     """The run's name, numbered if a run has it already: every quickstart is a new run."""
     name, number = config.run.name, 2
-    while (config.run.dir / name / "config.yaml").exists():
+    while RunFolder(config.run.dir / name).exists():
         name = f"{config.run.name}-{number}"
         number += 1
     return name

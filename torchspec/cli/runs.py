@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from torchspec.cli.arguments import Run, find_run
+from torchspec.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from torchspec.contracts import RunStatus
@@ -28,10 +29,9 @@ def status(
     from torchspec.monitor.bottleneck import judge_run
     from torchspec.monitor.health import assess_run
     from torchspec.monitor.snapshot import read_latest
-    from torchspec.run_folder import is_live
 
     folder = find_run(run)
-    live, latest = is_live(folder), read_latest(folder)
+    live, latest = RunFolder(folder).is_live(), read_latest(folder)
     now = latest.status if latest is not None else _ask_status(folder, live)
     health, verdict = assess_run(folder, latest, live, time.time()), judge_run(folder, live)
     if as_json:
@@ -96,7 +96,7 @@ def trace(
     from torchspec.monitor.trace import write_trace
 
     folder = find_run(run)
-    path = out or folder / "trace.json"
+    path = out or RunFolder(folder).trace
     count = write_trace(folder, sample, path)
     print(f"{count} sample{'' if count == 1 else 's'} traced in {shown(path)}; open it at https://ui.perfetto.dev")
 

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from torchspec.cli.units import human_bytes, human_count, human_seconds
+from torchspec.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from torchspec.config.schema import TrainingConfig
@@ -114,11 +115,11 @@ def summary_table(summary: RunSummary, target: str) -> RenderableType:
         simulated = ", ".join(f"{r.accept_length:.2f} {split}" for split, r in measured.items())
         pairs["accept length"] = f"{simulated} (simulated)"
     if summary.rejected:
-        pairs["rejected"] = shown(summary.run_dir / "rejected.jsonl")
+        pairs["rejected"] = shown(RunFolder(summary.run_dir).rejected)
     for name, path in (
         ("checkpoint", summary.checkpoint),
         ("export", summary.export),
-        ("curves", summary.run_dir / "curves.png"),
+        ("curves", RunFolder(summary.run_dir).curves),
     ):
         if path is not None and path.exists():
             pairs[name] = shown(path)

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from torchspec.cli.arguments import find_run
+from torchspec.run_folder import RunFolder
 
 OptionalRun = Annotated[
     str | None,
@@ -37,10 +38,8 @@ def newest_run(runs: Path = Path("runs")) -> Path:
     Raises:
         ValueError: none runs.
     """
-    from torchspec.run_folder import is_live
-
-    handles = sorted(runs.glob("*/handle.json"), key=lambda path: path.stat().st_mtime)
-    live = [handle.parent for handle in handles if is_live(handle.parent)]
+    started = [run for run in map(RunFolder, runs.glob("*")) if run.handle.exists()]
+    live = [run for run in sorted(started, key=lambda run: run.handle.stat().st_mtime) if run.is_live()]
     if not live:
         raise ValueError(f"no run is running in {runs}/: say which one to show, as in torchspec top runs/mine")
-    return live[-1]
+    return live[-1].path

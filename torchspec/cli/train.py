@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from torchspec.cli.arguments import ConfigFile, Overrides, Run, find_run
+from torchspec.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from torchspec.config.schema import Config
@@ -39,7 +40,7 @@ def train(
         changes.append(f"cluster.address={address}")
     checked = load_config(config, changes)
     resume = resume or or_resume
-    if resume and (checked.run_dir / "config.yaml").exists():
+    if resume and RunFolder(checked.run_dir).exists():
         checked = load_config(config, [*sizes_so_far(checked.run_dir), *changes])
     elif or_resume:
         resume = False
@@ -51,7 +52,7 @@ def resume(run: Run, overrides: Overrides = None) -> None:
     from torchspec.config.load import load_config
 
     folder = find_run(run)
-    config = load_config(folder / "config.yaml", [f"run.dir={folder.absolute().parent}", *(overrides or [])])
+    config = load_config(RunFolder(folder).config, [f"run.dir={folder.absolute().parent}", *(overrides or [])])
     if config.run_dir != folder.absolute():
         raise ValueError(
             f"a run continues in its own folder {folder}, not in {config.run_dir}: leave run.dir and run.name alone"

@@ -24,8 +24,8 @@ from torchspec.controller.sync import Signal
 from torchspec.controller.token_counts import TokenCounts
 from torchspec.files import JsonLines
 from torchspec.monitor.record.observer import Observer
+from torchspec.run_folder import LEDGER_FILE, RunFolder
 from torchspec.shards import ShardFormula
-from torchspec.training.rotation import latest_checkpoint
 
 
 class SampleBuffer:
@@ -240,8 +240,8 @@ class SampleBuffer:
                     self.credits.release(record.sample)
 
     def _newest_snapshot(self) -> str | None:
-        folder = latest_checkpoint(self._run_dir)
-        return None if folder is None else (folder / "ledger.json").read_text()
+        folder = RunFolder(self._run_dir).newest_checkpoint()
+        return None if folder is None else (folder / LEDGER_FILE).read_text()
 
     def _journal_rejection(self, rejection: Rejection) -> dict[str, Any]:
         name = self.samples.name(rejection.sample)

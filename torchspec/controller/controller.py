@@ -46,7 +46,7 @@ from torchspec.controller.spec import ControllerSpec
 from torchspec.controller.steps import GroupEnded, GroupPlan, TrainingGroup
 from torchspec.controller.sync import Signal
 from torchspec.data.vocabulary import DraftVocab
-from torchspec.training.rotation import latest_checkpoint
+from torchspec.run_folder import RunFolder
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -266,7 +266,7 @@ class Controller:
         buffer.observer.trainer_started(buffer.generation, **sizes)
         buffer.journal.write({"event": "group", "generation": buffer.generation, "step": step, **sizes})
         self._advance()
-        return GroupPlan(buffer.generation, training, latest_checkpoint(self._run_dir))
+        return GroupPlan(buffer.generation, training, RunFolder(self._run_dir).newest_checkpoint())
 
     @after_begin
     async def training_over(self) -> bool:

@@ -90,7 +90,7 @@ class ActorFactory:
         self._workers = self._nodes = 0
 
     def log_path(self, name: str) -> Path:
-        return self._prepared.run_dir / "logs" / f"{name}.log"
+        return self._prepared.folder.log(name)
 
     def store_node(self) -> Any:
         """A new store node; of those before it none is left."""
@@ -109,7 +109,7 @@ class ActorFactory:
             end_token_ids=prepared.target.end_token_ids,
             endpoint=self._endpoint,
             credit_bytes=prepared.plan.credit_bytes,
-            run_dir=prepared.run_dir,
+            run_dir=prepared.folder.path,
         )
         options = {"max_concurrency": LONG_POLLS, "max_restarts": -1, **self._placement.beside_the_driver()}
         return self._start(Controller, "controller", 1, 0, spec, **options)
@@ -186,7 +186,7 @@ class ActorFactory:
                 geometry=replace(prepared.target.geometry, sharding=training.shard_formula),
                 total_steps=prepared.total_steps,
                 endpoint=self._endpoint,
-                run_dir=prepared.run_dir,
+                run_dir=prepared.folder.path,
                 resume=plan.resume,
             )
             options = {"max_concurrency": RANK_CALLS, "incarnation": plan.generation, **slots.places[rank]}

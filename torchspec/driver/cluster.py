@@ -20,8 +20,7 @@ import torchspec
 from torchspec.config.schema import ClusterConfig, Config
 from torchspec.driver.plan import Plan
 from torchspec.driver.supervise import RunFailed
-from torchspec.network import LOOPBACK, is_loopback
-from torchspec.processes.child import free_port
+from torchspec.network import LOOPBACK, free_port, is_loopback
 
 OBJECT_STORE_BYTES = 128 << 20
 """Only metadata goes through Ray; the tensors go through Mooncake."""

@@ -21,8 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from torchspec.config.schema import ClusterConfig, Config
 from torchspec.driver.cluster import Cluster, Node
 from torchspec.driver.plan import ThreadPlan
-from torchspec.network import LOOPBACK, meeting_point
-from torchspec.processes.child import free_port
+from torchspec.network import LOOPBACK, free_port, meeting_point
 
 SLIVER = 0.001
 

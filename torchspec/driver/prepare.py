@@ -17,8 +17,8 @@ from torchspec.driver.plan import Plan, make_plan, total_steps
 from torchspec.driver.resolve import resolve
 from torchspec.inference.sglang_patch import check_patched
 from torchspec.monitor.trackers import check_trackers
+from torchspec.run_folder import LEDGER_FILE, RunFolder
 from torchspec.target.checkpoint import TargetInfo
-from torchspec.training.rotation import latest_checkpoint
 
 
 @dataclass(frozen=True)
@@ -31,14 +31,14 @@ class Prepared:
     heldout: PromptSet | None
     plan: Plan
     on_gpu: bool
-    run_dir: Path
+    folder: RunFolder
     resume: bool
     mark: str
     """Found in the environment of every process of this run."""
 
     @property
     def namespace(self) -> str:
-        return namespace(self.run_dir)
+        return namespace(self.folder.path)
 
     @property
     def total_steps(self) -> int:
@@ -56,8 +56,8 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Pre
     check_trackers(config.monitor)
     resolved = resolve(config)
     config, target, on_gpu = resolved.config, resolved.target, resolved.on_gpu
-    run_dir = config.run_dir
-    resume_from = _check_folder(run_dir, resume)
+    folder = RunFolder(config.run_dir)
+    resume_from = _check_folder(folder, resume)
     message("reading and tokenising the prompts")
     train = _prompts(config, "data.train", config.data.train, config.data.limit)
     heldout = None
@@ -65,13 +65,14 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Pre
         heldout = _prompts(config, "evaluation.heldout", config.evaluation.heldout, config.evaluation.samples)
     _require_rows(config, len(train), train.rejected)
     if resume_from is not None:
-        LedgerSnapshot.from_json((resume_from / "ledger.json").read_text(), ledger_shape(config, train))
+        LedgerSnapshot.from_json((resume_from / LEDGER_FILE).read_text(), ledger_shape(config, train))
     vocab_prompts = 0 if train.fully_answered else min(config.draft.vocab_prompts, len(train))
     plan = make_plan(config, target, len(heldout) if heldout else 0, vocab_prompts, on_gpu)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    _list_rejected(run_dir, resume, train, heldout)
-    mark = f"{run_dir}#{secrets.token_hex(8)}"
-    return Prepared(config, target, train, heldout, plan, on_gpu, run_dir, resume, mark)
+    folder.path.mkdir(parents=True, exist_ok=True)
+    if not resume:
+        _list_rejected(folder, train, heldout)
+    mark = f"{folder.path}#{secrets.token_hex(8)}"
+    return Prepared(config, target, train, heldout, plan, on_gpu, folder, resume, mark)
 
 
 def make_plan_for(config: Config) -> tuple[Plan, Survey]:
@@ -101,19 +102,18 @@ def _require_rows(config: Config, rows: int, rejected: Sequence[tuple[str, str]]
         raise ValueError(f"data.train {config.data.train}: no usable conversation is left ({reasons})")
 
 
-def _check_folder(run_dir: Path, resume: bool) -> Path | None:
+def _check_folder(folder: RunFolder, resume: bool) -> Path | None:
     """The checkpoint to resume from; None for a fresh start."""
-    exists = (run_dir / "config.yaml").exists()
     if not resume:
-        if exists:
+        if folder.exists():
             raise ValueError(
-                f"the run {run_dir} exists already: continue it with `torchspec resume {run_dir}`, or choose another "
-                "name with run.name=..."
+                f"the run {folder.path} exists already: continue it with `torchspec resume {folder.path}`, or choose "
+                "another name with run.name=..."
             )
         return None
-    if not exists:
-        raise ValueError(f"there is nothing to resume in {run_dir}: it has no config.yaml")
-    return latest_checkpoint(run_dir)
+    if not folder.exists():
+        raise ValueError(f"there is nothing to resume in {folder.path}: it has no config.yaml")
+    return folder.newest_checkpoint()
 
 
 def _prompts(config: Config, knob: str, source: str, limit: int | None) -> PromptSet:
@@ -135,10 +135,8 @@ def _tokenize_options(config: Config, limit: int | None) -> TokenizeOptions:
     )
 
 
-def _list_rejected(run_dir: Path, resume: bool, train: PromptSet, heldout: PromptSet | None) -> None:
-    if resume:
-        return
-    with (run_dir / "rejected.jsonl").open("w") as file:
+def _list_rejected(folder: RunFolder, train: PromptSet, heldout: PromptSet | None) -> None:
+    with folder.rejected.open("w") as file:
         for prompts in (train, heldout):
             for name, reason in prompts.rejected if prompts else ():
                 file.write(json.dumps({"id": name, "reason": reason}, ensure_ascii=False) + "\n")

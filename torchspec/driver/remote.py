@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import ray
 
 from torchspec.contracts import RunStatus
 from torchspec.driver.supervise import root_cause
-from torchspec.run_folder import is_live
+from torchspec.run_folder import RunFolder
 
 
 class RunHandle:
@@ -81,11 +80,12 @@ def connect(run_dir: Path) -> Iterator[RunHandle]:
     Raises:
         ValueError: there is no such run, or it is not running now.
     """
-    if not (run_dir / "config.yaml").exists():
+    run = RunFolder(run_dir)
+    if not run.exists():
         raise ValueError(f"{run_dir} is not the folder of a run (it has no config.yaml)")
-    if not is_live(run_dir):
+    if not run.is_live():
         raise ValueError(f"{run_dir} is not running now; continue it with: torchspec resume {run_dir}")
-    handle = json.loads((run_dir / "handle.json").read_text())
+    handle = run.read_handle()
     try:
         ray.init(
             address=handle["address"], namespace=handle["namespace"], log_to_driver=False, logging_level=logging.ERROR

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torchspec.config.load import with_values
 from torchspec.config.schema import Config
 from torchspec.hardware import fast_dtype, pick_device
 from torchspec.target.checkpoint import TargetInfo, read_target
@@ -33,13 +34,13 @@ def resolve(config: Config) -> Resolved:
     """
     on_gpu = computes_on_gpu(config)
     fast = fast_dtype("cuda" if on_gpu else "cpu")
-    for name in ("target", "training"):
-        if getattr(config, name).dtype == "auto":
-            config = _with(config, name, dtype=fast)
+    sections = [name for name in ("target", "training") if getattr(config, name).dtype == "auto"]
+    config = with_values(config, {f"{name}.dtype": fast for name in sections})
     target = read_target(config.target, config.training.shard_formula)
+    values: dict[str, Any] = {**_absolute_paths(config)}
     if config.inference.buffer_bytes is None:
-        config = _with(config, "inference", buffer_bytes=_buffer_bytes(config, target))
-    return Resolved(_absolute(config), target, on_gpu)
+        values["inference.buffer_bytes"] = _buffer_bytes(config, target)
+    return Resolved(with_values(config, values), target, on_gpu)
 
 
 def computes_on_gpu(config: Config) -> bool:
@@ -53,24 +54,16 @@ def _buffer_bytes(config: Config, target: TargetInfo) -> int:
     return max(2 * sample, min((config.inference.max_concurrency + 2) * sample, MAX_DEFAULT_BUFFER))
 
 
-def _absolute(config: Config) -> Config:
+def _absolute_paths(config: Config) -> dict[str, str]:
     """Actors have another working directory, so every path they see is absolute."""
-    config = _with(config, "run", dir=_path(config.run.dir))
-    config = _with(config, "data", cache_dir=_path(config.data.cache_dir))
-    config = _with(config, "target", path=str(_path(Path(config.target.path))))
-    if config.training.init_from is not None:
-        config = _with(config, "training", init_from=_path(config.training.init_from))
-    if config.answer.reuse is not None:
-        reuse = _path(config.answer.reuse)
-        if not reuse.is_file():
-            raise ValueError(f"answer.reuse: there is no file {reuse}")
-        config = _with(config, "answer", reuse=reuse)
-    return config
-
-
-def _path(path: Path) -> Path:
-    return path.expanduser().absolute()
-
-
-def _with(config: Config, section: str, **values: Any) -> Config:
-    return config.model_copy(update={section: getattr(config, section).model_copy(update=values)})
+    paths = {
+        "run.dir": config.run.dir,
+        "data.cache_dir": config.data.cache_dir,
+        "target.path": Path(config.target.path),
+        "training.init_from": config.training.init_from,
+        "answer.reuse": config.answer.reuse,
+    }
+    absolute = {knob: str(path.expanduser().absolute()) for knob, path in paths.items() if path is not None}
+    if "answer.reuse" in absolute and not Path(absolute["answer.reuse"]).is_file():
+        raise ValueError(f"answer.reuse: there is no file {absolute['answer.reuse']}")
+    return absolute

@@ -40,10 +40,9 @@ from torchspec.monitor.record.recorder import EventLog
 from torchspec.monitor.server import PageServer, ServerThread, ensure_token
 from torchspec.monitor.trackers import open_trackers
 from torchspec.processes.janitor import MARK, Janitor
-from torchspec.run_folder import this_process
+from torchspec.run_folder import RunFolder, this_process
 from torchspec.store.errors import StoreUnavailable
 from torchspec.store.master import MooncakeMaster
-from torchspec.training.rotation import latest_checkpoint
 
 _DISK_FAULTS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
@@ -87,19 +86,19 @@ def train(config: Config, *, resume: bool, view: View) -> RunSummary:
             try:
                 status, stopped = session.run()
             except RunFailed as error:
-                failure = _failed(prepared.run_dir, str(error))
+                failure = _failed(prepared.folder, str(error))
                 raise failure from None
         return _summary(prepared, status, stopped, time.monotonic() - started)
     except OSError as error:
-        raise failure or _failed(prepared.run_dir, _disk_fault(error)) from None  # what came first is the reason
+        raise failure or _failed(prepared.folder, _disk_fault(error)) from None  # what came first is the reason
 
 
-def _failed(run_dir: Path, reason: str) -> RunFailed:
+def _failed(folder: RunFolder, reason: str) -> RunFailed:
     """``reason`` is written down, if the disk has room for it, and told with how to go on."""
     with suppress(OSError):
-        EventLog(run_dir).write(time.time(), "failed", reason)
-    begun = (run_dir / "config.yaml").exists()
-    return RunFailed(f"{reason}; {f'continue with: torchspec resume {run_dir}' if begun else 'start it again'}")
+        EventLog(folder.path).write(time.time(), "failed", reason)
+    next_step = f"continue with: torchspec resume {folder.path}" if folder.exists() else "start it again"
+    return RunFailed(f"{reason}; {next_step}")
 
 
 def _disk_fault(error: OSError) -> str:
@@ -112,9 +111,9 @@ def _disk_fault(error: OSError) -> str:
 @contextmanager
 def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
     """Everything that must be taken down again, in the reverse order, whatever happens."""
-    config, run_dir = prepared.config, prepared.run_dir
+    config, folder = prepared.config, prepared.folder
     with ExitStack() as stack:
-        _lock(run_dir, stack)
+        _lock(folder, stack)
         mark, temp_dir = prepared.mark, Path(tempfile.mkdtemp(prefix="torchspec-"))
         janitor = Janitor(mark, temp_dir)
         stack.callback(janitor.close)
@@ -138,10 +137,10 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
         controller = ControllerClient(actors.controller(), recovery.hang_seconds, recovery.start_seconds)
         controller.ask_at_start("begin")
         if config.monitor.ui:
-            page = _open_page(config, PageControls(run_dir, controller.actor), view)
+            page = _open_page(config, PageControls(folder.path, controller.actor), view)
             after_cluster.callback(page.close)  # meanwhile, who watches it sees how the run has ended
-        save_config(config, run_dir / "config.yaml")
-        stack.callback((run_dir / "handle.json").unlink, missing_ok=True)
+        save_config(config, folder.config)
+        stack.callback(folder.handle.unlink, missing_ok=True)
         handle = {
             "address": cluster.address,
             "namespace": prepared.namespace,
@@ -149,23 +148,24 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
             "store_metrics": master.endpoint.metrics,
             **this_process(),
         }
-        write_atomically(run_dir / "handle.json", lambda file: file.write(json.dumps(handle).encode()))
-        trackers = open_trackers(config.monitor, run_dir, view.message)
+        write_atomically(folder.handle, lambda file: file.write(json.dumps(handle).encode()))
+        trackers = open_trackers(config.monitor, folder.path, view.message)
         stack.callback(trackers.close)
         yield Session(prepared, actors, controller, store, trackers, view, interrupts)
 
 
-def _lock(run_dir: Path, stack: ExitStack) -> None:
+def _lock(folder: RunFolder, stack: ExitStack) -> None:
     """A run has one driver. The kernel lets go of the lock, however this process ends."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        file = stack.enter_context((run_dir / "driver.lock").open("w"))
+        folder.path.mkdir(parents=True, exist_ok=True)
+        file = stack.enter_context(folder.lock.open("w"))
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"{run_dir} is running already; see it with: torchspec status {run_dir}") from None
+        raise ValueError(f"{folder.path} is running already; see it with: torchspec status {folder.path}") from None
     except OSError as error:
         raise ValueError(
-            f"run.dir: {run_dir} cannot be locked ({error.strerror}); it must be writable, on a file system with flock"
+            f"run.dir: {folder.path} cannot be locked ({error.strerror}); it must be writable, on a file system with "
+            "flock"
         ) from None
 
 
@@ -174,7 +174,11 @@ def _open_page(config: Config, controls: PageControls, view: View) -> ServerThre
     token = ensure_token(config.run_dir)
     page = ServerThread(PageServer([config.run_dir], lambda _: controls, config.monitor.ui_port))
     url = page.server.url
-    hint = f"{url}#token={token}" if sys.stdout.isatty() else f"{url} (for its controls: {config.run_dir}/ui_token)"
+    hint = (
+        f"{url}#token={token}"
+        if sys.stdout.isatty()
+        else f"{url} (for its controls: {RunFolder(config.run_dir).token})"
+    )
     view.message(f"page: {hint}")
     return page
 
@@ -182,7 +186,7 @@ def _open_page(config: Config, controls: PageControls, view: View) -> ServerThre
 def _start_master(config: Config, cluster: Cluster) -> MooncakeMaster:
     try:
         return MooncakeMaster(
-            log_path=config.run_dir / "logs" / "mooncake_master.log",
+            log_path=RunFolder(config.run_dir).log("mooncake_master"),
             host=cluster.host,
             port=config.store.master_port,
             protocol=config.store.protocol,
@@ -201,23 +205,22 @@ def _check_cluster(prepared: Prepared, cluster: Cluster) -> None:
     check_pools(cluster.nodes, config, prepared.plan.threads, prepared.on_gpu)
     roles = config.cluster.inference_resource, config.cluster.training_resource
     nodes = {node.id: node for role in roles for node in nodes_of(cluster.nodes, role)}
-    check_nodes(list(nodes.values()), prepared.run_dir, Path(config.target.path))
+    check_nodes(list(nodes.values()), prepared.folder.path, Path(config.target.path))
 
 
 def _summary(prepared: Prepared, status: RunStatus, stopped: bool, seconds: float) -> RunSummary:
-    run_dir = prepared.run_dir
+    folder = prepared.folder
     if status.last_step is not None:
-        draw_curves(run_dir)
-    export = run_dir / "export"
+        draw_curves(folder.path)
     return RunSummary(
-        run_dir=run_dir,
+        run_dir=folder.path,
         steps=status.step,
         samples=status.samples.get("trained", 0) + status.samples.get("committed", 0),
         rejected=status.samples.get("rejected", 0) + len(prepared.train.rejected),
         seconds=seconds,
         stopped=stopped,
-        checkpoint=latest_checkpoint(run_dir),
-        export=export if export.exists() else None,
+        checkpoint=folder.newest_checkpoint(),
+        export=folder.export if folder.export.exists() else None,
         last_step=status.last_step,
         last_heldout=status.last_heldout,
     )

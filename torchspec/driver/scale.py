@@ -15,7 +15,7 @@ from torchspec.driver.cluster import alive_nodes
 from torchspec.driver.placement import check_pools, nodes_within
 from torchspec.driver.plan import check_buffers, check_gpus, plan_threads, usable_cores
 from torchspec.driver.resolve import computes_on_gpu, resolve
-from torchspec.run_folder import only_machine
+from torchspec.run_folder import RunFolder
 
 SIZES = ("dp_size", "attention_backend", "sp_ulysses_size", "sp_ring_size")
 """Knobs of ``training`` that can change while a run goes on."""
@@ -45,7 +45,7 @@ def checked_change(
     Raises:
         ValueError: the run could not go on with them.
     """
-    config, change = load_config(run_dir / "config.yaml"), Change(None, None)
+    config, change = load_config(RunFolder(run_dir).config), Change(None, None)
     if inference is not None:
         if inference != "auto" and not (inference.isdecimal() and int(inference) > 0):
             raise ValueError(f"--inference {inference} must be a positive number or auto")
@@ -54,8 +54,7 @@ def checked_change(
     if {dp, sp, ulysses, ring} != {None}:
         sizes = _sizes(config, dp, sp, ulysses, ring)
         config = with_values(config, {f"training.{name}": size for name, size in sizes.items()})
-        change = replace(change, sizes=sizes)
-        resolved = resolve(config)
+        change, resolved = replace(change, sizes=sizes), resolve(config)
         check_buffers(resolved.config, resolved.target)
     _check_machines(config, run_dir)
     return change
@@ -63,7 +62,7 @@ def checked_change(
 
 def sizes_so_far(run_dir: Path) -> list[str]:
     """What ``torchspec scale`` may have changed since a run began, as overrides of its first config."""
-    config = load_config(run_dir / "config.yaml")
+    config = load_config(RunFolder(run_dir).config)
     sizes = (f"training.{name}={getattr(config.training, name)}" for name in SIZES)
     return [f"inference.workers={config.inference.workers}", *sizes]
 
@@ -92,7 +91,10 @@ def _check_machines(config: Config, run_dir: Path) -> None:
     """Raises ValueError: the machine, or the cluster that this process is connected to, has no room for ``config``."""
     on_gpu = computes_on_gpu(config)
     if config.cluster.address is not None:
-        threads = plan_threads(config, usable_cores(config), on_gpu)
-        check_pools(nodes_within(alive_nodes(), only_machine(run_dir)), config, threads, on_gpu)
+        threads, machine = (
+            plan_threads(config, usable_cores(config), on_gpu),
+            RunFolder(run_dir).read_handle()["machine"],
+        )
+        check_pools(nodes_within(alive_nodes(), machine), config, threads, on_gpu)
     elif on_gpu:
         check_gpus(config, torch.cuda.device_count())

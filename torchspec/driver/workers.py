@@ -17,8 +17,8 @@ from torchspec.driver.supervise import Pulse, RunFailed, root_cause
 MAX_FRUITLESS_STARTS = 2
 """An inference pool in which so many workers die in a row, before they were given any work, will never work."""
 DEATHS_A_TRY = 2
-"""So many times ``controller.max_attempts`` workers may die in a row with work in hand, while nobody makes a sample: it
-may be the work that kills them, and which sample it is turns out by trying."""
+"""So many times ``controller.max_attempts`` workers may die in a row with leases while nobody makes a sample: it may be
+the work that kills them, and which sample it is turns out by trying."""
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Workers:
         self._workers: dict[ray.ObjectRef, Worker] = {}
         self._wanted = 0
         self._fruitless: Counter[str] = Counter()
-        """Deaths since somebody has made a sample: of workers ``without`` and ``with`` work in hand."""
+        """Deaths since somebody has made a sample: of workers ``without`` and ``with`` leases."""
 
     def __len__(self) -> int:
         return len(self._workers)

@@ -16,12 +16,16 @@ answer's end.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from torchspec.files import write_atomically
+from torchspec.monitor.record.recorder import EVENT_LINES, EVENT_RECENT, EventLog
+from torchspec.monitor.series import Series
+from torchspec.run_folder import RunFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +150,23 @@ class EvaluationResult:
         """Write the result as JSON, complete or not at all."""
         text = json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
         write_atomically(path, lambda file: file.write(text.encode()))
+
+    def record(self, run: RunFolder) -> None:
+        """Note in the run that the draft comes from what a real server made of it."""
+        overall, now = self.overall, time.time()
+        noted = {
+            "time": now,
+            "draft": self.draft,
+            "prompt_set": self.prompt_set,
+            "num_draft_tokens": self.settings.num_draft_tokens,
+            "accept_length": overall.accept_length,
+            "server_accept_length": overall.server_accept_length,
+            "position_acceptance": overall.position_acceptance,
+            "speed_up": self.speed_up,
+        }
+        Series(run.evaluations, EVENT_LINES, EVENT_RECENT).append(json.dumps(noted).encode() + b"\n")
+        message = f"measured in a server on {self.prompt_set}: accept length {overall.accept_length:.2f}"
+        EventLog(run.path).write(now, "evaluated", message, accept_length=overall.accept_length)
 
 
 def by_category(prompts: Iterable[PromptResult]) -> dict[str, list[PromptResult]]:

@@ -55,7 +55,7 @@ class InferenceWorker:
         self._max_concurrency = inference.max_concurrency
         self._counts, self._report_seconds = WorkerReport(name), report_seconds
         self._alive, self._busy = Stopwatch(), Stopwatch()
-        self._in_hand: set[str] = set()
+        self._held: set[str] = set()
         assert inference.buffer_bytes is not None, "resolved before the run starts"
         self._source: SampleSource = TargetEngine(engine, endpoint, inference.buffer_bytes, answer)
 
@@ -100,8 +100,8 @@ class InferenceWorker:
         try:
             leases: list[Lease] = await self._controller.lease.remote(self._name, count, self._report())
         except ray.exceptions.ActorUnavailableError:
-            leases = await self._insist("lease", count, self._report(), tuple(self._in_hand))
-        self._in_hand.update(lease.key for lease in leases)
+            leases = await self._insist("lease", count, self._report(), tuple(self._held))
+        self._held.update(lease.key for lease in leases)
         return leases
 
     async def _report_regularly(self) -> None:
@@ -124,7 +124,7 @@ class InferenceWorker:
             self._count(failures=1)
             await self._insist("fail", lease.sample, lease.key, str(error), error.kind)
         finally:
-            self._in_hand.discard(lease.key)
+            self._held.discard(lease.key)
 
     async def _insist(self, method: str, *args: Any) -> Any:
         """Call the controller, again and again while it is being restarted.

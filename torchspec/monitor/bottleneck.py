@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Literal
 
 from torchspec.monitor.series import read_series, tail_lines, time_of
-from torchspec.monitor.snapshot import HistoryPoint, adapter, metrics_dir
+from torchspec.monitor.snapshot import HistoryPoint, adapter
+from torchspec.run_folder import RunFolder
 
 State = Literal["starting", "counting-vocabulary", "warming-up", "measuring", "steady", "finishing", "ended"]
 Side = Literal["inference", "training", "store", "balanced"]
@@ -66,7 +67,7 @@ class Verdict:
 
 def judge_run(run_dir: Path, live: bool) -> Verdict:
     """The verdict on a run from its folder: of its latest stretch, or of the whole run once it has ended."""
-    path = metrics_dir(run_dir) / "history.jsonl"
+    path = RunFolder(run_dir).history
     if not live:
         kind = adapter(HistoryPoint)
         return judge_ended([kind.validate_python(record) for record in read_series(path, max_points=2000)])

@@ -9,6 +9,7 @@ import numpy as np
 
 from torchspec.files import read_lines
 from torchspec.monitor.views import undo
+from torchspec.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +32,7 @@ def draw_curves(run_dir: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    train, heldout = read_metrics(run_dir / "metrics.jsonl")
+    train, heldout = read_metrics(RunFolder(run_dir).steps)
     if not train and not heldout:
         raise ValueError(f"{run_dir} has no metrics yet: no step was trained")
     figure = Figure(figsize=(13, 8.5), dpi=110, layout="constrained")
@@ -44,7 +45,7 @@ def draw_curves(run_dir: Path) -> Path:
     _draw_throughput(axes[1, 1], train)
     for ax in axes.flat:
         _style(ax)
-    path = run_dir / "curves.png"
+    path = RunFolder(run_dir).curves
     figure.savefig(path)
     return path
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from torchspec.monitor.series import read_series, tail
-from torchspec.monitor.snapshot import Snapshot, metrics_dir
+from torchspec.monitor.snapshot import Snapshot
+from torchspec.run_folder import RunFolder
 
 RECENT_SECONDS = 180.0
 """For so long a fault is worth a warning."""
@@ -33,15 +34,15 @@ class Health:
 
 def assess_run(run_dir: Path, snapshot: Snapshot | None, live: bool, now: float) -> Health:
     """The health of the run in ``run_dir``; ``now`` in seconds since the epoch."""
-    metrics, newest = metrics_dir(run_dir), now if live or snapshot is None else snapshot.time
-    events = tail(metrics / "events.jsonl", newest - RECENT_SECONDS)
-    history = tail(metrics / "history.jsonl", newest - STALLED_SECONDS, before=True)
+    folder, newest = RunFolder(run_dir), now if live or snapshot is None else snapshot.time
+    events = tail(folder.events, newest - RECENT_SECONDS)
+    history = tail(folder.history, newest - STALLED_SECONDS, before=True)
     return assess(snapshot, events, history, live, now)
 
 
 def count_faults(run_dir: Path) -> int:
     """Faults of the system that the run has had so far."""
-    return sum(event["kind"] in FAULTS for event in read_series(metrics_dir(run_dir) / "events.jsonl"))
+    return sum(event["kind"] in FAULTS for event in read_series(RunFolder(run_dir).events))
 
 
 def assess(

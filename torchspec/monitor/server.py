@@ -23,7 +23,7 @@ from aiohttp import ClientError, ClientSession, ClientTimeout, web
 from torchspec.monitor import views
 from torchspec.monitor.prometheus import CONTENT_TYPE, exposition
 from torchspec.monitor.snapshot import read_latest
-from torchspec.run_folder import is_live
+from torchspec.run_folder import RunFolder
 
 HOST, DEFAULT_PORT = "127.0.0.1", 8790
 OWN_NAMES = ("127.0.0.1", "localhost", "::1")
@@ -123,7 +123,7 @@ class PageServer:
 
     async def _runs(self, _request: web.Request) -> web.Response:
         runs = [
-            {"index": i, "name": folder.name, "folder": str(folder), "live": is_live(folder)}
+            {"index": i, "name": folder.name, "folder": str(folder), "live": RunFolder(folder).is_live()}
             for i, folder in enumerate(self._folders)
         ]
         return _json(runs)
@@ -139,14 +139,16 @@ class PageServer:
 
     async def _metrics(self, request: web.Request) -> web.Response:
         folder = self._folder(request)
-        text = await asyncio.to_thread(lambda: exposition(folder.name, read_latest(folder), is_live(folder)))
+        text = await asyncio.to_thread(
+            lambda: exposition(folder.name, read_latest(folder), RunFolder(folder).is_live())
+        )
         return web.Response(body=text, headers={"Content-Type": CONTENT_TYPE})
 
     async def _store_metrics(self, request: web.Request) -> web.Response:
         """What the store's master says, under an address that stays the same from run to run."""
-        path = self._folder(request) / "handle.json"
+        folder = RunFolder(self._folder(request))
         try:
-            address = json.loads(path.read_text())["store_metrics"]
+            address = folder.read_handle()["store_metrics"]
             patience = ClientTimeout(SCRAPE_SECONDS)
             async with ClientSession(timeout=patience) as session, session.get(f"http://{address}/metrics") as answer:
                 return web.Response(body=await answer.read(), headers={"Content-Type": CONTENT_TYPE})
@@ -170,7 +172,7 @@ class PageServer:
         return _json({"message": "the run stops after its current step and saves a checkpoint"})
 
     async def _act(self, folder: Path, action: Callable[[Controls], None]) -> None:
-        if not is_live(folder):
+        if not RunFolder(folder).is_live():
             raise _refusal(409, f"{folder.name} is not running")
         try:
             await asyncio.to_thread(lambda: action(self._controls(folder)))
@@ -201,7 +203,7 @@ class PageServer:
 
 def ensure_token(run_dir: Path) -> str:
     """The run's token, made the first time; only its owner can read it."""
-    path = run_dir / "ui_token"
+    path = RunFolder(run_dir).token
     if not (path.exists() and path.stat().st_size):
         path.unlink(missing_ok=True)
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -277,13 +279,13 @@ def _refusal(status: int, reason: str) -> web.HTTPException:
 
 
 def _require_token(request: web.Request, folder: Path) -> None:
-    path = folder / "ui_token"
+    path = RunFolder(folder).token
     token = path.read_text() if path.exists() else ""
     if not token:
         raise _refusal(401, f"{folder.name} has no token, so this is nobody's to see or to do from here")
     given = request.headers.get("Authorization", "").removeprefix("Bearer ")
     if not secrets.compare_digest(given.encode(), token.encode()):
-        raise _refusal(401, f"the token is missing or wrong; it is in {folder}/ui_token, and goes into Control")
+        raise _refusal(401, f"the token is missing or wrong; it is in {path}, and goes into Control")
 
 
 def _number(query: Any, name: str) -> float | None:

@@ -23,6 +23,7 @@ from pydantic import TypeAdapter
 from torchspec.contracts import RankReport, RunStatus, WorkerReport
 from torchspec.files import write_atomically
 from torchspec.monitor.series import read_series
+from torchspec.run_folder import RunFolder
 
 SCHEMA = 1
 """Of all files here; a reader refuses a newer one."""
@@ -212,10 +213,6 @@ def to_line(record: Any) -> bytes:
     return adapter(type(record)).dump_json(record) + b"\n"
 
 
-def metrics_dir(run_dir: Path) -> Path:
-    return run_dir / "metrics"
-
-
 def entity_point(snapshot: Snapshot) -> EntityPoint:
     """The few counters of each worker and rank that are kept over time."""
     alive = [w for w in snapshot.workers if w.alive]
@@ -229,7 +226,7 @@ def entity_point(snapshot: Snapshot) -> EntityPoint:
 def write_latest(run_dir: Path, snapshot: Snapshot) -> None:
     """Replace ``latest.json``; a reader sees the old one or the new one."""
     text = adapter(Snapshot).dump_json(replace(snapshot, status=replace(snapshot.status, workers=())))
-    write_atomically(metrics_dir(run_dir) / "latest.json", lambda file: file.write(text))
+    write_atomically(RunFolder(run_dir).latest, lambda file: file.write(text))
 
 
 def read_latest(run_dir: Path) -> Snapshot | None:
@@ -239,21 +236,16 @@ def read_latest(run_dir: Path) -> Snapshot | None:
         ValueError: it was written by a newer torchspec.
     """
     try:
-        text = (metrics_dir(run_dir) / "latest.json").read_bytes()
+        text = RunFolder(run_dir).latest.read_bytes()
     except FileNotFoundError:
         return None
     snapshot: Snapshot = adapter(Snapshot).validate_json(text)
     if snapshot.schema > SCHEMA:
         raise ValueError(f"{run_dir}: its metrics have schema {snapshot.schema}, this torchspec reads {SCHEMA}")
     reports = tuple(w.report for w in snapshot.workers if w.alive)
-    measured = read_series(evaluations_path(run_dir))
+    measured = read_series(RunFolder(run_dir).evaluations)
     return replace(
         snapshot,
         status=replace(snapshot.status, workers=reports),
         measured_accept_length=measured[-1]["accept_length"] if measured else None,
     )
-
-
-def evaluations_path(run_dir: Path) -> Path:
-    """What ``torchspec eval`` has measured of the run's drafts in a real server, a line each."""
-    return metrics_dir(run_dir) / "evaluations.jsonl"

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from torchspec.monitor.series import read_series
-from torchspec.monitor.snapshot import metrics_dir
+from torchspec.run_folder import RunFolder
 
 PHASES: dict[str, tuple[str, str]] = {
     "leased": ("worker", "waits for the engine"),
@@ -36,7 +36,7 @@ def write_trace(run_dir: Path, sample: str | None, path: Path) -> int:
     Raises:
         ValueError: there are none.
     """
-    records = read_series(metrics_dir(run_dir) / "samples.jsonl")
+    records = read_series(RunFolder(run_dir).samples)
     chosen = [r for r in records if sample in (None, r["sample"])]
     if not chosen:
         known = ", ".join(r["sample"] for r in records[-5:])

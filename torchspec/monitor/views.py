@@ -20,8 +20,8 @@ from torchspec.monitor.bottleneck import Verdict, judge_run
 from torchspec.monitor.health import Health, assess_run
 from torchspec.monitor.metrics import METRICS, prometheus_name
 from torchspec.monitor.series import read_series, tail, thin
-from torchspec.monitor.snapshot import RANK_COLUMNS, WORKER_COLUMNS, Snapshot, adapter, metrics_dir, read_latest
-from torchspec.run_folder import is_live
+from torchspec.monitor.snapshot import RANK_COLUMNS, WORKER_COLUMNS, Snapshot, adapter, read_latest
+from torchspec.run_folder import RunFolder
 
 Record = dict[str, Any]
 Columns = dict[str, list[Any]]
@@ -56,7 +56,7 @@ STEP_VALUES = ("time", "step", "loss", "accept_length", "learning_rate", "grad_n
 
 def run_view(run_dir: Path) -> Record:
     """What does not change, and how the run is doing now."""
-    config = run_dir / "config.yaml"
+    config = RunFolder(run_dir).config
     metrics = [
         {**{f.name: getattr(m, f.name) for f in fields(m)}, "key": m.key, "prometheus": prometheus_name(m)}
         for m in METRICS
@@ -71,7 +71,7 @@ def run_view(run_dir: Path) -> Record:
 
 
 def now_view(run_dir: Path) -> Record:
-    live = is_live(run_dir)
+    live = RunFolder(run_dir).is_live()
     latest, verdict = read_latest(run_dir), judge_run(run_dir, live)
     health = assess_run(run_dir, latest, live, time.time())
     return {
@@ -89,7 +89,7 @@ def history_view(run_dir: Path, since: float | None = None, points: int | None =
         since: rows after this time only; the last row of an earlier answer.
         points: at most so many rows.
     """
-    records = _records(run_dir, "history.jsonl", since, points)
+    records = _records(RunFolder(run_dir).history, since, points)
     pairs = _pairs(records, since)
     columns: Columns = {"time": [b["time"] for _, b in pairs]}
     for name in GAUGES:
@@ -108,7 +108,7 @@ def history_view(run_dir: Path, since: float | None = None, points: int | None =
 
 def entities_view(run_dir: Path, since: float | None = None, points: int | None = None) -> Record:
     """The same for each worker and each rank; None where there was none."""
-    records = _records(run_dir, "entities.jsonl", since, points)
+    records = _records(RunFolder(run_dir).entities, since, points)
     pairs = _pairs(records, since)
     workers = {
         "samples_per_s": lambda a, b: _growth(a, b, "samples", "seconds"),
@@ -131,7 +131,7 @@ def entities_view(run_dir: Path, since: float | None = None, points: int | None 
 
 def steps_view(run_dir: Path, since: float | None = None, points: int | None = None) -> Record:
     """Curves of training and of held-out samples. With ``points``, every so many-th step."""
-    path = run_dir / "metrics.jsonl"
+    path = RunFolder(run_dir).steps
     if since is not None:
         records = [r for r in tail(path, since) if r["time"] > since]
     else:
@@ -164,7 +164,7 @@ def undo(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
 
 
 def events_view(run_dir: Path, since: float | None = None) -> Record:
-    path = metrics_dir(run_dir) / "events.jsonl"
+    path = RunFolder(run_dir).events
     return {"events": read_series(path) if since is None else [r for r in tail(path, since) if r["time"] > since]}
 
 
@@ -182,7 +182,7 @@ def update_view(run_dir: Path, since: dict[str, float]) -> Record:
 
 def samples_view(run_dir: Path) -> Record:
     """The followed samples, newest first, without their tokens."""
-    records = read_series(metrics_dir(run_dir) / "samples.jsonl")
+    records = read_series(RunFolder(run_dir).samples)
     return {"samples": [{k: v for k, v in r.items() if k not in ("token_ids", "loss_mask")} for r in reversed(records)]}
 
 
@@ -192,7 +192,7 @@ def sample_view(run_dir: Path, sample: str) -> Record:
     Raises:
         KeyError: it was not followed.
     """
-    found = [r for r in read_series(metrics_dir(run_dir) / "samples.jsonl") if r["sample"] == sample]
+    found = [r for r in read_series(RunFolder(run_dir).samples) if r["sample"] == sample]
     if not found:
         raise KeyError(sample)
     record = found[-1]
@@ -207,7 +207,7 @@ def _decode(run_dir: Path, ids: Sequence[int]) -> tuple[list[str], list[int]]:
     from tokenizers import Tokenizer
     from tokenizers.decoders import DecodeStream
 
-    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config = yaml.safe_load(RunFolder(run_dir).config.read_text())
     path = Path(config["target"]["path"]) / "tokenizer.json"
     if not path.exists():
         return [f"⟨{i}⟩" for i in ids], [0] * len(ids)
@@ -217,9 +217,8 @@ def _decode(run_dir: Path, ids: Sequence[int]) -> tuple[list[str], list[int]]:
     return pieces, [int(i in added and added[i].special) for i in ids]
 
 
-def _records(run_dir: Path, name: str, since: float | None, points: int | None) -> list[Record]:
+def _records(path: Path, since: float | None, points: int | None) -> list[Record]:
     """With ``since``, the record before is there, too: what the first new rates start from."""
-    path = metrics_dir(run_dir) / name
     if since is not None and points is None:
         return tail(path, since, before=True)
     return read_series(path, float("-inf") if since is None else since, points)

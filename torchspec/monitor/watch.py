@@ -14,9 +14,9 @@ from typing import Any
 from torchspec.monitor.bottleneck import Verdict, judge_run
 from torchspec.monitor.health import Health, assess
 from torchspec.monitor.series import Follower
-from torchspec.monitor.snapshot import Snapshot, metrics_dir, read_latest
+from torchspec.monitor.snapshot import Snapshot, read_latest
 from torchspec.monitor.views import undo
-from torchspec.run_folder import is_live
+from torchspec.run_folder import RunFolder
 
 Record = dict[str, Any]
 
@@ -47,10 +47,10 @@ class RunWatch:
 
     def __init__(self, run_dir: Path, clock: Callable[[], float] = time.time):
         self.run_dir, self._clock = run_dir, clock
-        metrics = metrics_dir(run_dir)
-        self._history = TailedFile(metrics / "history.jsonl", HISTORY_KEPT)
-        self._events = TailedFile(metrics / "events.jsonl", EVENTS_KEPT)
-        self._steps = TailedFile(run_dir / "metrics.jsonl", STEPS_KEPT)
+        folder = RunFolder(run_dir)
+        self._history = TailedFile(folder.history, HISTORY_KEPT)
+        self._events = TailedFile(folder.events, EVENTS_KEPT)
+        self._steps = TailedFile(folder.steps, STEPS_KEPT)
 
     def look(self) -> Look:
         """What is there now.
@@ -58,7 +58,7 @@ class RunWatch:
         Raises:
             ValueError: the files were written by a newer torchspec.
         """
-        snapshot, live = read_latest(self.run_dir), is_live(self.run_dir)
+        snapshot, live = read_latest(self.run_dir), RunFolder(self.run_dir).is_live()
         history, events = self._history.read(), self._events.read()
         train, heldout = undo(self._steps.read())
         return Look(

@@ -1,4 +1,4 @@
-"""Child processes that cannot outlive the process that started them, and the ports that they listen on.
+"""Child processes that cannot outlive the process that started them.
 
     this process <--pidfd-- guard --PR_SET_PDEATHSIG--> command (a session of its own)
 
@@ -16,7 +16,6 @@ import ctypes
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 from collections import deque
@@ -72,30 +71,6 @@ class ChildProcess:
     def log_tail(self, lines: int = 10) -> str:
         with self.log_path.open(errors="replace") as log:
             return "".join(deque(log, maxlen=lines))
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that was free a moment ago. Another process can take it, so callers try again."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
-
-
-def require_free_port(host: str, port: int, knob: str) -> None:
-    """Refuse a port that the user asked for and that cannot be had.
-
-    Raises:
-        ValueError: ``host:port`` is in use, or ``host`` is not an address of this machine.
-    """
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free to a server
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ValueError(
-                f"{knob}={port} cannot be used on {host} ({error.strerror}); choose another port, or leave {knob} out "
-                "to get a free one"
-            ) from error
 
 
 class _Stop(Exception):

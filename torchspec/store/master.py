@@ -12,7 +12,8 @@ from pathlib import Path
 import mooncake
 import psutil
 
-from torchspec.processes.child import ChildProcess, free_port, require_free_port
+from torchspec.network import free_port, require_free_port
+from torchspec.processes.child import ChildProcess
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.errors import StoreUnavailable
 

@@ -6,6 +6,10 @@
       ledger.json           which samples those steps have consumed
       config.yaml           the resolved config
 
+A folder of that name is complete: it was written as ``step_000123.tmp`` and renamed. The pointers ``latest`` and
+``best`` are relative symbolic links, replaced in one system call, so at every moment they name a complete folder; also
+after the machine's sudden end, if what is in the files was on the disk.
+
 DCP writes safetensors here, not its default format: that one is pickled, and nothing is unpickled from disk. Shapes
 and dtypes are read from the shards, so a checkpoint loads into any number of ranks and never takes on the dtype of a
 freshly made model.
@@ -32,9 +36,9 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
-from torchspec.training.rotation import partial_folder, publish
+from torchspec.files import sync_folder
 
-INFO_FILE, LEDGER_FILE, CONFIG_FILE, STATE_FOLDER = "checkpoint.json", "ledger.json", "config.yaml", "state"
+INFO_FILE, CONFIG_FILE, STATE_FOLDER, PARTIAL = "checkpoint.json", "config.yaml", "state", ".tmp"
 VERSION = 1
 
 Parameters = Mapping[str, nn.Parameter]
@@ -246,3 +250,50 @@ def _set_rng_states(states: Mapping[str, Tensor]) -> None:
         torch.set_rng_state(states["cpu"])
     if "cuda" in states and torch.cuda.is_available():
         torch.cuda.set_rng_state(states["cuda"])
+
+
+def partial_folder(folder: Path) -> Path:
+    """Where ``folder`` is written until it is complete."""
+    return folder.with_name(folder.name + PARTIAL)
+
+
+def publish(folder: Path) -> None:
+    """Turn the partial folder into ``folder``, replacing what an abandoned run left there."""
+    discard(folder)
+    partial = partial_folder(folder)
+    for inside in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
+        sync_folder(inside)
+    partial.rename(folder)
+    sync_folder(folder.parent)
+
+
+def discard(folder: Path) -> None:
+    """Remove ``folder``; a crash in the middle leaves a partial name, never half of a complete one."""
+    if folder.exists():
+        doomed = folder.with_name(f"{folder.name}.old{PARTIAL}")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def point(root: Path, pointer: str, folder: Path) -> None:
+    """Let ``root/pointer`` name ``folder``, atomically."""
+    link = root / f"{pointer}{PARTIAL}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(folder.name)
+    os.replace(link, root / pointer)
+    sync_folder(root)
+
+
+def prune(root: Path, keep: int) -> None:
+    """Remove all complete folders but the ``keep`` newest and those that a pointer names, and every partial one.
+
+    Newest by time of writing: after a resume from an older checkpoint, a higher step number may be an abandoned one.
+    """
+    for partial in root.glob(f"step_*{PARTIAL}"):
+        shutil.rmtree(partial)
+    folders = sorted((f for f in root.glob("step_*")), key=lambda f: f.stat().st_mtime_ns, reverse=True)
+    pointed = {link.resolve().name for link in root.iterdir() if link.is_symlink()}
+    for folder in folders[keep:]:
+        if folder.name not in pointed:
+            discard(folder)

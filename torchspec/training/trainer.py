@@ -32,13 +32,15 @@ from torchspec.drafts.eagle3.model import Batch, DraftOutput
 from torchspec.drafts.export import export_draft
 from torchspec.hardware import pick_device
 from torchspec.parallel.mesh import build_mesh, join_ranks, shard_module
+from torchspec.run_folder import LEDGER_FILE, RunFolder
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
 from torchspec.store.hidden_state_store import HiddenStateStore
 from torchspec.training.checkpoint import (
     CONFIG_FILE,
-    LEDGER_FILE,
     CheckpointInfo,
+    point,
+    prune,
     read_info,
     restore_checkpoint,
     save_checkpoint,
@@ -49,7 +51,6 @@ from torchspec.training.fetch import FetchedStep, SampleFetcher, StepStream
 from torchspec.training.flops import batch_flops, peak_flops
 from torchspec.training.optimizer import build_optimizer
 from torchspec.training.profile import StepProfiler
-from torchspec.training.rotation import checkpoints_root, point, prune, step_folder
 from torchspec.training.schedule import learning_rate
 from torchspec.training.setup import build_draft, compile_or_stay_eager, usp_backend
 from torchspec.training.step import add_gradients, reduce_gradients
@@ -135,7 +136,7 @@ class Trainer:
         heldout = config.evaluation.heldout is not None
         stream = StepStream(controller, rank, fetcher, config.controller.prefetch_steps, heldout)
         reports = reporting(controller, rank, lambda: self._report(fetcher, stream), config.monitor.history_seconds)
-        path = self.spec.run_dir / "profile" / f"rank-{rank.rank}.json.gz"
+        path = RunFolder(self.spec.run_dir).profile(rank.rank)
         profiler = StepProfiler(config.monitor.profile_steps, path, self.device)
         told = list[ray.ObjectRef]()
         with closing(stream), reports as tell, closing(profiler):
@@ -277,9 +278,8 @@ class Trainer:
 
     def _save(self, controller: Any, score: float | None) -> None:
         """Checkpoint, pointers, rotation, export: in this order, so that each step only adds to what is safe."""
-        spec, config = self.spec, self.config
-        root = checkpoints_root(spec.run_dir)
-        folder = step_folder(root, self.step)
+        spec, config, run = self.spec, self.config, RunFolder(self.spec.run_dir)
+        root, folder = run.checkpoints, run.checkpoint(self.step)
         files = {}
         if spec.rank == 0:
             files[LEDGER_FILE] = ray.get(controller.ledger_snapshot.remote(self.rank, self.step))
@@ -297,7 +297,7 @@ class Trainer:
             weights = gather_weights(self.parameters)
             if spec.rank == 0:
                 target, dtype = config.target.path, config.checkpoint.export_dtype
-                export_draft(weights, target, self.draft_ids, spec.aux_layers, spec.run_dir / "export", dtype)
+                export_draft(weights, target, self.draft_ids, spec.aux_layers, run.export, dtype)
 
 
 def _best_score(root: Path) -> float:

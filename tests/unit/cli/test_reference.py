@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 from pydantic import BaseModel
 
+from tests.unit.cli.commands import run
 from torchspec.cli.reference import reference_lines
 from torchspec.config.describe import describe_type
 from torchspec.config.load import load_config, parse_config
@@ -43,3 +45,12 @@ def test_types_as_people_say_them() -> None:
     assert described("optimizer", "betas") == "[number, number]"
     assert described("data", "limit") == "integer | null, >= 1"
     assert described("inference", "engine_args") == "mapping"
+
+
+def test_config_prints_the_resolved_recipe(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run(monkeypatch, "config", recipe, "optimizer.lr=2e-3") == 0
+    printed = tmp_path / "printed.yaml"
+    printed.write_text(capsys.readouterr().out)
+    assert load_config(printed) == load_config(recipe, ["optimizer.lr=2e-3"])

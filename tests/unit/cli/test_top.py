@@ -22,22 +22,22 @@ from textual.pilot import Pilot
 from textual.widgets import ContentSwitcher, Static
 
 from tests.simulation.pipeline import Setup, Simulation
-from tests.simulation.run_folder import RunFolder
+from tests.simulation.simulated_run import SimulatedRun
 from torchspec.cli import top_view
 from torchspec.cli.top import newest_run
 from torchspec.cli.top_app import PoolTable, TopApp
 from torchspec.cli.units import human_count, human_rate
 from torchspec.monitor.snapshot import read_latest
-from torchspec.monitor.watch import RunWatch, course, growth
+from torchspec.monitor.watch import RunWatch
 from torchspec.run_folder import this_process
 
 SETUP = Setup(workers=12, engine_seconds=4.0, warm_up=5.0, pause_every=20, store_samples=400, window=600)
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> RunFolder:
+def run(tmp_path: Path) -> SimulatedRun:
     """A run that lives as long as the test, with a worker that has died."""
-    run = RunFolder(tmp_path / "watched", Simulation(SETUP, now=time.time() - 200))
+    run = SimulatedRun(tmp_path / "watched", Simulation(SETUP, now=time.time() - 200))
     run.follow(150)
     run.kill_worker(0)
     run.follow(50)
@@ -52,7 +52,7 @@ def drawn(picture: object, width: int) -> list[str]:
 
 
 @pytest.mark.parametrize("width", [80, 120, 200])
-def test_the_summary_answers_at_any_width(run: RunFolder, width: int) -> None:
+def test_the_summary_answers_at_any_width(run: SimulatedRun, width: int) -> None:
     look = RunWatch(run.folder).look()
     snapshot = look.snapshot
     assert snapshot is not None and snapshot.status.last_step is not None and snapshot.status.last_heldout is not None
@@ -78,23 +78,9 @@ def test_curves_follow_their_values() -> None:
     assert "no data yet" in drawn(top_view.Plot("x", "", [([], "red")], 6), 48)[1]
 
 
-def test_rates_are_growth_over_time() -> None:
-    history = [{"time": float(t), "n": n} for t, n in enumerate([0, 10, 20, 20, 20, 0, 30])]
-    assert growth(history, "n", 3) == [10.0, 0.0, 5.0]
-    assert growth(history, "n", 6) == [10.0, 10.0, 0.0, 0.0, 0.0, 30.0]
-    assert growth(history[:1], "n", 5) == []
-
-
-def test_curves_are_over_time_where_old_points_lie_further_apart() -> None:
-    times = [*range(0, 100, 20), *range(100, 111)]
-    history = [{"time": float(t), "n": 3 * t, "depth": float(t)} for t in times]
-    assert growth(history, "n", 11) == pytest.approx([3.0] * 11)
-    depths = course(history, "depth", 11)
-    assert len(depths) == 11 and depths == sorted(depths)
-    assert depths[:2] == [10.0, 10.0] and depths[-1] == 105.0
-
-
-def piloted(run: RunFolder, script: Callable[[TopApp, Pilot[None]], object], size: tuple[int, int] = (80, 24)) -> None:
+def piloted(
+    run: SimulatedRun, script: Callable[[TopApp, Pilot[None]], object], size: tuple[int, int] = (80, 24)
+) -> None:
     async def go() -> None:
         app = TopApp(run.folder, every_seconds=0.05)
         async with app.run_test(size=size) as pilot:
@@ -109,7 +95,7 @@ def column(app: TopApp, table: str, i: int) -> list[str]:
     return [str(shown.get_row_at(row)[i]) for row in range(shown.row_count)]
 
 
-def test_keys_choose_the_view_and_the_order(run: RunFolder) -> None:
+def test_keys_choose_the_view_and_the_order(run: SimulatedRun) -> None:
     async def script(app: TopApp, pilot: Pilot[None]) -> None:
         names = [f"worker-{i}" for i in range(12)]
         assert column(app, "workers", 0) == names and column(app, "workers", 1)[0] == "gone"
@@ -130,7 +116,7 @@ def test_keys_choose_the_view_and_the_order(run: RunFolder) -> None:
     piloted(run, script)
 
 
-def test_it_follows_the_run_unless_paused(run: RunFolder) -> None:
+def test_it_follows_the_run_unless_paused(run: SimulatedRun) -> None:
     async def script(app: TopApp, pilot: Pilot[None]) -> None:
         def shown() -> str:
             return " ".join(str(line) for line in app.export_screenshot().split("&#160;"))
@@ -150,7 +136,7 @@ def test_it_follows_the_run_unless_paused(run: RunFolder) -> None:
     piloted(run, script)
 
 
-def test_it_outlives_what_it_watches(run: RunFolder) -> None:
+def test_it_outlives_what_it_watches(run: SimulatedRun) -> None:
     async def script(app: TopApp, pilot: Pilot[None]) -> None:
         (run.folder / "handle.json").unlink()
         await pilot.pause(0.3)
@@ -219,7 +205,7 @@ class Terminal:
 
 
 @pytest.fixture
-def terminal(run: RunFolder) -> Iterator[Terminal]:
+def terminal(run: SimulatedRun) -> Iterator[Terminal]:
     terminal = Terminal(run.folder, 80, 24)
     yield terminal
     terminal.child.close(force=True)
@@ -245,7 +231,7 @@ def test_the_terminal_is_clean_afterwards(terminal: Terminal, way: str) -> None:
     assert "Traceback" not in terminal.written
 
 
-def test_it_says_where_it_cannot_draw(run: RunFolder) -> None:
+def test_it_says_where_it_cannot_draw(run: SimulatedRun) -> None:
     command = [sys.executable, "-m", "torchspec.cli.main", "top", str(run.folder)]
     done = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
     assert done.returncode == 2 and done.stdout == ""

@@ -14,6 +14,7 @@ import pytest
 from torchspec.config.load import parse_config
 from torchspec.driver import run
 from torchspec.driver.supervise import RunFailed
+from torchspec.run_folder import RunFolder
 
 VIEW: Any = SimpleNamespace(message=lambda text: None)
 
@@ -39,7 +40,7 @@ def train(
         finally:
             cleanup()
 
-    monkeypatch.setattr(run, "prepare", lambda config, resume, message: SimpleNamespace(run_dir=tmp_path))
+    monkeypatch.setattr(run, "prepare", lambda config, resume, message: SimpleNamespace(folder=RunFolder(tmp_path)))
     monkeypatch.setattr(run, "_launch", launch)
     run.train(parse_config({"target": {"path": "unused"}}), resume=False, view=VIEW)
 
@@ -84,11 +85,13 @@ def test_a_file_system_without_locks_is_named(monkeypatch, tmp_path):
         ExitStack() as stack,
         pytest.raises(ValueError, match=rf"run\.dir: {tmp_path} .*Operation not supported.*flock"),
     ):
-        run._lock(tmp_path, stack)
+        run._lock(RunFolder(tmp_path), stack)
 
 
 def test_a_run_has_one_driver(tmp_path):
     with ExitStack() as first, ExitStack() as second:
-        run._lock(tmp_path, first)
-        with pytest.raises(ValueError, match="running already"):
-            run._lock(tmp_path, second)
+        run._lock(RunFolder(tmp_path), first)
+        with pytest.raises(ValueError, match="is running already; see it with: torchspec status"):
+            run._lock(RunFolder(tmp_path), second)
+        first.close()
+        run._lock(RunFolder(tmp_path), second)

@@ -1,4 +1,4 @@
-"""Figures of an evaluation, its prompts, and what it refuses before a server is started."""
+"""Figures of an evaluation, where they are written down, and what it refuses before a server is started."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from rich.console import Console
 from torchspec.drafts.export import DraftExport, read_target
 from torchspec.evaluation import evaluate
 from torchspec.evaluation.evaluate import evaluate_draft, require_match, run_evaluation
-from torchspec.evaluation.prompts import EvaluationPrompt, load_prompts
+from torchspec.evaluation.prompts import EvaluationPrompt
 from torchspec.evaluation.render import render
 from torchspec.evaluation.result import Acceptance, EvaluationResult, EvaluationSettings, PromptResult
 from torchspec.evaluation.serving import Job, Reply, Served
+from torchspec.monitor.series import read_series
+from torchspec.run_folder import RunFolder
 
 PROMPTS = [
     PromptResult("a", "code", [7] * 11, [2, 1, 0, 2], True),
@@ -81,6 +83,17 @@ def test_the_result_is_saved_as_json_and_shown_as_tables(result: EvaluationResul
     text = shown.getvalue()
     for figure in ("code", "1.909", "45.5%", "27.3%", "18.2%", "10.5", "1.75x", "3 of 4 answers identical"):
         assert figure in text, figure
+
+
+def test_the_run_that_the_draft_comes_from_knows_what_it_is_worth(result: EvaluationResult, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    for _ in range(2):
+        result.record(run)
+    first, second = read_series(run.evaluations)
+    assert first["accept_length"] == second["accept_length"] == pytest.approx(1 + 10 / 11)
+    assert (first["draft"], first["num_draft_tokens"], first["speed_up"]) == ("draft", 3, pytest.approx(1.75))
+    told = read_series(run.events)[-1]
+    assert told["kind"] == "evaluated" and told["message"].endswith("on mine.jsonl: accept length 1.91")
 
 
 @pytest.mark.parametrize(
@@ -147,34 +160,6 @@ def test_what_cannot_be_evaluated_is_refused_before_a_server_starts(
     long = EvaluationPrompt("long", None, (1,) * 8100)
     with pytest.raises(ValueError, match=r"prompt long has 8100 tokens; with max_tokens=100 .* context of 8192"):
         evaluate_draft(tmp_path, target_path, [long])
-
-
-def test_prompts_end_where_the_target_goes_on(target_path: Path, tmp_path: Path) -> None:
-    lines = [
-        {"id": "open", "category": "chat", "messages": [{"role": "user", "content": "Hi"}]},
-        {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]},
-    ]
-    (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n\n" for line in lines))
-    opened, answered = load_prompts(str(tmp_path / "p.jsonl"), target_path, tmp_path)
-    assert (opened.id, opened.category) == ("open", "chat")
-    assert answered.category is None
-    assert answered.input_ids == opened.input_ids
-    assert len(opened.input_ids) > 5
-
-
-def test_the_heldout_prompts_have_categories(target_path: Path, tmp_path: Path) -> None:
-    prompts = load_prompts("builtin:heldout", target_path, tmp_path, limit=10)
-    assert len(prompts) == 10
-    assert all(prompt.category for prompt in prompts)
-
-
-def test_bad_prompts_are_refused_by_line(target_path: Path, tmp_path: Path) -> None:
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "fine"}\n{"prompt": 7}\n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl:2"):
-        load_prompts(str(tmp_path / "bad.jsonl"), target_path, tmp_path)
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="holds no conversation"):
-        load_prompts(str(tmp_path / "empty.jsonl"), target_path, tmp_path)
 
 
 def test_engine_arguments() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.simulation.pipeline import Setup, Simulation
-from tests.simulation.run_folder import SCENARIOS, RunFolder
+from tests.simulation.simulated_run import SCENARIOS, SimulatedRun
 from torchspec.monitor.bottleneck import judge, judge_ended, judge_run
 from torchspec.monitor.snapshot import HistoryPoint
 
@@ -119,7 +119,7 @@ def test_a_restarted_controller_does_not_confuse() -> None:
 
 def test_a_runs_folder_is_judged_live_and_when_it_has_ended(tmp_path: Path) -> None:
     setup: Setup = replace(SCENARIOS["store-bound"], samples=600)
-    run = RunFolder(tmp_path / "run", Simulation(setup))
+    run = SimulatedRun(tmp_path / "run", Simulation(setup))
     run.follow(120)
     live = judge_run(tmp_path / "run", live=True)
     assert (live.state, live.side) == ("steady", "store")

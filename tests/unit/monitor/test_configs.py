@@ -19,10 +19,10 @@ from grafana_foundation_sdk.cog.plugins import register_default_plugins
 from grafana_foundation_sdk.models.dashboard import Dashboard
 
 from tests.simulation.pipeline import Simulation
-from tests.simulation.run_folder import SCENARIOS, RunFolder
+from tests.simulation.simulated_run import SCENARIOS, SimulatedRun
 from torchspec.monitor.metrics import METRICS, prometheus_name
 from torchspec.monitor.server import PageServer, ServerThread
-from torchspec.processes.child import free_port
+from torchspec.network import free_port
 
 CONFIGS = Path(__file__).parents[3] / "configs" / "monitoring"
 FIXTURE = Path(__file__).parents[2] / "fixtures" / "alerts_test.yml"
@@ -131,9 +131,9 @@ def test_the_alerts_fire_when_they_should(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def scraped(tmp_path: Path) -> Iterator[tuple[RunFolder, int]]:
+def scraped(tmp_path: Path) -> Iterator[tuple[SimulatedRun, int]]:
     """A run, its server, and a real Prometheus that scrapes it with our configuration."""
-    run = RunFolder(tmp_path / "run", Simulation(SCENARIOS["balanced"]))
+    run = SimulatedRun(tmp_path / "run", Simulation(SCENARIOS["balanced"]))
     run.follow(60)
     page = ServerThread(PageServer([run.folder], lambda _: None, 0))  # type: ignore[arg-type, return-value]
     config = (CONFIGS / "prometheus.yml").read_text().replace(":8790", f":{page.server.port}")
@@ -162,7 +162,7 @@ def query(port: int, expression: str) -> list[dict]:
 
 
 @needs_prometheus
-def test_a_real_prometheus_scrapes_a_run(scraped: tuple[RunFolder, int]) -> None:
+def test_a_real_prometheus_scrapes_a_run(scraped: tuple[SimulatedRun, int]) -> None:
     run, port = scraped
     deadline, found, up = time.monotonic() + 120, [], {}
     while not (found and len(up) == 2) and time.monotonic() < deadline:

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.simulation.pipeline import Simulation
-from tests.simulation.run_folder import SCENARIOS, RunFolder
+from tests.simulation.simulated_run import SCENARIOS, SimulatedRun
 from torchspec.contracts import RankReport, StepReport, WorkerReport
 from torchspec.monitor.metrics import METRICS, PREFIX, documentation, prometheus_name, read
 from torchspec.monitor.prometheus import exposition
@@ -40,7 +40,7 @@ NOT_A_NUMBER = {
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("metrics") / "run"
-    run = RunFolder(folder, Simulation(SCENARIOS["balanced"]))
+    run = SimulatedRun(folder, Simulation(SCENARIOS["balanced"]))
     run.follow(100)
     run.kill_worker(1)
     run.follow(200)

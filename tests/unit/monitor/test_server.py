@@ -14,7 +14,7 @@ from typing import Any, Literal
 import pytest
 
 from tests.simulation.pipeline import Simulation
-from tests.simulation.run_folder import SCENARIOS, RunFolder
+from tests.simulation.simulated_run import SCENARIOS, SimulatedRun
 from torchspec.monitor import views
 from torchspec.monitor.server import DEFAULT_PORT, PageServer, ServerThread, ensure_token
 from torchspec.run_folder import this_process
@@ -65,7 +65,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
     folder = tmp_path_factory.mktemp("server")
     runs = []
     for name, scenario in (("one", "store-bound"), ("two", "balanced")):
-        runs.append(RunFolder(folder / name, Simulation(SCENARIOS[scenario])))
+        runs.append(SimulatedRun(folder / name, Simulation(SCENARIOS[scenario])))
         runs[-1].follow(90)
     (folder / "one" / "handle.json").write_text(json.dumps(this_process()))
     controls = Recorded()

@@ -12,19 +12,20 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tests.simulation.pipeline import START, Simulation
-from tests.simulation.run_folder import SCENARIOS, RunFolder
+from tests.simulation.simulated_run import SCENARIOS, SimulatedRun
 from torchspec.config.load import parse_config, save_config
 from torchspec.data.masks import pack_mask
 from torchspec.monitor import views
 from torchspec.monitor.record.timeline import SampleRecord
 from torchspec.monitor.series import read_series
-from torchspec.monitor.snapshot import metrics_dir, to_line
+from torchspec.monitor.snapshot import to_line
 from torchspec.monitor.trace import write_trace
+from torchspec.run_folder import RunFolder
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    run = RunFolder(tmp_path_factory.mktemp("views") / "run", Simulation(SCENARIOS["inference-bound"]))
+def run(tmp_path_factory: pytest.TempPathFactory) -> SimulatedRun:
+    run = SimulatedRun(tmp_path_factory.mktemp("views") / "run", Simulation(SCENARIOS["inference-bound"]))
     run.follow(150)
     run.kill_worker(0)
     run.scale(3)
@@ -32,8 +33,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     return run
 
 
-def test_rates_are_means_between_rows_whatever_their_distance(run: RunFolder) -> None:
-    records = read_series(metrics_dir(run.folder) / "history.jsonl")
+def test_rates_are_means_between_rows_whatever_their_distance(run: SimulatedRun) -> None:
+    records = read_series(RunFolder(run.folder).history)
     for points in (None, 40):
         columns = views.history_view(run.folder, points=points)
         time, rate = np.array(columns["time"]), columns["training_samples_per_s"]
@@ -46,7 +47,7 @@ def test_rates_are_means_between_rows_whatever_their_distance(run: RunFolder) ->
 
 
 @pytest.mark.parametrize("view", [views.history_view, views.entities_view, views.steps_view, views.events_view])
-def test_increments_add_up_to_the_whole(run: RunFolder, view) -> None:
+def test_increments_add_up_to_the_whole(run: SimulatedRun, view) -> None:
     whole = view(run.folder)
     for since in (START + 100.0, START + 151.0):
         part = view(run.folder, since)
@@ -80,7 +81,7 @@ def _rows(columns: dict, since: float) -> dict:
     }
 
 
-def test_one_poll_brings_everything_that_is_new(run: RunFolder) -> None:
+def test_one_poll_brings_everything_that_is_new(run: SimulatedRun) -> None:
     since = START + 290.0
     update = views.update_view(run.folder, dict.fromkeys(("history", "entities", "steps", "events"), since))
     assert update["history"] == views.history_view(run.folder, since)
@@ -90,7 +91,7 @@ def test_one_poll_brings_everything_that_is_new(run: RunFolder) -> None:
     assert "history" not in views.update_view(run.folder, {"events": since})
 
 
-def test_a_worker_that_died_ends_in_the_series_and_in_the_table(run: RunFolder) -> None:
+def test_a_worker_that_died_ends_in_the_series_and_in_the_table(run: SimulatedRun) -> None:
     workers = views.entities_view(run.folder)["workers"]
     assert list(workers) == ["worker-0", "worker-1", "worker-2", "worker-3"]
     assert workers["worker-0"]["samples_per_s"][-1] is None
@@ -102,7 +103,7 @@ def test_a_worker_that_died_ends_in_the_series_and_in_the_table(run: RunFolder) 
     assert events.index("worker_lost") < events.index("scaled")
 
 
-def test_a_resumed_runs_steps_replace_those_they_repeat(tmp_path: Path, run: RunFolder) -> None:
+def test_a_resumed_runs_steps_replace_those_they_repeat(tmp_path: Path, run: SimulatedRun) -> None:
     report = asdict(replace(run.simulation.last_step, step=1))
     lines = [
         {"time": float(i), **report, "step": step, "loss": float(i), "split": split}
@@ -117,7 +118,7 @@ def test_a_resumed_runs_steps_replace_those_they_repeat(tmp_path: Path, run: Run
     assert len(view["train"]["full_accuracy"]) == 5
 
 
-def test_curves_of_long_runs_are_thinned_but_held_out_points_are_not(run: RunFolder) -> None:
+def test_curves_of_long_runs_are_thinned_but_held_out_points_are_not(run: SimulatedRun) -> None:
     whole, thinned = views.steps_view(run.folder), views.steps_view(run.folder, points=30)
     assert len(thinned["train"]["step"]) <= 30 < len(whole["train"]["step"])
     assert thinned["train"]["step"][-1] == whole["train"]["step"][-1]
@@ -173,8 +174,8 @@ def inspected(tmp_path: Path) -> Path:
         token_ids=b64encode(np.array(ids, dtype="<i4").tobytes()).decode(),
         loss_mask=b64encode(pack_mask(mask)).decode(),
     )
-    metrics_dir(tmp_path).mkdir()
-    (metrics_dir(tmp_path) / "samples.jsonl").write_bytes(to_line(record))
+    RunFolder(tmp_path).latest.parent.mkdir()
+    (RunFolder(tmp_path).samples).write_bytes(to_line(record))
     return tmp_path
 
 

@@ -1,6 +1,6 @@
 """SGLang plugin that carries the hidden states of a request from the scheduler process to the store.
 
-It serves the engines of a run, and servers that a user starts by hand (``standalone_hooks.py``).
+It serves the engines of a run, and servers that a user starts by hand (``standalone/``).
 
     TpModelWorker.forward_batch_generation ---- hook ----> CaptureRows       (one batch, of prefill or of decode)
                                                  |  copy_to_host: rows -> slot of a registered host buffer

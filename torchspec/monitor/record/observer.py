@@ -25,6 +25,7 @@ from torchspec.monitor.record.recorder import EventLog, Recorder
 from torchspec.monitor.record.telemetry import Telemetry
 from torchspec.monitor.record.timeline import PER_SECOND, Moment, Timelines
 from torchspec.monitor.snapshot import EventKind, Snapshot
+from torchspec.run_folder import RunFolder
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Observer:
         self.timelines = Timelines(run_dir, PER_SECOND if interval else 0)
         self._last: dict[str, StepReport] = {}
         self._messages: list[str] = []
-        self._metrics = JsonLines(run_dir / "metrics.jsonl")
+        self._metrics = JsonLines(RunFolder(run_dir).steps)
         self._events = EventLog(run_dir)
         self._recorder, self._recording = Recorder(run_dir), asyncio.Lock()
         self._ray_metrics: RayMetrics | None = None

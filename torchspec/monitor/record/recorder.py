@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torchspec.monitor.series import Series
 from torchspec.monitor.snapshot import (
@@ -13,14 +11,10 @@ from torchspec.monitor.snapshot import (
     EventKind,
     Snapshot,
     entity_point,
-    evaluations_path,
-    metrics_dir,
     to_line,
     write_latest,
 )
-
-if TYPE_CHECKING:
-    from torchspec.evaluation.result import EvaluationResult
+from torchspec.run_folder import RunFolder
 
 HISTORY_LINES, HISTORY_RECENT = 8192, 1800
 """At one every two seconds: an hour in full, the rest of the run as some two thousand points."""
@@ -33,9 +27,9 @@ class Recorder:
     """Files of one run. Not thread-safe: one call at a time."""
 
     def __init__(self, run_dir: Path):
-        self._run_dir, folder = run_dir, metrics_dir(run_dir)
-        self._history = Series(folder / "history.jsonl", HISTORY_LINES, HISTORY_RECENT)
-        self._entities = Series(folder / "entities.jsonl", ENTITY_LINES, ENTITY_RECENT)
+        self._run_dir, folder = run_dir, RunFolder(run_dir)
+        self._history = Series(folder.history, HISTORY_LINES, HISTORY_RECENT)
+        self._entities = Series(folder.entities, ENTITY_LINES, ENTITY_RECENT)
         self._entities_due = 0.0
 
     def write(self, snapshot: Snapshot) -> None:
@@ -50,25 +44,7 @@ class EventLog:
     """Appends to a run's ``events.jsonl``: the controller while it lives, the driver when it does not."""
 
     def __init__(self, run_dir: Path):
-        self._events = Series(metrics_dir(run_dir) / "events.jsonl", EVENT_LINES, EVENT_RECENT)
+        self._events = Series(RunFolder(run_dir).events, EVENT_LINES, EVENT_RECENT)
 
     def write(self, time: float, kind: EventKind, message: str, **detail: Any) -> None:
         self._events.append(to_line(Event(time, kind, message, detail)))
-
-
-def record_evaluation(run_dir: Path, result: EvaluationResult) -> None:
-    """Note what a real server made of one of the run's drafts."""
-    overall, now = result.overall, time.time()
-    record = {
-        "time": now,
-        "draft": result.draft,
-        "prompt_set": result.prompt_set,
-        "num_draft_tokens": result.settings.num_draft_tokens,
-        "accept_length": overall.accept_length,
-        "server_accept_length": overall.server_accept_length,
-        "position_acceptance": overall.position_acceptance,
-        "speed_up": result.speed_up,
-    }
-    Series(evaluations_path(run_dir), EVENT_LINES, EVENT_RECENT).append(json.dumps(record).encode() + b"\n")
-    message = f"measured in a server on {result.prompt_set}: accept length {overall.accept_length:.2f}"
-    EventLog(run_dir).write(now, "evaluated", message, accept_length=overall.accept_length)

@@ -17,7 +17,8 @@ from typing import Literal
 
 from torchspec.contracts import HELDOUT_EPOCH, SampleId, SampleRef, SampleTiming
 from torchspec.monitor.series import Series
-from torchspec.monitor.snapshot import metrics_dir, to_line
+from torchspec.monitor.snapshot import to_line
+from torchspec.run_folder import RunFolder
 
 PER_SECOND = 1.0
 SAMPLE_LINES, SAMPLE_RECENT = 1200, 500
@@ -81,7 +82,7 @@ class Timelines:
 
     def __init__(self, run_dir: Path, per_second: float = PER_SECOND, clock: Callable[[], float] = time.time):
         self._clock, self._spacing = clock, 1 / per_second if per_second else float("inf")
-        self._file = Series(metrics_dir(run_dir) / "samples.jsonl", SAMPLE_LINES, SAMPLE_RECENT)
+        self._file = Series(RunFolder(run_dir).samples, SAMPLE_LINES, SAMPLE_RECENT)
         self._open: dict[SampleId, _Open] = {}
         self._due = clock() if per_second else float("inf")
 

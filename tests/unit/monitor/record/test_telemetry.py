@@ -10,7 +10,7 @@ import pytest
 
 from tests.clock import Clock
 from tests.simulation.pipeline import Simulation
-from tests.simulation.run_folder import SCENARIOS
+from tests.simulation.simulated_run import SCENARIOS
 from torchspec.contracts import RankReport, SampleId, SampleRef, SampleTiming, WorkerReport
 from torchspec.data.masks import pack_mask, unpack_mask
 from torchspec.instruments import EMPTY, FEWEST_STEPS, observe
@@ -19,6 +19,7 @@ from torchspec.monitor.record.recorder import EventLog, Recorder
 from torchspec.monitor.record.telemetry import GONE_KEPT, Telemetry
 from torchspec.monitor.record.timeline import TOKENS_KEPT, Timelines
 from torchspec.monitor.series import read_series
+from torchspec.run_folder import RunFolder
 
 STATUS = Simulation(SCENARIOS["balanced"]).status()
 
@@ -143,7 +144,7 @@ def test_a_snapshot_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     assert snapshots.read_latest(tmp_path) is None
     Recorder(tmp_path).write(snapshot)
     assert snapshots.read_latest(tmp_path) == snapshot
-    newer = snapshots.metrics_dir(tmp_path) / "latest.json"
+    newer = RunFolder(tmp_path).latest
     newer.write_text(newer.read_text().replace('"schema":1', '"schema":2'))
     with pytest.raises(ValueError, match="schema 2"):
         snapshots.read_latest(tmp_path)
@@ -154,20 +155,20 @@ def test_the_recorder_writes_totals_each_time_and_entities_now_and_then(tmp_path
     written = list(Simulation(SCENARIOS["balanced"]).snapshots(60))
     for snapshot in written:
         recorder.write(snapshot)
-    folder = snapshots.metrics_dir(tmp_path)
-    history = read_series(folder / "history.jsonl")
+    folder = RunFolder(tmp_path)
+    history = read_series(folder.history)
     kind = snapshots.adapter(snapshots.HistoryPoint)
     assert [kind.validate_python(record) for record in history] == [snapshot.point for snapshot in written]
-    entities = read_series(folder / "entities.jsonl")
+    entities = read_series(folder.entities)
     assert len(entities) == 6 and set(entities[-1]["workers"]) == {f"worker-{i}" for i in range(4)}
     again = Recorder(tmp_path)
     again.write(replace(written[-1], point=replace(written[-1].point, time=written[-1].time + 1)))
-    assert len(read_series(folder / "history.jsonl")) == 61, "a restarted controller goes on"
+    assert len(read_series(folder.history)) == 61, "a restarted controller goes on"
 
 
 def test_events_keep_their_details(tmp_path: Path) -> None:
     EventLog(tmp_path).write(5.0, "worker_lost", "w0 is gone", worker="w0", leases=3)
-    (event,) = read_series(snapshots.metrics_dir(tmp_path) / "events.jsonl")
+    (event,) = read_series(RunFolder(tmp_path).events)
     assert event == {
         "time": 5.0,
         "kind": "worker_lost",
@@ -194,7 +195,7 @@ def test_a_timeline_is_followed_through_a_failure_to_its_end(tmp_path: Path, clo
     timelines.mark([sample, other], "assigned", "step 2")
     clock.now += 1
     timelines.finish(ref(sample), "chat-4", 2, b"\1\0\0\0" * 3, 1)
-    (record,) = read_series(snapshots.metrics_dir(tmp_path) / "samples.jsonl")
+    (record,) = read_series(RunFolder(tmp_path).samples)
     assert (record["sample"], record["id"], record["worker"], record["step"]) == ("e0p4", "chat-4", "w1", 2)
     assert (record["attempts"], record["tokens"], record["prompt_tokens"], record["num_bytes"]) == (2, 3, 1, 99)
     assert [(moment, at) for moment, at, _ in record["timeline"]] == [
@@ -226,6 +227,6 @@ def test_of_a_long_sample_only_the_beginning_is_kept(tmp_path: Path, clock: Cloc
     mask = pack_mask([True] * long)
     whole = SampleRef(sample, "key", long, mask, {}, 100, "post_norm")
     timelines.finish(whole, "chat-4", 2, b"\1\0\0\0" * long, None)
-    (record,) = read_series(snapshots.metrics_dir(tmp_path) / "samples.jsonl")
+    (record,) = read_series(RunFolder(tmp_path).samples)
     assert record["tokens"] == long and len(b64decode(record["token_ids"])) == 4 * TOKENS_KEPT
     assert all(unpack_mask(b64decode(record["loss_mask"]), TOKENS_KEPT))

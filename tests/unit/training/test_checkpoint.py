@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from torchspec.training.rotation import partial_folder, point, prune, publish, step_folder
+from torchspec.training.checkpoint import partial_folder, point, prune, publish
 
 
 def save(root: Path, step: int, written_at: int | None = None, text: str = "") -> Path:
-    folder = step_folder(root, step)
+    folder = root / f"step_{step:06d}"
     partial_folder(folder).mkdir(parents=True)
     (partial_folder(folder) / "content").write_text(text)
     publish(folder)
@@ -65,7 +65,7 @@ def test_names_are_on_the_disk_before_anything_points_at_them(tmp_path: Path, mo
     monkeypatch.setattr(os, "fsync", lambda fd: (calls.append(f"sync {os.readlink(f'/proc/self/fd/{fd}')}"), fsync(fd)))
     monkeypatch.setattr(Path, "rename", lambda a, b: (calls.append(f"rename {b}"), rename(a, b)))
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(f"replace {b}"), replace(a, b)))
-    folder = step_folder(tmp_path, 1)
+    folder = tmp_path / "step_000001"
     (partial_folder(folder) / "state").mkdir(parents=True)
     publish(folder)
     point(tmp_path, "latest", folder)
@@ -82,4 +82,4 @@ def test_names_are_on_the_disk_before_anything_points_at_them(tmp_path: Path, mo
 
 def test_publishing_what_was_not_written_fails(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        publish(step_folder(tmp_path, 1))
+        publish(tmp_path / "step_000001")

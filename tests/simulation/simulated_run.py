@@ -1,7 +1,7 @@
 """Writes a run's folder as a run of the simulated pipeline would leave it, for views to be built and tested on.
 
-    python -m tests.simulation.run_folder FOLDER --workers 64 --ranks 64 --seconds 10800
-    python -m tests.simulation.run_folder FOLDER --scenario store-bound --live     # goes on in real time
+    python -m tests.simulation.simulated_run FOLDER --workers 64 --ranks 64 --seconds 10800
+    python -m tests.simulation.simulated_run FOLDER --scenario store-bound --live     # goes on in real time
 
 A run of the name of FOLDER: config, steps, history, entities, events, samples, the latest snapshot.
 """
@@ -25,8 +25,8 @@ from torchspec.data.masks import pack_mask
 from torchspec.monitor.record.recorder import EventLog, Recorder
 from torchspec.monitor.record.timeline import SAMPLE_LINES, SAMPLE_RECENT, SampleRecord
 from torchspec.monitor.series import Series
-from torchspec.monitor.snapshot import Snapshot, metrics_dir, to_line
-from torchspec.run_folder import this_process
+from torchspec.monitor.snapshot import Snapshot, to_line
+from torchspec.run_folder import RunFolder, this_process
 
 SCENARIOS = {
     "balanced": Setup(workers=4, engine_seconds=0.36, step_seconds=0.75),
@@ -38,20 +38,20 @@ SCENARIOS = {
 }
 
 
-class RunFolder:
+class SimulatedRun:
     """Writes what a simulation measures; ``follow`` it for some virtual time."""
 
     def __init__(self, folder: Path, simulation: Simulation):
         self.folder, self.simulation = folder, simulation
         simulation.name = folder.name
-        metrics_dir(folder).mkdir(parents=True)
+        RunFolder(folder).latest.parent.mkdir(parents=True)
         training = {"dp_size": simulation.setup.ranks, "batch_size": simulation.setup.batch, "ttt_length": 5}
         tree = {"run": {"name": folder.name, "dir": str(folder.parent)}, "target": {"path": "unused"}}
         inference = {"workers": simulation.setup.workers}
         save_config(parse_config({**tree, "training": training, "inference": inference}), folder / "config.yaml")
         self._recorder, self._events = Recorder(folder), EventLog(folder)
         self._steps = (folder / "metrics.jsonl").open("a")
-        self._samples = Series(metrics_dir(folder) / "samples.jsonl", SAMPLE_LINES, SAMPLE_RECENT)
+        self._samples = Series(RunFolder(folder).samples, SAMPLE_LINES, SAMPLE_RECENT)
         self._random = random.Random(1)
         simulation.on_step = self._step
         self.event("started", "the run starts")
@@ -149,7 +149,7 @@ def main() -> None:
         window=round(setup.window * factor),
         samples=max(setup.samples, round(options.seconds * 12 * factor)),
     )
-    run = RunFolder(options.folder, Simulation(setup, now=time.time() - options.seconds if options.live else START))
+    run = SimulatedRun(options.folder, Simulation(setup, now=time.time() - options.seconds if options.live else START))
     interval = max(1.0, options.seconds / 3600)  # of what is older, few points would be kept anyhow
     run.follow(0.4 * options.seconds, interval)
     run.kill_worker(0)

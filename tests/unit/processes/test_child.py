@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import psutil
-import pytest
 
-from torchspec.processes.child import ChildProcess, free_port, require_free_port
+from torchspec.processes.child import ChildProcess
 
 FAMILY = "sleep 600 & echo started; sleep 600"
 
@@ -80,15 +78,3 @@ def test_the_group_dies_with_a_killed_parent(tmp_path: Path) -> None:
     parent.kill()
     parent.wait()
     assert psutil.wait_procs(family, timeout=10)[1] == []
-
-
-def test_ports() -> None:
-    port = free_port()
-    require_free_port("127.0.0.1", port, "store.master_port")
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", port))
-        taken.listen()
-        with pytest.raises(ValueError, match=rf"store\.master_port={port}.*in use"):
-            require_free_port("127.0.0.1", port, "store.master_port")
-    with pytest.raises(ValueError, match=r"203\.0\.113\.7"):
-        require_free_port("203.0.113.7", port, "store.master_port")

@@ -1,0 +1,51 @@
+"""A run from another terminal: its status, and what can be asked of one that is over."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.simulation.pipeline import Simulation
+from tests.simulation.simulated_run import SCENARIOS, SimulatedRun
+from tests.unit.cli.commands import run
+from torchspec.cli.arguments import find_run
+from torchspec.config.load import load_config, save_config
+
+
+def test_a_run_that_is_over_cannot_be_asked(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    folder = Path("runs/old")
+    folder.mkdir(parents=True)
+    save_config(load_config(recipe), folder / "config.yaml")
+    assert find_run("old") == find_run("runs/old") == folder
+    for arguments in (["stop", "old"], ["scale", "old", "--inference", "2"]):
+        assert run(monkeypatch, *arguments) == 2
+        assert "is not running now" in capsys.readouterr().err
+    for name, reason in (("status", "has no metrics"), ("trace", "no sample")):
+        assert run(monkeypatch, name, "old") == 2
+        assert reason in capsys.readouterr().err
+    assert run(monkeypatch, "scale", "old") == 2
+    assert "--inference K, --dp D, --sp N" in capsys.readouterr().err
+
+
+def test_the_status_of_a_run_that_was_killed_says_which_side_was_slow_and_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    folder = tmp_path / "killed"
+    simulation = Simulation(SCENARIOS["inference-bound"])
+    SimulatedRun(folder, simulation).follow(200)
+    assert run(monkeypatch, "status", str(folder)) == 0
+    text = " ".join(capsys.readouterr().out.split())
+    assert f"step {simulation.ranks.step}/" in text and "worker-1" in text
+    assert "inference is the bottleneck" in text and "2 more inference workers would balance" in text
+    assert "torchspec resume" in text
+    assert run(monkeypatch, "status", "--json", str(folder)) == 0
+    known = json.loads(capsys.readouterr().out)
+    assert known["verdict"]["side"] == "inference" and known["live"] is False and known["step"] == simulation.ranks.step
+    assert run(monkeypatch, "trace", str(folder)) == 0
+    assert json.loads((folder / "trace.json").read_text())["traceEvents"]

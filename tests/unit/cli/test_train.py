@@ -1,0 +1,108 @@
+"""``train``, ``resume`` and ``plan``: what they hand on, how they end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.unit.cli.commands import run
+from torchspec.config.load import load_config, save_config
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_or_resume_continues_what_has_been_started(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, started: bool
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    resumed: list[bool] = []
+    monkeypatch.setattr("torchspec.cli.train.run_training", lambda config, resume: resumed.append(resume))
+    config = load_config(recipe)
+    if started:
+        config.run_dir.mkdir(parents=True)
+        save_config(config, config.run_dir / "config.yaml")
+    assert run(monkeypatch, "train", str(recipe), "--or-resume") == 0
+    assert run(monkeypatch, "train", str(recipe), "--resume") == 0
+    assert resumed == [started, True]
+
+
+def test_resume_stays_in_the_runs_folder(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(recipe.parent)
+    folder = Path("runs/renamed")
+    folder.mkdir(parents=True)
+    save_config(load_config(recipe, ["run.name=original"]), folder / "config.yaml")
+    assert run(monkeypatch, "resume", "renamed") == 2
+    assert "continues in its own folder" in capsys.readouterr().err
+
+
+def test_a_failed_run_is_exit_code_1_and_a_finished_one_prints_its_summary(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """How the command ends, for both ends of a run; the runs themselves are other tests' business."""
+    from torchspec.driver import run as driver
+    from torchspec.driver.supervise import RunFailed
+
+    def fails(config: object, *, resume: bool, view: object) -> driver.RunSummary:
+        raise RunFailed("trainer rank 0 failed: out of memory")
+
+    monkeypatch.setattr(driver, "train", fails)
+    assert run(monkeypatch, "train", recipe) == 1
+    assert capsys.readouterr().err == "error: trainer rank 0 failed: out of memory\n"
+
+    def ends(config: object, *, resume: bool, view: object) -> driver.RunSummary:
+        assert resume
+        return driver.RunSummary(tmp_path, 12, 48, 1, 75.0, False, None, tmp_path, None, None)
+
+    monkeypatch.setattr(driver, "train", ends)
+    assert run(monkeypatch, "train", recipe, "--resume") == 0
+    out = capsys.readouterr().out
+    assert "48 trained, 1 rejected" in out and "1m15s" in out
+
+
+def test_the_address_option_sets_the_cluster(recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchspec.driver import run as driver
+    from torchspec.driver.supervise import RunFailed
+
+    addresses = []
+
+    def notes(config: object, *, resume: bool, view: object) -> None:
+        addresses.append(config.cluster.address)  # type: ignore[attr-defined]
+        raise RunFailed("seen")
+
+    monkeypatch.setattr(driver, "train", notes)
+    run(monkeypatch, "train", recipe, "--address", "10.0.0.7:6379")
+    run(monkeypatch, "train", recipe)
+    assert addresses == ["10.0.0.7:6379", None]
+
+
+def test_the_plan_counts_the_data_and_refuses_a_bad_file(
+    recipe: Path, target_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = recipe.with_name("data.jsonl")
+    data.write_text('{"prompt": "Hi"}\n' * 9)
+    changes = [f"target.path={target_path}", f"data.train={data}", f"data.cache_dir={recipe.parent}"]
+    assert run(monkeypatch, "plan", recipe, *changes, "training.batch_size=4", "training.epochs=2") == 0
+    out = capsys.readouterr().out
+    assert "9 conversations of " in out and "5 of 4 samples" in out
+    assert "1 x 1 (configured)" in out and "1 x 8" in out and "2 x 1" not in out
+    assert set(recipe.parent.iterdir()) == {recipe, data}, "nothing is written"
+    data.write_text('{"prompt": "Hi"}\n{"prompt": 3}\n')
+    assert run(monkeypatch, "plan", recipe, *changes) == 2
+    assert f"error: {data}:2: prompt is not text\n" in capsys.readouterr().err
+    assert run(monkeypatch, "plan", recipe, *changes, "data.train=absent.jsonl") == 2
+    assert capsys.readouterr().err == "error: data.train absent.jsonl: no such file, and no file matches it as a glob\n"
+
+
+def test_the_plan_refuses_splits_that_cannot_be(
+    recipe: Path, target_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = [f"target.path={target_path}", "training.sp_ulysses_size=2"]
+    assert run(monkeypatch, "plan", recipe, *base, "training.attention_backend=usp") == 2
+    assert (
+        "error: training.sp_ulysses_size=2 does not divide the draft's 9 query heads: choose one of 1, 3, 9, and make "
+        "up the rest with training.sp_ring_size\n" in capsys.readouterr().err
+    )
+    assert run(monkeypatch, "plan", recipe, *base) == 2
+    assert "need training.attention_backend=usp" in capsys.readouterr().err

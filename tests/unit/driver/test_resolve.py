@@ -1,0 +1,43 @@
+"""Nothing of a resolved config is left open, and what was said stays."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from torchspec.config.load import parse_config
+from torchspec.driver.resolve import resolve
+
+
+def test_what_is_open_is_filled_in_and_a_resolved_config_stays_as_it_is(
+    target_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    tree = {"target": {"path": str(target_path)}, "data": {"max_seq_length": 64}, "inference": {"max_concurrency": 6}}
+    resolved = resolve(parse_config(tree))
+    config, sample = resolved.config, resolved.target.geometry.stored_bytes(64)
+    assert config.inference.buffer_bytes == 8 * sample
+    assert config.training.dtype == config.target.dtype == resolved.target.geometry.dtype != "auto"
+    assert config.run_dir.parent == tmp_path / "runs" and config.data.cache_dir.is_absolute()
+    assert resolve(config) == resolved
+
+
+def test_what_was_said_stays(target_path: Path) -> None:
+    tree = {
+        "target": {"path": str(target_path), "dtype": "float32"},
+        "training": {"dtype": "float32"},
+        "inference": {"buffer_bytes": 123 << 20},
+    }
+    config = resolve(parse_config(tree)).config
+    assert (config.target.dtype, config.training.dtype, config.inference.buffer_bytes) == (
+        "float32",
+        "float32",
+        123 << 20,
+    )
+
+
+def test_answers_that_are_not_there_are_named(target_path: Path, tmp_path: Path) -> None:
+    config = parse_config({"target": {"path": str(target_path)}, "answer": {"reuse": str(tmp_path / "absent.jsonl")}})
+    with pytest.raises(ValueError, match=r"answer\.reuse: there is no file .*absent\.jsonl"):
+        resolve(config)
