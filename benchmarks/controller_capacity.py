@@ -38,8 +38,8 @@ from rich.table import Table
 
 from torchspec.config.schema import Config
 from torchspec.contracts import Lease, RankBatch, RankId, SampleRef, WorkerReport
+from torchspec.controller.buffer import ControllerSpec
 from torchspec.controller.controller import Controller
-from torchspec.controller.spec import ControllerSpec
 from torchspec.data.prompt_set import PromptSet
 from torchspec.driver.actors import LONG_POLLS
 from torchspec.store.endpoint import StoreEndpoint
@@ -60,13 +60,15 @@ class TimedController(Controller):
     def __init__(self, spec: ControllerSpec):
         super().__init__(spec)
         self._formed_at: dict[int, float] = {}
-        formed = self.buffer.formed
+        assign = self.buffer.ledger.assign
 
-        def noted(step: int) -> None:
-            self._formed_at[step] = time.time()
-            formed(step)
+        def noted() -> int | None:
+            step = assign()
+            if step is not None:
+                self._formed_at[step] = time.time()
+            return step
 
-        self.buffer.formed = noted  # type: ignore[method-assign]
+        self.buffer.ledger.assign = noted  # type: ignore[method-assign]
 
     async def cpu_seconds(self) -> float:
         return time.process_time()
@@ -184,7 +186,7 @@ def prompts() -> PromptSet:
         token_ids=tokens,
         offsets=np.arange(PROMPTS + 1) * TOKENS,
         packed_masks=np.full(PROMPTS * TOKENS // 8, 0xFF, dtype=np.uint8),
-        room=np.zeros(PROMPTS, dtype=np.int32),
+        max_answer_tokens=np.zeros(PROMPTS, dtype=np.int32),
         rejected=[],
         content_hash="benchmark",
     )

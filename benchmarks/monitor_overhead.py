@@ -24,8 +24,8 @@ from rich.table import Table
 
 from torchspec.config.load import parse_config
 from torchspec.contracts import RankId, RankReport, SampleRef, SampleTiming, WorkerReport
+from torchspec.controller.buffer import ControllerSpec
 from torchspec.controller.controller import Controller
-from torchspec.controller.spec import ControllerSpec
 from torchspec.data.prompt_set import PromptSet
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
@@ -57,7 +57,7 @@ def controller_of(endpoint: StoreEndpoint, folder: Path, samples: int, ranks: in
         token_ids=np.tile(np.arange(TOKENS, dtype=np.int32) % 64, samples),
         offsets=np.arange(samples + 1) * TOKENS,
         packed_masks=np.full(samples * (TOKENS // 8), 255, dtype=np.uint8),
-        room=np.zeros(samples, dtype=np.int32),
+        max_answer_tokens=np.zeros(samples, dtype=np.int32),
         rejected=[],
         content_hash=f"bench-{samples}",
     )

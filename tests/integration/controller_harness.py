@@ -11,8 +11,8 @@ import numpy as np
 
 from torchspec.config.load import parse_config
 from torchspec.contracts import Answer, Lease, RankId, SampleId, SampleRef, WorkerReport
+from torchspec.controller.buffer import ControllerSpec
 from torchspec.controller.controller import Controller
-from torchspec.controller.spec import ControllerSpec
 from torchspec.data.masks import pack_mask
 from torchspec.data.order import epoch_order
 from torchspec.data.prompt_set import PromptSet
@@ -34,7 +34,7 @@ def prompt_set(count: int, name: str = "p") -> PromptSet:
         token_ids=np.array([[1, 2, 3 + i % 50] for i in range(count)], dtype=np.int32).reshape(-1),
         offsets=np.arange(count + 1) * 3,
         packed_masks=np.zeros(0, dtype=np.uint8),
-        room=np.full(count, 6, dtype=np.int32),
+        max_answer_tokens=np.full(count, 6, dtype=np.int32),
         rejected=[],
         content_hash=name,
     )

@@ -327,7 +327,7 @@ def test_leases_whose_answer_was_lost_go_back(endpoint, client, tmp_path):
     async def scenario() -> None:
         controller = await start(make(endpoint, tmp_path))
         kept, lost = await controller.lease("w0", 2, WorkerReport("w0"))
-        (again,) = await controller.lease("w0", 1, WorkerReport("w0"), in_hand=(kept.key,))
+        (again,) = await controller.lease("w0", 1, WorkerReport("w0"), held=(kept.key,))
         assert again.sample == lost.sample and again.key != lost.key
         ref, answer = await asyncio.to_thread(put_sample, client, kept)
         await controller.publish("w0", ref, answer)

@@ -45,7 +45,7 @@ def run(endpoint, tmp_path_factory) -> tuple[Path, Controller]:
     folder = tmp_path_factory.mktemp("monitored") / "run"
     client = HiddenStateStore(endpoint, 8 << 20)
     controller = make(endpoint, folder, prompts=PROMPTS, monitor={"history_seconds": 0.1})
-    controller.buffer.observer.timelines._spacing = 0.0  # follow every sample
+    controller.observer._timelines._spacing = 0.0  # follow every sample
     asyncio.run(monitored(controller, client))
     client.close()
     return folder, controller
@@ -124,7 +124,7 @@ def test_what_holds_up_leases_is_timed(endpoint, tmp_path) -> None:
         await controller.lease("w0", 100, WorkerReport("w0"))
         waiting = asyncio.create_task(controller.lease("w0", 100, WorkerReport("w0")))
         await asyncio.sleep(0.3)
-        await controller.buffer.observer.record(await controller.status())
+        await controller.observer.record(await controller.status())
         await controller.finish()
         assert await waiting == []
         snapshot = json.loads((RunFolder(tmp_path / blocked_by).history).read_text().splitlines()[-2])
@@ -156,7 +156,7 @@ def test_what_dies_is_written_down_at_once(endpoint, tmp_path) -> None:
 
     async def scenario() -> None:
         controller = make(endpoint, tmp_path, monitor={"history_seconds": 2})
-        observer, write = controller.buffer.observer, controller.buffer.observer._write
+        observer, write = controller.observer, controller.observer._write
         observer.interval = 3600.0
 
         def slow_write(snapshot: Snapshot) -> None:

@@ -30,7 +30,7 @@ from tests.integration.trainer_harness import (
     running_bench,
 )
 from torchspec.contracts import RankId
-from torchspec.controller.batching import split_batch
+from torchspec.controller.steps import split_batch
 from torchspec.data.masks import unpack_mask
 from torchspec.drafts.eagle3.spec import Eagle3Spec
 from torchspec.training.fetch import SampleFetcher, StepStream

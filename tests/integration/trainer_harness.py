@@ -20,7 +20,7 @@ from tests.integration.store_harness import running_store
 from torchspec.config.load import parse_config
 from torchspec.config.schema import Config
 from torchspec.contracts import RankBatch, RankId, RankReport, SampleId, SampleRef, StepReport
-from torchspec.controller.batching import split_batch
+from torchspec.controller.steps import split_batch
 from torchspec.data.masks import pack_mask
 from torchspec.network import free_port
 from torchspec.shards import ShardFormula

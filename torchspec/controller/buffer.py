@@ -1,77 +1,125 @@
-"""The buffer of a run: which state each sample is in, what room it holds in the store, and what has been written down.
+"""The buffer of a run: which state each sample is in, what it holds of the store, and what has been written down.
 
-Whatever happens to a sample - stored, lost, rejected, trained, undone - is entered here, together with what follows
-from it: objects are removed, credits given back, rejections and resumes journalled. Who waits for a change (workers for
-leases, ranks for steps) is told by ``changed``.
+Whatever happens to a sample is entered here, together with what follows from it:
+
+    call            caller        state before -> after                      credits                   who may go on
+    lease           workers       pending -> leased                          upper bound reserved      -
+    publish         workers       leased -> stored (or to its step)          true size                 ranks
+    fail            workers       leased -> pending | rejected               kept | released           workers, ranks
+    take_back       workers       leased -> pending                          kept                      who asked
+    worker_lost     driver        leased -> pending | rejected               kept | released           workers, ranks
+    make_room       workers       stored -> pending, the furthest behind     released once removed     workers
+    ledger.assign   ranks         stored -> assigned                         kept                      ranks
+    lose            ranks         assigned -> pending, keeps its step        kept                      workers
+    train           ranks         assigned -> trained                        released once removed     workers
+    hold_heldout    ranks         assigned -> trained, held-out samples      released once removed     workers
+    commit          rank 0        trained -> committed                       -                         -
+    split, forget   driver        stored -> pending                          released once removed     workers
+    rewind          driver        assigned -> stored, trained -> pending     released where pending    workers, ranks
+
+An object leaves the store before its credits are given back, never the other way round: so the store always has what
+the credits promise. ``changed`` is told after every change that lets somebody go on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
-from dataclasses import replace
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Hashable, Iterable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
-from torchspec.config.schema import Config
-from torchspec.contracts import HELDOUT_EPOCH, SampleId, SampleRef
-from torchspec.controller.credits import Credits
+from torchspec.config.schema import Config, TrainingConfig
+from torchspec.contracts import HELDOUT_EPOCH, Answer, FailureKind, Lease, SampleId, SampleRef, SampleTiming
 from torchspec.controller.journal import count_events
 from torchspec.controller.ledger import Ledger, Record
 from torchspec.controller.ledger_snapshot import LedgerShape, Rejection, ledger_shape
 from torchspec.controller.objects import StoredObjects
 from torchspec.controller.prompts import Prompts
-from torchspec.controller.spec import ControllerSpec
-from torchspec.controller.sync import Signal
-from torchspec.controller.token_counts import TokenCounts
+from torchspec.data.prompt_set import PromptSet
 from torchspec.files import JsonLines
 from torchspec.monitor.record.observer import Observer
 from torchspec.run_folder import LEDGER_FILE, RunFolder
 from torchspec.shards import ShardFormula
+from torchspec.store.endpoint import StoreEndpoint
+from torchspec.store.geometry import SampleGeometry
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ControllerSpec:
+    """What a controller is made from."""
+
+    config: Config
+    train: PromptSet
+    heldout: PromptSet | None
+    geometry: SampleGeometry
+    """Shapes and bytes of a sample of this target."""
+    vocab_size: int
+    end_token_ids: tuple[int, ...]
+    """Tokens that end an answer: always in the draft's vocabulary."""
+    endpoint: StoreEndpoint
+    credit_bytes: int
+    run_dir: Path
+
+
+@dataclass
+class Credits:
+    """Bytes of the store that are spoken for: the store is a bounded buffer.
+
+    They are reserved from the moment a lease is given out, at the sample's upper bound, and shrink to its true size
+    once it is stored. No lease is given out beyond ``capacity``, so the store never has to refuse or evict.
+    """
+
+    capacity: int
+    held: dict[Hashable, int] = field(default_factory=dict)
+    used: int = 0
+
+    def reserve(self, holder: Hashable, size: int) -> bool:
+        """Reserve ``size`` bytes for ``holder`` in place of what it holds; False if they do not fit."""
+        if not self.fits(holder, size):
+            return False
+        self.used += size - self.held.get(holder, 0)
+        self.held[holder] = size
+        return True
+
+    def fits(self, holder: Hashable, size: int) -> bool:
+        """Whether :meth:`reserve` would succeed."""
+        return self.used + size - self.held.get(holder, 0) <= self.capacity
+
+    def release(self, holder: Hashable) -> None:
+        """Give back what ``holder`` has; nothing if it has none."""
+        self.used -= self.held.pop(holder, 0)
 
 
 class SampleBuffer:
-    """See the module's docstring.
+    """See the module's docstring."""
 
-    Args:
-        changed: told after every change that somebody may wait for.
-    """
-
-    def __init__(self, spec: ControllerSpec, changed: Callable[[], None]):
-        config, run_dir = spec.config, spec.run_dir
-        self._run_dir, self._run, self._changed = run_dir, config.run.name, changed
+    def __init__(self, spec: ControllerSpec, observer: Observer, changed: Callable[[], None]):
+        config, run_dir, heldout = spec.config, spec.run_dir, len(spec.heldout) if spec.heldout else 0
+        self._run_dir, self._run, self._observer, self._changed = run_dir, config.run.name, observer, changed
         window, attempts = config.controller.reorder_window, config.controller.max_attempts
-        self.ledger = Ledger(ledger_shape(config, spec.train), window, attempts, config.training.max_steps)
-        heldout = len(spec.heldout) if spec.heldout else 0
-        shape = LedgerShape(
-            spec.heldout.content_hash if spec.heldout else "", heldout, 1, max(1, heldout), config.run.seed
-        )
-        self.heldout = Ledger(shape, max(1, heldout), attempts, first_epoch=HELDOUT_EPOCH)
-        self.journal = JsonLines(run_dir / "ledger.jsonl")
-        self.rejections = JsonLines(run_dir / "rejected.jsonl")
-        self.observer = Observer(run_dir, config.monitor.history_seconds)
-        self.samples = Prompts(
-            spec.train, spec.heldout, run_dir / "answers.jsonl", config.answer.reuse, config.run.seed
-        )
-        self.credits = Credits(spec.credit_bytes)
-        self.objects = StoredObjects(spec.endpoint)
+        shape, max_steps = ledger_shape(config, spec.train), config.training.max_steps
+        self.ledger = Ledger(shape, window, attempts, max_steps, moved=observer.moved)
+        one_batch = max(1, heldout)
+        shape = LedgerShape(spec.heldout.content_hash if spec.heldout else "", heldout, 1, one_batch, config.run.seed)
+        self.heldout = Ledger(shape, one_batch, attempts, first_epoch=HELDOUT_EPOCH, moved=observer.moved)
+        folder = RunFolder(run_dir)
+        self._journal, self._rejections = JsonLines(folder.journal), JsonLines(folder.rejected)
+        self.prompts = Prompts(spec.train, spec.heldout, folder.answers, config.answer.reuse, config.run.seed)
+        self.credits, self._objects = Credits(spec.credit_bytes), StoredObjects(spec.endpoint)
+        self._making_room = False
+        self.store_away = False
+        """Nothing is leased, and nothing that fails is held against a sample."""
         self.geometry = spec.geometry
         """Of the samples that are leased from now on, but for those of steps that are formed."""
-        self.formed_sharding: ShardFormula | None = spec.geometry.sharding
+        self._formed_sharding: ShardFormula | None = spec.geometry.sharding
         """How samples of formed steps are split: as the present group of ranks reads them."""
-        first = range(min(config.draft.vocab_prompts, len(spec.train)))
-        self.vocabulary = TokenCounts(
-            run_dir / "draft_vocab.json",
-            spec.train,
-            [self.ledger.sample_at(p) for p in first],
-            config.draft.vocab_size,
-            spec.vocab_size,
-            spec.end_token_ids,
-            config.data.cache_dir,
-        )
-        self.counted = Signal()
-        """Fires when there is a vocabulary."""
         self.generation = 0
         """Of the training group; counted through the run."""
-        self.key_prefix = ""
+        self._key_prefix = ""
         """Of this controller's keys; no other one of the run has the same."""
 
     @property
@@ -79,11 +127,7 @@ class SampleBuffer:
         """Held-out samples come first."""
         return self.heldout, self.ledger
 
-    def of(self, sample: SampleId) -> Ledger:
-        """The ledger that ``sample`` is in."""
-        return self.heldout if sample.epoch == HELDOUT_EPOCH else self.ledger
-
-    # ---- opening ----
+    # ---- opening and closing ----
 
     async def open(self, config: Config) -> None:
         """Take up the run where its newest checkpoint is.
@@ -92,90 +136,155 @@ class SampleBuffer:
             ValueError: the checkpoint is of other data, another seed or another batch size.
         """
         self.geometry = replace(self.geometry, sharding=config.training.shard_formula)
-        events = count_events(self._run_dir / "ledger.jsonl")
+        events = count_events(RunFolder(self._run_dir).journal)
         incarnation, self.generation = events["started"] + 1, events["group"]
-        self.key_prefix = f"{self._run}/{incarnation}"
+        self._key_prefix = f"{self._run}/{incarnation}"
         self.ledger.rewind(self._newest_snapshot())
-        line = {name: getattr(self.ledger.shape, name) for name in LedgerShape.__dataclass_fields__}
         limits = {"max_steps": config.training.max_steps, "reorder_window": config.controller.reorder_window}
-        self.journal.write({"event": "started", **line, **limits})
+        self._journal.write({"event": "started", **asdict(self.ledger.shape), **limits})
         if incarnation > 1:
-            self.journal.write({"event": "resumed", "step": self.ledger.committed_step})
-            self.observer.resumed(self.ledger.committed_step)
-        await self.objects.connect(self.geometry.suffixes)
+            self._journal.write({"event": "resumed", "step": self.ledger.committed_step})
+            self._observer.resumed(self.ledger.committed_step)
+        await self._objects.connect(self.geometry.suffixes)
         if incarnation > 1:
-            await self.objects.remove_all(f"{self._run}/")
-        self.count_vocabulary()
+            await self._objects.remove_all(f"{self._run}/")
 
-    async def removed(self) -> None:
-        """All that is of no use any more has left the store."""
-        await self.objects.close()
+    async def close(self) -> None:
+        """All that is of no use any more leaves the store first."""
+        await self._objects.close()
+        self._journal.close()
+        self._rejections.close()
 
-    def close(self) -> None:
-        for file in (self.journal, self.rejections, self.observer):
-            file.close()
-
-    # ---- how samples are split ----
-
-    def sharding(self, record: Record) -> ShardFormula | None:
-        """How a sample is to be split: for the group that has formed its step, or for those to come."""
-        return self.formed_sharding if record.step else self.geometry.sharding
-
-    def split(self, sharding: ShardFormula | None) -> None:
-        """From now on, store samples split like this; those that are stored otherwise are captured again."""
-        if sharding == self.geometry.sharding:
-            return
-        self.geometry = replace(self.geometry, sharding=sharding)
-        self.objects.also(self.geometry.suffixes)
-        self.forget(self._usable)
-
-    def _usable(self, ref: SampleRef) -> bool:
-        return ref.sharding == self.geometry.sharding
-
-    # ---- a sample's way ----
-
-    def settle(self, ledger: Ledger, samples: Collection[SampleId]) -> None:
-        """After failures: report what was rejected for good, and let the others go on."""
-        for rejection in [r for r in ledger.rejected.values() if r.sample in samples] if samples else ():
-            self.credits.release(rejection.sample)
-            self.rejections.write(self._journal_rejection(rejection))
-            self.observer.rejected(rejection.sample, self.samples.name(rejection.sample), rejection.reason)
-        self.count_vocabulary()
+    def open_group(self, training: TrainingConfig) -> None:
+        """A new generation of ranks goes on from the newest checkpoint."""
+        self.generation += 1
+        self._formed_sharding = training.shard_formula
+        sizes = {"dp_size": training.dp_size, "sp_size": training.sp_size}
+        step = self.ledger.committed_step
+        self._journal.write({"event": "group", "generation": self.generation, "step": step, **sizes})
         self._changed()
 
-    def formed(self, step: int) -> None:
-        """A group of ranks has formed ``step``."""
-        self.observer.mark(self.ledger.step_records(step), "assigned", f"step {step}")
+    # ---- pending -> leased -> stored ----
+
+    def offer(self, record: Record) -> Lease:
+        """The lease that a sample would have, without a key."""
+        geometry = replace(self.geometry, sharding=self._sharding(record))
+        tokens, lease = self.prompts.describe(record.sample)
+        return replace(lease, credit_bytes=geometry.stored_bytes(tokens), sharding=geometry.sharding)
+
+    def lease(self, ledger: Ledger, record: Record, worker: str) -> Lease | None:
+        """Lease a sample, if the credits reach."""
+        offer = self.offer(record)
+        if not self.credits.reserve(record.sample, offer.credit_bytes):
+            return None
+        ledger.lease(record, worker, self._key_prefix)
+        return replace(offer, key=record.key)
+
+    async def publish(self, ref: SampleRef, answer: Answer | None, timing: SampleTiming | None) -> None:
+        """A sample is in the store. Hearing of it twice does no harm."""
+        ledger = self._ledger_of(ref.sample)
+        if ledger.is_stored(ref.sample, ref.key):
+            return
+        record = ledger.leased(ref.sample, ref.key)
+        if answer is not None:
+            self.prompts.add_answer(ref.sample, answer)
+        if record is None or ref.sharding != self._sharding(record):
+            log.info("discarding %s: its lease had been given to somebody else, or the layout has changed", ref.key)
+            await self._objects.remove([ref.key])
+            if (record := ledger.leased(ref.sample, ref.key)) is not None:
+                ledger.put_back(record)
+        else:
+            ledger.store(record, ref)
+            self._observer.stored(ref, timing)
+            geometry = replace(self.geometry, sharding=ref.sharding)
+            fits = self.credits.reserve(ref.sample, geometry.stored_bytes(ref.num_tokens))
+            assert fits, f"{ref.key} is larger than its lease allowed"
+        self._changed()
+
+    async def fail(self, worker: str, sample: SampleId, key: str, reason: str, kind: FailureKind) -> None:
+        """A lease came to nothing. What may be stored under its key is of no use any more."""
+        ledger = self._ledger_of(sample)
+        await self._objects.remove([key])
+        record = ledger.leased(sample, key)
+        if record is None:
+            return
+        if kind == "no_store" or (kind == "no_room" and self.store_away):
+            ledger.put_back(record)
+        elif kind == "no_room":
+            displaced = ledger.defer(record)
+            if displaced is not None:
+                await self._objects.remove([displaced])
+        else:
+            ledger.fail(record, reason, final=kind == "final")
+            self._observer.failed(worker, sample, self.prompts.name(sample), reason)
+        self._settle(ledger, [sample])
+
+    def take_back(self, worker: str, held: Iterable[str]) -> None:
+        """Leases that ``worker`` was given and never got are pending again. ``held``: the keys of the others."""
+        for ledger in self.ledgers:
+            for record in [r for r in ledger.leased_to(worker) if r.key not in held]:
+                ledger.put_back(record)
+
+    def worker_lost(self, worker: str) -> int:
+        """A worker died: its leases go back. Returns how many."""
+        keys = [record.key for ledger in self.ledgers for record in ledger.leased_to(worker)]
+        self._objects.remove_twice(keys)
+        for ledger in self.ledgers:
+            records = ledger.worker_lost(worker, alone=len(keys) == 1)
+            self._settle(ledger, [r.sample for r in records])
+        return len(keys)
+
+    def make_room(self, ledger: Ledger, record: Record) -> None:
+        """Let the sample furthest behind ``record`` give up its credits, one at a time.
+
+        Leases are given out from the front, so nothing behind holds credits that the front needs; but after a rewind
+        the front has lost its own.
+        """
+        trained = ledger is self.ledger
+        if self._making_room or (trained and not record.attempts):
+            return
+        victim = self.ledger.furthest_behind(
+            record.position if trained else -1,
+            lambda r: r.state in ("stored", "pending") and r.sample in self.credits.held,
+        )
+        if victim is None:
+            return
+
+        def made() -> None:
+            self._making_room = False
+
+        self._making_room = True
+        if victim.state == "stored":
+            self.ledger.put_back(victim)
+        self._drop([victim], made)
+
+    # ---- assigned -> trained -> committed ----
 
     def lose(self, ledger: Ledger, step: int, samples: set[SampleId]) -> None:
         """The store has lost samples of a formed step: they are captured again."""
-        keys = []
-        for record in [r for r in ledger.step_records(step) if r.sample in samples]:
-            self.observer.sample_lost(record, self.samples.name(record.sample))
-            keys.append(record.key)
-            ledger.lose(record.sample, record.key)
-        self.objects.remove_soon(keys)  # they may only have been out of reach
-        self.settle(ledger, samples)
-
-    def forget(self, keep: Callable[[SampleRef], bool]) -> None:
-        """Capture again what is stored and ``keep`` does not want, but for what formed steps need."""
-        for ledger in self.ledgers:
-            self.drop(ledger.forget_objects(keep))
+        lost = [r for r in ledger.step_records(step) if r.sample in samples and r.state == "assigned"]
+        for record in lost:
+            self._observer.sample_lost(record.sample, self.prompts.name(record.sample))
+            ledger.put_back(record, "not in the store")
+        self._objects.remove_soon([record.key for record in lost])  # they may only have been out of reach
+        self._changed()
 
     def train(self, step: int) -> None:
         """All ranks have made ``step``."""
         records = self.ledger.step_records(step)
         self.ledger.train(step)
         batch = {"step": step, "end": self.ledger.trained_cursor, "samples": [r.sample for r in records]}
-        self.journal.write({"event": "trained", **batch})
-        self.observer.trained(records)
+        self._journal.write({"event": "trained", **batch})
+        self._observer.trained(len(records), sum(r.ref.num_tokens for r in records if r.ref))
 
         def freed() -> None:
-            self.room()
+            self.unpark()
             for record in records:
-                self.observer.freed(record, self.samples)
+                if record.ref is not None and self._observer.follows(record.sample):  # there may have been a rewind
+                    tokens = self.prompts.tokens(record.sample)
+                    self._observer.freed(record.ref, self.prompts.name(record.sample), record.step, *tokens)
 
-        self.drop(records, freed)
+        self._drop(records, freed)
         self._changed()
 
     def hold_heldout(self) -> None:
@@ -183,10 +292,82 @@ class SampleBuffer:
         if not self.heldout.trained_step:
             records = self.heldout.step_records(1)
             self.heldout.train(1)
-            self.drop(records, self.room)
+            self._drop(records, self.unpark)
 
-    def drop(self, records: Iterable[Record], then: Callable[[], None] = lambda: None) -> None:
-        """Remove the samples' objects, then give back their credits: never the other way round.
+    async def snapshot(self, step: int) -> str:
+        """The ledger as of ``step``. The journal is on the disk up to there."""
+        snapshot = self.ledger.snapshot(step)
+        await asyncio.to_thread(self._journal.sync)
+        return snapshot
+
+    def commit(self, step: int, folder: str) -> None:
+        """A checkpoint of ``step`` is safely in ``folder``."""
+        self.ledger.commit(step)
+        self._journal.write({"event": "committed", "step": step, "folder": folder})
+
+    # ---- and back again ----
+
+    def split(self, sharding: ShardFormula | None) -> None:
+        """From now on, store samples split like this; those that are stored otherwise are captured again."""
+        if sharding == self.geometry.sharding:
+            return
+        self.geometry = replace(self.geometry, sharding=sharding)
+        self._objects.also(self.geometry.suffixes)
+        self.forget(self._usable)
+
+    def forget(self, keep: Callable[[SampleRef], bool]) -> None:
+        """Capture again what is stored and ``keep`` does not want, but for what formed steps need."""
+        for ledger in self.ledgers:
+            self._drop(ledger.forget_objects(keep))
+
+    def unpark(self) -> None:
+        """What waits for room in the store may try again."""
+        for ledger in self.ledgers:
+            ledger.unpark()
+
+    def rewind(self) -> None:
+        """Go to the newest checkpoint: what the ranks that have ended did after it is undone."""
+        known, trained = self.ledger.committed_step, self.ledger.trained_step
+        useless = self.ledger.rewind(self._newest_snapshot(), self._usable)
+        step = self.ledger.committed_step
+        if step > known:  # its rank died before it could tell
+            self._journal.write({"event": "committed", "step": step})
+        if step < trained:
+            self._journal.write({"event": "resumed", "step": step})
+            self._observer.note(f"going back to step {step}: {trained - step} steps are made again", step=step)
+            for position, rejection in sorted(self.ledger.rejected.items()):
+                if position >= self.ledger.committed_cursor:
+                    self._journal_rejection(rejection)
+        useless += self.heldout.rewind(None, self._usable)
+        self._drop(useless)
+        dropped = {id(record) for record in useless}
+        for ledger in self.ledgers:
+            for record in ledger.records.values():
+                if record.state == "pending" and id(record) not in dropped:
+                    self.credits.release(record.sample)
+
+    # ---- helpers ----
+
+    def _ledger_of(self, sample: SampleId) -> Ledger:
+        return self.heldout if sample.epoch == HELDOUT_EPOCH else self.ledger
+
+    def _sharding(self, record: Record) -> ShardFormula | None:
+        """How a sample is to be split: for the group that has formed its step, or for those to come."""
+        return self._formed_sharding if record.step else self.geometry.sharding
+
+    def _usable(self, ref: SampleRef) -> bool:
+        return ref.sharding == self.geometry.sharding
+
+    def _settle(self, ledger: Ledger, samples: Collection[SampleId]) -> None:
+        """After failures: report what was rejected for good, and let the others go on."""
+        for rejection in [r for r in ledger.rejected.values() if r.sample in samples]:
+            self.credits.release(rejection.sample)
+            self._rejections.write(self._journal_rejection(rejection))
+            self._observer.rejected(rejection.sample, self.prompts.name(rejection.sample), rejection.reason)
+        self._changed()
+
+    def _drop(self, records: Iterable[Record], then: Callable[[], None] = lambda: None) -> None:
+        """Remove the samples' objects, then give back their credits.
 
         A sample that has been leased again meanwhile, under another key, needs its credits.
         """
@@ -201,50 +382,14 @@ class SampleBuffer:
             finally:
                 self._changed()
 
-        self.objects.remove_soon([key for _, key in keys], gone)
-
-    def room(self) -> None:
-        """What waits for room in the store may try again."""
-        for ledger in self.ledgers:
-            ledger.room()
-
-    def count_vocabulary(self) -> None:
-        """Count what answers there are, until there are enough."""
-        if self.vocabulary.vocab is not None:
-            return
-        rejected = {r.sample for r in self.ledger.rejected.values()}
-        if self.vocabulary.update(self.samples.answer, rejected):
-            self.counted.fire()
-
-    # ---- going back ----
-
-    def rewind(self) -> None:
-        """Go to the newest checkpoint: what the ranks that have ended did after it is undone."""
-        known, trained = self.ledger.committed_step, self.ledger.trained_step
-        useless = self.ledger.rewind(self._newest_snapshot(), self._usable)
-        step = self.ledger.committed_step
-        if step > known:  # its rank died before it could tell
-            self.journal.write({"event": "committed", "step": step})
-        if step < trained:
-            self.journal.write({"event": "resumed", "step": step})
-            self.observer.note(f"going back to step {step}: {trained - step} steps are made again", step=step)
-            for position, rejection in sorted(self.ledger.rejected.items()):
-                if position >= self.ledger.committed_cursor:
-                    self._journal_rejection(rejection)
-        useless += self.heldout.rewind(None, self._usable)
-        self.drop(useless)
-        dropped = {id(record) for record in useless}
-        for ledger in self.ledgers:
-            for record in ledger.records.values():
-                if record.state == "pending" and id(record) not in dropped:
-                    self.credits.release(record.sample)
+        self._objects.remove_soon([key for _, key in keys], gone)
 
     def _newest_snapshot(self) -> str | None:
         folder = RunFolder(self._run_dir).newest_checkpoint()
         return None if folder is None else (folder / LEDGER_FILE).read_text()
 
     def _journal_rejection(self, rejection: Rejection) -> dict[str, Any]:
-        name = self.samples.name(rejection.sample)
+        name = self.prompts.name(rejection.sample)
         line = {"id": name, "sample": list(rejection.sample), "reason": rejection.reason}
-        self.journal.write({"event": "rejected", **line})
+        self._journal.write({"event": "rejected", **line})
         return line

@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from functools import wraps
 from typing import Concatenate, Literal, ParamSpec, TypeVar
 
@@ -39,20 +38,22 @@ from torchspec.contracts import (
     StepReport,
     WorkerReport,
 )
-from torchspec.controller.buffer import SampleBuffer
+from torchspec.controller.buffer import ControllerSpec, SampleBuffer
 from torchspec.controller.inference_pool import InferencePool
 from torchspec.controller.leases import Leases
-from torchspec.controller.spec import ControllerSpec
+from torchspec.controller.status import run_status
 from torchspec.controller.steps import GroupEnded, GroupPlan, TrainingGroup
 from torchspec.controller.sync import Signal
+from torchspec.controller.token_counts import TokenCounts
 from torchspec.data.vocabulary import DraftVocab
+from torchspec.monitor.record.observer import Observer
 from torchspec.run_folder import RunFolder
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-AUTOSCALE_SECONDS, LOOKS = 10.0, 20
-"""How often the size of the inference pool is thought about, and how many looks at both pools that rests on."""
+AUTOSCALE_SECONDS, OBSERVATIONS = 10.0, 20
+"""How often the size of the inference pool is thought about, and how many observations that rests on."""
 
 
 class NotBegun(RuntimeError):
@@ -78,8 +79,10 @@ class Controller:
 
     def __init__(self, spec: ControllerSpec):
         self.config, self._run_dir = spec.config, spec.run_dir
-        self.buffer = SampleBuffer(spec, self._advance)
-        self.leases = Leases(self.buffer)
+        self.observer = Observer(spec.run_dir, spec.config.monitor.history_seconds)
+        self.buffer = SampleBuffer(spec, self.observer, self._advance)
+        self.leases = Leases(self.buffer, self.observer)
+        self.counts = TokenCounts(spec, self.buffer)
         self.pool = InferencePool(spec.config, running=0)
         self._group: TrainingGroup | None = None
         self._begun = asyncio.Event()
@@ -101,11 +104,12 @@ class Controller:
         if self._begun.is_set():  # it was only out of reach for a while
             return
         if running is not None:
-            self.config = load_config(self._run_dir / "config.yaml")
+            self.config = load_config(RunFolder(self._run_dir).config)
             self.pool = InferencePool(self.config, running)
         await self.buffer.open(self.config)
+        self._advance()
         if running is not None:
-            self.buffer.observer.note("the controller was lost; it has started again", "controller_lost")
+            self.observer.note("the controller was lost; it has started again", "controller_lost")
         self._observing = asyncio.create_task(self._follow_pools())
         self._recording = asyncio.create_task(self._record())
         self._begun.set()
@@ -117,17 +121,17 @@ class Controller:
     # ---- inference workers ----
 
     async def lease(
-        self, worker: str, max_count: int, report: WorkerReport, in_hand: Iterable[str] | None = None
+        self, worker: str, max_count: int, report: WorkerReport, held: Collection[str] | None = None
     ) -> list[Lease]:
         """Up to ``max_count`` samples for ``worker``, as soon as there is one. Empty: it is no longer needed.
 
         Args:
-            in_hand: keys of the leases that the worker has, if it cannot know whether it got all that it was given.
+            held: keys of the leases that the worker has, if it cannot know whether it got all that it was given.
         """
         await self._begun.wait()
-        if in_hand is not None:
-            self.leases.take_back(worker, in_hand)
-        self.buffer.observer.workers[worker] = report
+        if held is not None:
+            self.buffer.take_back(worker, held)
+        self.observer.workers[worker] = report
         self.pool.joined(worker)
         turn = self._asked[worker] = self._asked.get(worker, 0) + 1  # an older call's answer would reach nobody
         while not (self._finished or self.pool.has_left(worker) or self._asked[worker] != turn):
@@ -143,34 +147,34 @@ class Controller:
     ) -> None:
         """``worker`` has put a sample in the store, and maybe written its answer. Saying so twice does no harm."""
         await self._begun.wait()
-        await self.leases.publish(ref, answer, timing)
+        await self.buffer.publish(ref, answer, timing)
 
     async def fail(self, worker: str, sample: SampleId, key: str, reason: str, kind: FailureKind) -> None:
         """A lease of ``worker`` came to nothing."""
         await self._begun.wait()
-        await self.leases.fail(worker, sample, key, reason, kind)
+        await self.buffer.fail(worker, sample, key, reason, kind)
 
     @after_begin
     async def worker_lost(self, worker: str) -> int:
         """A worker died or was taken away: its leases go back. Returns how many."""
-        lost = self.leases.lost(worker)
+        lost = self.buffer.worker_lost(worker)
         self.pool.left(worker)
-        self.buffer.observer.worker_lost(worker, lost)
+        self.observer.worker_lost(worker, lost)
         return lost
 
     @after_begin
     async def worker_left(self, worker: str) -> None:
         """A worker has ended because it was no longer needed."""
         self.pool.left(worker)
-        self.buffer.observer.worker_left(worker)
+        self.observer.worker_left(worker)
 
     async def worker_started(self, worker: str) -> None:
         """``worker`` is being started; it will ask for leases once its engine is warm."""
-        self.buffer.observer.worker_started(worker)
+        self.observer.worker_started(worker)
 
     async def worker_report(self, report: WorkerReport) -> None:
         """What a worker says about itself every now and then, whether or not it has anything to do."""
-        self.buffer.observer.worker_reported(report)
+        self.observer.worker_reported(report)
 
     # ---- training ranks ----
 
@@ -189,30 +193,27 @@ class Controller:
         """
         again = await self._group_of(rank).fetched(rank.rank, step, missing)
         if again is None and rank.rank == 0:
-            self.buffer.observer.mark(self.buffer.ledger.step_records(step), "fetched")
+            self.observer.fetched(record.sample for record in self.buffer.ledger.step_records(step))
         return again
 
     async def step_done(self, rank: RankId, step: int, report: StepReport | None) -> None:
         """``rank`` has made ``step``. The last rank's call frees the step's samples."""
         group = self._group_of(rank)
         if report is not None:
-            self.buffer.observer.report(report)
+            self.observer.report(report)
         if group.done(rank.rank, step):
             self.buffer.train(step)
 
     async def ledger_snapshot(self, rank: RankId, step: int) -> str:
         """The ledger as of ``step``, to be saved inside its checkpoint. The journal is on the disk up to there."""
         await self._group_of(rank).trained(step)  # another rank's step_done may still be on its way
-        snapshot = self.buffer.ledger.snapshot(step)
-        await asyncio.to_thread(self.buffer.journal.sync)
-        return snapshot
+        return await self.buffer.snapshot(step)
 
     async def committed(self, rank: RankId, step: int, folder: str, best: bool) -> None:
         """A checkpoint of ``step`` is safely in ``folder``."""
         self._group_of(rank)
-        self.buffer.ledger.commit(step)
-        self.buffer.journal.write({"event": "committed", "step": step, "folder": folder})
-        self.buffer.observer.committed(step, folder, best)
+        self.buffer.commit(step, folder)
+        self.observer.committed(step, folder, best)
 
     async def heldout_batches(self, rank: RankId) -> MicroBatches:
         """This rank's held-out micro-batches, as soon as all are captured. Empty tuples where it has fewer."""
@@ -227,12 +228,12 @@ class Controller:
 
     async def heldout_done(self, rank: RankId, report: StepReport) -> None:
         self._group_of(rank)
-        self.buffer.observer.report(report)
+        self.observer.report(report)
 
     async def rank_report(self, rank: RankId, report: RankReport) -> None:
         """What a rank says about itself every now and then, also while it waits."""
         if rank.generation == self.buffer.generation:
-            self.buffer.observer.telemetry.rank_report(report)
+            self.observer.rank_reported(report)
 
     def _group_of(self, rank: RankId) -> TrainingGroup:
         if self._group is None or rank.generation != self._group.generation:
@@ -244,27 +245,19 @@ class Controller:
     @after_begin
     async def draft_vocab(self) -> DraftVocab:
         """The draft's vocabulary, as soon as enough answers have been counted."""
-        while self.buffer.vocabulary.vocab is None:
-            await self.buffer.counted.wait()
-        return self.buffer.vocabulary.vocab
+        return await self.counts.vocabulary()
 
     @after_begin
     async def open_group(self) -> GroupPlan:
         """Start a generation of ranks from the newest checkpoint. Those of the one before must be gone."""
         buffer, training = self.buffer, self.config.training
         if self._group is not None:
-            buffer.observer.trainer_ended(broken=not self._group.closing)
+            self.observer.trainer_ended(broken=not self._group.closing)
             self._group.end()
             buffer.rewind()
-        buffer.generation += 1
-        buffer.formed_sharding = training.shard_formula
-        self._group = TrainingGroup(
-            buffer.generation, self.config, buffer.ledger, buffer.heldout, self._stopping, buffer.lose, buffer.formed
-        )
-        sizes = {"dp_size": training.dp_size, "sp_size": training.sp_size}
-        step = buffer.ledger.committed_step
-        buffer.observer.trainer_started(buffer.generation, **sizes)
-        buffer.journal.write({"event": "group", "generation": buffer.generation, "step": step, **sizes})
+        buffer.open_group(training)
+        self._group = TrainingGroup(buffer, self.config, self._stopping)
+        self.observer.trainer_started(buffer.generation, training.dp_size, training.sp_size)
         self._advance()
         return GroupPlan(buffer.generation, training, RunFolder(self._run_dir).newest_checkpoint())
 
@@ -277,9 +270,8 @@ class Controller:
     async def scale_inference(self, workers: int | Literal["auto"]) -> None:
         """Have so many inference workers; ``auto``: as many as training needs."""
         self._decide({"inference.workers": workers})
-        observer = self.buffer.observer
-        message = f"inference workers: {workers} asked for, {len(observer.workers)} there"
-        observer.note(message, "scaled", workers=workers)
+        message = f"inference workers: {workers} asked for, {len(self.observer.workers)} there"
+        self.observer.note(message, "scaled", workers=workers)
         self.pool.ask_for(workers)
 
     @after_begin
@@ -292,7 +284,7 @@ class Controller:
         self._decide({f"training.{knob}": value for knob, value in sizes.items()})
         training = self.config.training
         message = f"training goes on with dp_size {training.dp_size} and sp_size {training.sp_size}"
-        self.buffer.observer.note(message, "scaled", dp_size=training.dp_size, sp_size=training.sp_size)
+        self.observer.note(message, "scaled", dp_size=training.dp_size, sp_size=training.sp_size)
         self.buffer.split(training.shard_formula)
         if self._group is not None:
             self._group.close()
@@ -301,7 +293,7 @@ class Controller:
         """What is asked for is kept before it is acted on, so that a controller or a resume after this one goes on
         with it."""
         self.config = with_values(self.config, values)
-        save_config(self.config, self._run_dir / "config.yaml")
+        save_config(self.config, RunFolder(self._run_dir).config)
 
     @after_begin
     async def wanted(self, seen: int | None) -> int:
@@ -319,22 +311,22 @@ class Controller:
     @after_begin
     async def store_away(self) -> None:
         """The store does not answer, or has lost a part: no leases until it is back."""
-        self.leases.store_away = True
-        self.buffer.observer.note("the store is away", "store_lost")
+        self.buffer.store_away = True
+        self.observer.note("the store is away", "store_lost")
 
     @after_begin
     async def store_back(self) -> None:
         """The store is there again, and empty. Ranks find out by themselves what they have not fetched yet."""
-        self.leases.store_away = False
+        self.buffer.store_away = False
         self.buffer.forget(lambda _: False)
-        self.buffer.observer.note("the store is back, empty: what was in it is captured again", "store_back")
-        self.buffer.room()
+        self.observer.note("the store is back, empty: what was in it is captured again", "store_back")
+        self.buffer.unpark()
         self._work.fire()
 
     @after_begin
     async def request_stop(self, reason: str) -> None:
         """No new step, no new sample: ranks end after the steps they already have."""
-        self.buffer.observer.note(f"stopping after the current step: {reason}", "stopping")
+        self.observer.note(f"stopping after the current step: {reason}", "stopping")
         self._stopping = self.leases.of_steps_only = True
         if self._group is not None:
             self._group.close()
@@ -346,61 +338,51 @@ class Controller:
         self._finished = True
         self._work.fire()
         self._observing.cancel()
-        self.buffer.observer.news.set()
-        await self.buffer.removed()
-        self.buffer.observer.ended(self._phase(), self.buffer.ledger.trained_step)
-        await self.buffer.observer.record(await self.status())
-        self.buffer.close()
+        self.observer.news.set()
+        await self.buffer.close()
+        self.observer.ended(self._phase(), self.buffer.ledger.trained_step)
+        await self.observer.record(await self.status())
+        self.observer.close()
 
     @after_begin
     async def steps_since(self, count: int) -> list[StepReport]:
         """Reports after the first ``count``, for trackers, which never ask for those again."""
-        return self.buffer.observer.steps_since(count)
+        return self.observer.steps_since(count)
 
     @after_begin
     async def status(self) -> RunStatus:
-        buffer = self.buffer
-        status = buffer.observer.status(self.config, self._phase(), buffer.ledger, buffer.heldout, buffer.credits)
-        training = self.config.training if self._group is None else self._group.training
-        return replace(
-            status,
-            workers_wanted=self.pool.wanted,
-            generation=buffer.generation,
-            dp_size=training.dp_size,
-            sp_size=training.sp_size,
-            closing=self._group is not None and self._group.closing,
-        )
+        return run_status(self.config, self._phase(), self.buffer, self.pool, self._group, self.observer)
 
     def _phase(self) -> str:
         if self._finished:
             return "stopped" if self._stopping else "finished"
         if self._stopping:
             return "stopping"
-        return "training" if self.buffer.vocabulary.vocab is not None else "counting-vocabulary"
+        return "training" if self.counts.vocab is not None else "counting-vocabulary"
 
     async def _follow_pools(self) -> None:
         """See now and then which pool waits for the other, let the inference pool follow, and try the store again."""
         while True:
-            for _ in range(LOOKS):
-                await asyncio.sleep(AUTOSCALE_SECONDS / LOOKS)
+            for _ in range(OBSERVATIONS):
+                await asyncio.sleep(AUTOSCALE_SECONDS / OBSERVATIONS)
                 self._observe_pools()
-            self.buffer.room()  # others than our own steps may have made room in the store
+            self.buffer.unpark()  # others than our own steps may have made room in the store
             self._advance()
             move = self.pool.autoscale(self.buffer.ledger.trained_step)
             if move is not None:
                 message = f"inference workers: {move.workers}, because {move.reason}"
-                self.buffer.observer.note(message, "scaled", workers=move.workers)
+                self.observer.note(message, "scaled", workers=move.workers)
 
     def _observe_pools(self) -> None:
         """While ranks start, evaluate or save, nobody waits for samples and the store fills: that says nothing."""
         if self._group is None or not self._group.at_work:
             self.pool.begin_stretch(self.buffer.ledger.trained_step)
-        elif not self.buffer.observer.telemetry.pausing:
+        elif not self.observer.ranks_pause:
             self.pool.observe(self._group.starved, self.leases.busy)
 
     async def _record(self) -> None:
         """Write a snapshot each ``monitor.history_seconds``, and when there is news, until the run has ended."""
-        observer = self.buffer.observer
+        observer = self.observer
         while observer.interval and not self._finished:
             observer.news.clear()
             await observer.record(await self.status())
@@ -408,7 +390,8 @@ class Controller:
                 await asyncio.wait_for(observer.news.wait(), observer.interval)
 
     def _advance(self) -> None:
-        """Something has changed: let ranks and workers see."""
+        """Something has changed: let ranks, workers and who waits for the vocabulary see."""
+        self.counts.update()
         if self._group is not None:
             self._group.advance()
         if self.leases.anything():  # nobody is woken in vain, once for each sample

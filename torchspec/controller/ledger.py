@@ -1,7 +1,7 @@
 """The ledger: which state every sample of a run is in, and which step consumes it.
 
-All samples of a run stand in one line: epoch 0 in its seeded order, then epoch 1, and so on. A *position* is a place in
-that line. Steps consume accepted positions strictly from the front, so batches depend on the seed alone, never on
+All samples of a run stand in one order: epoch 0 as the seed shuffles it, then epoch 1, and so on. A *position* is a
+place in it. Steps consume accepted positions strictly from the front, so batches depend on the seed alone, never on
 which worker was quick. Leases are given in the same order, at most ``reorder_window`` positions ahead of the oldest
 untrained one.
 
@@ -20,22 +20,26 @@ The class is plain Python without clocks, locks or I/O; the controller actor cal
 
 from __future__ import annotations
 
-import heapq
+from bisect import insort
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
 
 from torchspec.contracts import SampleId, SampleRef
 from torchspec.controller.ledger_snapshot import LedgerShape, LedgerSnapshot, Rejection
 from torchspec.data.order import epoch_order
 
-State = Literal["pending", "leased", "stored", "assigned", "trained"]
+State = Literal["pending", "leased", "stored", "assigned", "trained", "committed", "rejected"]
+Moved = Callable[[SampleId, State, State, str], None]
+"""Told of a sample, the state before and after, and why: the worker's name, the step's, what went wrong, or nothing."""
 
 
 @dataclass(slots=True)
 class Record:
-    """A sample in the making: leased at least once and not yet committed."""
+    """A sample in the making: leased at least once, and neither committed nor rejected."""
 
     position: int
     sample: SampleId
@@ -63,30 +67,32 @@ class Step:
 
 @dataclass
 class Ledger:
+    """See the module's docstring. ``moved`` is told of every change of a state; it must not ask for another one."""
+
     shape: LedgerShape
     reorder_window: int
     max_attempts: int
     max_steps: int | None = None
     first_epoch: int = 0
-    rejected: dict[int, Rejection] = field(default_factory=dict)
-    committed_step: int = 0
-    committed_cursor: int = 0
+    moved: Moved = lambda sample, before, state, why: None
 
     def __post_init__(self) -> None:
         self.records: dict[int, Record] = {}
+        self.rejected: dict[int, Rejection] = {}
         self.steps: dict[int, Step] = {}
-        self.trained_step = self.committed_step
-        self._positions: dict[SampleId, int] = {}
+        self.trained_step = self.committed_step = self._assign_step = 0
+        self.committed_cursor = 0
+        self._assign_cursor = 0  # first position not considered for a step
+        self._frontier = 0  # first position never leased
+        self._counts: Counter[str] = Counter(pending=self.end)
+        self._by_sample: dict[SampleId, Record] = {}
         self._leases: defaultdict[str, set[int]] = defaultdict(set)  # by worker
-        self._retries: list[int] = []
+        self._retries: list[int] = []  # sorted
         self._parked: list[int] = []  # wait until the store has room
-        self._frontier = self.committed_cursor  # first position never leased
-        self._assign_cursor = self.committed_cursor  # first position not considered for a step
-        self._assign_step = self.committed_step
-        self._orders: dict[int, Any] = {}
-        self._rejected_ahead = 0  # positions from the trained cursor on; they take no room in the window
+        self._orders: dict[int, np.ndarray] = {}
+        self._rejected_ahead = 0  # positions from the trained cursor on, which the window does not count
 
-    # ---- the line of positions ----
+    # ---- the order of positions ----
 
     @property
     def end(self) -> int:
@@ -102,7 +108,7 @@ class Ledger:
     @property
     def trained_cursor(self) -> int:
         """Everything before it is trained or rejected."""
-        return self.steps[self.trained_step].end if self.trained_step in self.steps else self.committed_cursor
+        return self._end_of(self.trained_step)
 
     # ---- pending -> leased -> stored ----
 
@@ -113,20 +119,20 @@ class Ledger:
             of_steps_only: only what a step that has been formed waits for, because its object was lost.
         """
         if of_steps_only:
-            return next((self.records[p] for p in sorted(self._retries) if self.records[p].step), None)
+            return next((self.records[p] for p in self._retries if self.records[p].step), None)
         if self._retries:
             return self.records[self._retries[0]]
         if self._parked:
             return None
         window_end = self.trained_cursor + self.reorder_window + self._rejected_ahead
-        if self._frontier >= min(self.end, window_end) or self._all_steps_assigned():
+        if self._frontier >= min(self.end, window_end) or self.exhausted:
             return None
         return Record(self._frontier, self.sample_at(self._frontier))
 
     @property
     def window_full(self) -> bool:
         """Whether the reorder window alone keeps :meth:`next_to_lease` from the next position."""
-        waiting = self._retries or self._parked or self._all_steps_assigned()
+        waiting = self._retries or self._parked or self.exhausted
         return not waiting and self.trained_cursor + self.reorder_window <= self._frontier < self.end
 
     def is_suspect(self, record: Record) -> bool:
@@ -137,100 +143,71 @@ class Ledger:
         """Hand ``record`` (from :meth:`next_to_lease`) to ``worker`` under a key that no earlier attempt used."""
         if record.position in self.records:
             self._retries.remove(record.position)
-            heapq.heapify(self._retries)
         else:
             assert record.position == self._frontier
             self._frontier += 1
-            self.records[record.position] = record
-            self._positions[record.sample] = record.position
+            self.records[record.position] = self._by_sample[record.sample] = record
         record.attempts += 1
-        record.state, record.worker = "leased", worker
-        record.key = f"{key_prefix}/{record.sample}a{record.attempts}"
-        self._leases[worker].add(record.position)
+        record.worker, record.key = worker, f"{key_prefix}/{record.sample}a{record.attempts}"
+        self._move(record, "leased", worker)
         return record
 
     def leased_to(self, worker: str) -> list[Record]:
-        """What ``worker`` has in hand."""
+        """What ``worker`` holds."""
         return [self.records[p] for p in self._leases.get(worker, ())]
 
-    def store(self, ref: SampleRef) -> Record | None:
-        """A worker has put the sample. None when that attempt is no longer the current one: its object is garbage."""
-        record = self.leased(ref.sample, ref.key)
-        if record is None:
-            return None
-        self._end_lease(record)
-        record.state, record.ref, record.deaths = "stored", ref, 0
-        if record.step:  # it was part of a step when its object was lost
-            record.state = "assigned"
-        return record
+    def store(self, record: Record, ref: SampleRef) -> None:
+        """A worker has put the sample of its lease."""
+        assert record.state == "leased" and record.key == ref.key
+        record.ref, record.deaths = ref, 0
+        self._move(record, "assigned" if record.step else "stored")  # it had its step when its object was lost
 
-    def fail(self, sample: SampleId, key: str, reason: str, final: bool = False) -> Record | None:
+    def put_back(self, record: Record, why: str = "") -> None:
+        """Back to pending, and held against nobody: its lease came to nothing, or its object is lost."""
+        self._move(record, "pending", why)
+        insort(self._retries, record.position)
+
+    def fail(self, record: Record, reason: str, final: bool = False) -> None:
         """A lease came to nothing: back to pending, or rejected if that is ``final`` or has happened ``max_attempts``
-        times. None for an outdated key."""
-        record = self.leased(sample, key)
-        if record is not None:
-            self._end_lease(record)
-            self._blame(record, reason, final)
-        return record
+        times."""
+        record.failures += 1
+        if final or record.failures >= self.max_attempts:
+            self._reject(record, reason)
+        else:
+            self.put_back(record, reason)
 
-    def give_back(self, sample: SampleId, key: str) -> Record | None:
-        """A lease came to nothing and the sample is not to blame: back to pending. None for an outdated key."""
-        record = self.leased(sample, key)
-        if record is not None:
-            self._end_lease(record)
-            self._return(record)
-        return record
+    def defer(self, record: Record) -> str | None:
+        """The store had no hole large enough for a leased sample, which is nobody's fault.
 
-    def defer(self, sample: SampleId, key: str) -> str | None:
-        """The store had no hole large enough for a sample, which is nobody's fault.
-
-        The stored sample furthest behind it gives up its place, so that the front of the line always gets through;
-        returns the key of its object, which the caller removes. Without one the sample waits for :meth:`room`.
+        The stored sample furthest behind it gives up its place, so that the front of the order always gets through;
+        returns the key of its object, which the caller removes. Without one the sample waits for :meth:`unpark`.
         """
-        record = self.leased(sample, key)
-        if record is None:
-            return None
-        self._end_lease(record)
-        behind = [r for r in self.records.values() if r.state == "stored" and r.position > record.position]
-        if not behind:
-            record.state = "pending"
-            self._parked.append(record.position)
-            return None
-        victim = max(behind, key=lambda r: r.position)
-        self._return(record)
-        victim.state, victim.ref = "pending", None
-        self._parked.append(victim.position)
-        return victim.key
+        victim = self.furthest_behind(record.position, lambda r: r.state == "stored")
+        if victim is not None:
+            self.put_back(record)
+        parked = victim or record
+        self._move(parked, "pending")
+        self._parked.append(parked.position)
+        return None if victim is None else victim.key
 
-    def room(self) -> None:
-        """Objects have been freed: what waited for room may try again."""
-        for position in self._parked:
-            heapq.heappush(self._retries, position)
+    def unpark(self) -> None:
+        """Objects have been freed: what waited for room in the store may try again."""
+        self._retries = sorted(self._retries + self._parked)
         self._parked.clear()
 
-    def lose(self, sample: SampleId, key: str) -> Record | None:
-        """A stored object is missing or corrupt: its sample goes back to pending (and keeps its step)."""
-        record = self._find(sample)
-        if record is None or record.key != key or record.state not in ("stored", "assigned"):
-            return None
-        record.ref = None
-        self._return(record)
-        return record
-
-    def worker_lost(self, worker: str, alone: bool = False) -> list[Record]:
-        """Every lease of a dead worker goes back to pending.
+    def worker_lost(self, worker: str, alone: bool) -> list[Record]:
+        """Every lease of a dead worker goes back to pending; returns their samples.
 
         Args:
             alone: the worker had one lease and no other; it is rejected if that was once too often.
         """
         lost = self.leased_to(worker)
         for record in lost:
-            self._end_lease(record)
             record.deaths += 1
             if alone and record.deaths >= self.max_attempts:
-                self._blame(record, f"{record.deaths} workers died with it, the last one, {worker}, alone", True)
+                self._reject(record, f"{record.deaths} workers died with it, the last one, {worker}, alone")
             else:
-                self._return(record)
+                self.put_back(record, f"{worker} died")
         return lost
 
     def forget_objects(self, keep: Callable[[SampleRef], bool]) -> list[Record]:
@@ -240,43 +217,29 @@ class Ledger:
         """
         dropped = [r for r in self.records.values() if r.state == "stored" and r.ref and not keep(r.ref)]
         for record in dropped:
-            record.ref = None
-            self._return(record)
+            self.put_back(record)
         return dropped
 
-    def furthest_behind(self, position: int, holds: Callable[[SampleId], bool]) -> Record | None:
-        """The last sample behind ``position`` that is stored or pending and for which ``holds`` is true."""
-        behind = (r for p, r in self.records.items() if p > position and r.state in ("stored", "pending"))
-        return max((r for r in behind if holds(r.sample)), key=lambda r: r.position, default=None)
+    def furthest_behind(self, position: int, wanted: Callable[[Record], bool]) -> Record | None:
+        """The last sample behind ``position`` that is ``wanted``."""
+        behind = (r for r in self.records.values() if r.position > position and wanted(r))
+        return max(behind, key=lambda r: r.position, default=None)
 
-    def _end_lease(self, record: Record) -> None:
-        self._leases[record.worker].remove(record.position)
-        if not self._leases[record.worker]:
-            del self._leases[record.worker]
-
-    def _return(self, record: Record) -> None:
-        record.state = "pending"
-        heapq.heappush(self._retries, record.position)
-
-    def _blame(self, record: Record, reason: str, final: bool) -> None:
-        record.failures += 1
-        if not final and record.failures < self.max_attempts:
-            self._return(record)
-            return
+    def _reject(self, record: Record, reason: str) -> None:
         self.rejected[record.position] = Rejection(record.sample, f"{reason} (attempt {record.attempts})")
         self._rejected_ahead += 1
-        self._forget(record.position)
         if record.step:
             self.steps[record.step].positions.remove(record.position)
+        self._move(record, "rejected", reason)
 
     # ---- stored -> assigned -> trained -> committed ----
 
     def assign(self) -> int | None:
         """Form the next step if its samples are all stored; its number, or None.
 
-        A step holds ``batch_size`` accepted positions, fewer only at the very end of the line.
+        A step holds ``batch_size`` accepted positions, fewer only at the very end of the order.
         """
-        if self._all_steps_assigned():
+        if self.exhausted:
             return None
         chosen: list[int] = []
         cursor = self._assign_cursor
@@ -287,15 +250,12 @@ class Ledger:
                     return None
                 chosen.append(cursor)
             cursor += 1
-        if not chosen:
-            self._assign_cursor = cursor
-            return None
         self._assign_step += 1
         self._assign_cursor = cursor
         self.steps[self._assign_step] = Step(chosen, cursor)
         for position in chosen:
-            record = self.records[position]
-            record.state, record.step = "assigned", self._assign_step
+            self.records[position].step = self._assign_step
+            self._move(self.records[position], "assigned", f"step {self._assign_step}")
         return self._assign_step
 
     def step_records(self, step: int) -> list[Record]:
@@ -306,7 +266,7 @@ class Ledger:
         assert step == self.trained_step + 1, f"step {step} ended after step {self.trained_step}"
         for record in self.step_records(step):
             assert record.state == "assigned"
-            record.state = "trained"
+            self._move(record, "trained")
         passed = range(self.trained_cursor, self.steps[step].end)
         self._rejected_ahead -= sum(position in self.rejected for position in passed)
         self.trained_step = step
@@ -314,38 +274,34 @@ class Ledger:
     def commit(self, step: int) -> None:
         """A checkpoint taken after ``step`` is safely in place."""
         assert self.committed_step <= step <= self.trained_step
-        self.committed_cursor = self.steps[step].end if step in self.steps else self.committed_cursor
-        self.committed_step = step
+        self.committed_step, self.committed_cursor = step, self._end_of(step)
         for done in [s for s in self.steps if s <= step]:
             for position in self.steps.pop(done).positions:
-                self._forget(position)
+                self._move(self.records[position], "committed")
 
     # ---- questions ----
 
     def leased(self, sample: SampleId, key: str) -> Record | None:
         """The sample's record, if ``key`` is that of its present lease."""
-        record = self._find(sample)
+        record = self._by_sample.get(sample)
         return record if record is not None and record.state == "leased" and record.key == key else None
 
     def is_stored(self, sample: SampleId, key: str) -> bool:
         """Whether the sample is in use under ``key``: stored, or further on its way."""
-        record = self._find(sample)
+        record = self._by_sample.get(sample)
         return record is not None and record.key == key and record.state not in ("pending", "leased")
 
     def is_leased(self, sample: SampleId) -> bool:
-        record = self._find(sample)
-        return record is not None and record.state == "leased"
+        return sample in self._by_sample and self._by_sample[sample].state == "leased"
 
     def is_last(self, step: int) -> bool:
         """Whether no step can follow ``step``, as far as is known now."""
-        if self.max_steps is not None and step >= self.max_steps:
-            return True
-        return all(p in self.rejected for p in range(self.steps[step].end, self.end))
+        return self._is_over(step, self.steps[step].end)
 
     @property
     def exhausted(self) -> bool:
         """Every sample has been assigned or rejected: no further step will form."""
-        return self._all_steps_assigned() or all(p in self.rejected for p in range(self._assign_cursor, self.end))
+        return self._is_over(self._assign_step, self._assign_cursor)
 
     @property
     def total_steps(self) -> int:
@@ -354,16 +310,12 @@ class Ledger:
         steps = -(-accepted // self.shape.batch_size)
         return min(steps, self.max_steps) if self.max_steps is not None else steps
 
-    def counts(self) -> Counter[str]:
+    def counts(self) -> dict[str, int]:
         """State to number of samples; sums to prompts x epochs."""
-        counts: Counter[str] = Counter(r.state for r in self.records.values())
-        counts["rejected"] = len(self.rejected)
-        counts["committed"] = self.committed_cursor - sum(p < self.committed_cursor for p in self.rejected)
-        counts["pending"] += self.end - counts.total()
-        return counts
+        return {state: self._counts[state] for state in get_args(State)}
 
     def ready(self) -> int:
-        """Stored samples that stand in order at the front of the line, ready for the next steps."""
+        """Stored samples that stand in order at the front, ready for the next steps."""
         ready, cursor = 0, self._assign_cursor
         while cursor in self.rejected or (cursor in self.records and self.records[cursor].state == "stored"):
             ready += cursor not in self.rejected
@@ -378,7 +330,7 @@ class Ledger:
 
     def snapshot(self, step: int) -> str:
         """The ledger as a checkpoint after ``step`` keeps it, as JSON."""
-        cursor = self.steps[step].end if step in self.steps else self.committed_cursor
+        cursor = self._end_of(step)
         rejected = tuple((p, r) for p, r in sorted(self.rejected.items()) if p < cursor)
         return LedgerSnapshot(self.shape, step, cursor, rejected).to_json()
 
@@ -403,31 +355,47 @@ class Ledger:
         self.steps.clear()
         done = [r for p, r in self.records.items() if p < saved.cursor]
         for record in done:
-            if record.state == "leased":
-                self._end_lease(record)
-            self._forget(record.position)
+            self._move(record, "committed")
         useless = []
         for record in self.records.values():
             record.step = 0
-            if record.state == "trained":
-                record.state, record.ref = "pending", None
-            elif record.ref is not None:
-                record.state = "stored"
-                if not keep(record.ref):
-                    record.state, record.ref = "pending", None
-                    useless.append(record)
+            unwanted = record.ref is not None and record.state != "trained" and not keep(record.ref)
+            if unwanted:
+                useless.append(record)
+            if unwanted or record.state == "trained":
+                self._move(record, "pending")
+            elif record.state == "assigned":
+                self._move(record, "stored")
         self._parked.clear()
         self._retries = sorted(p for p, r in self.records.items() if r.state == "pending")
+        self._counts = Counter(r.state for r in self.records.values())
+        self._counts.update(rejected=len(self.rejected), committed=saved.cursor - len(saved.rejected))
+        self._counts["pending"] += self.end - self._counts.total()
         return done + useless
 
     # ---- helpers ----
 
-    def _all_steps_assigned(self) -> bool:
-        return self.max_steps is not None and self._assign_step >= self.max_steps
+    def _move(self, record: Record, state: State, why: str = "") -> None:
+        """The one door to another state. Counts and leases are kept here, and who listens is told."""
+        before, record.state = record.state, state
+        self._counts[before] -= 1
+        self._counts[state] += 1
+        if before == "leased":
+            self._leases[record.worker].remove(record.position)
+            if not self._leases[record.worker]:
+                del self._leases[record.worker]
+        if state == "leased":
+            self._leases[record.worker].add(record.position)
+        elif state == "pending":
+            record.ref = None
+        elif state in ("committed", "rejected"):
+            del self._by_sample[record.sample], self.records[record.position]
+        self.moved(record.sample, before, state, why)
 
-    def _find(self, sample: SampleId) -> Record | None:
-        position = self._positions.get(sample)
-        return None if position is None else self.records[position]
+    def _is_over(self, step: int, cursor: int) -> bool:
+        if self.max_steps is not None and step >= self.max_steps:
+            return True
+        return all(p in self.rejected for p in range(cursor, self.end))
 
-    def _forget(self, position: int) -> None:
-        del self._positions[self.records.pop(position).sample]
+    def _end_of(self, step: int) -> int:
+        return self.steps[step].end if step in self.steps else self.committed_cursor

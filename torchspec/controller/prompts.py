@@ -49,7 +49,7 @@ class Prompts:
     def describe(self, sample: SampleId) -> tuple[int, Lease]:
         """Most tokens the sample can have, and its lease without a key yet."""
         prompts, row = self._prompts(sample), sample.prompt
-        ids, mask, room = prompts.input_ids(row), prompts.loss_mask(row), prompts.max_new_tokens(row)
+        ids, mask, max_answer = prompts.input_ids(row), prompts.loss_mask(row), int(prompts.max_answer_tokens[row])
         if mask is None:
             answer = self.answer(sample)
             if answer is not None:
@@ -61,7 +61,7 @@ class Prompts:
             key="",
             input_ids=np.ascontiguousarray(ids, dtype="<i4").tobytes(),
             loss_mask=mask or b"",
-            max_new_tokens=room if mask is None else 0,
+            max_new_tokens=max_answer if mask is None else 0,
             seed=sample_seed(self._seed, *sample),
             credit_bytes=0,
         )

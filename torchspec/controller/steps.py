@@ -9,20 +9,15 @@ and the next generation, of whatever size, goes on from there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torchspec.config.schema import Config, TrainingConfig
-from torchspec.contracts import HELDOUT_EPOCH, MicroBatches, RankBatch, SampleId
-from torchspec.controller.batching import split_batch
+from torchspec.contracts import HELDOUT_EPOCH, MicroBatches, RankBatch, SampleId, SampleRef
+from torchspec.controller.buffer import SampleBuffer
 from torchspec.controller.ledger import Ledger
-from torchspec.controller.sync import FetchRound, Signal
-
-Lose = Callable[[Ledger, int, set[SampleId]], None]
-"""Told of the samples of a step that the store has lost."""
-Formed = Callable[[int], None]
-"""Told of each step that is formed."""
+from torchspec.controller.sync import Signal
 
 
 @dataclass(frozen=True)
@@ -40,35 +35,47 @@ class GroupEnded(Exception):
     """A rank of an earlier generation has called; it is no longer needed."""
 
 
+class FetchRound:
+    """One attempt of all ranks to fetch a step. It is decided once, for all of them, when the last has reported."""
+
+    def __init__(self, world_size: int) -> None:
+        self.missing: set[SampleId] = set()
+        self.decided = False
+        self.outcome: list[RankBatch] | None = None
+        """None: every rank has everything. Otherwise what all ranks fetch next for the same step."""
+        self._world_size = world_size
+        self._reported: set[int] = set()
+
+    def report(self, rank: int, missing: Iterable[SampleId]) -> None:
+        self._reported.add(rank)
+        self.missing.update(missing)
+
+    @property
+    def complete(self) -> bool:
+        return len(self._reported) == self._world_size
+
+    def decide(self, outcome: list[RankBatch] | None) -> None:
+        self.decided, self.outcome = True, outcome
+
+
 class TrainingGroup:
     """See the module's docstring.
 
     Args:
         config: the run's, with the sizes of this group.
         closing: end as soon as the ranks ask for a step.
-        formed: see :data:`Formed`.
-        lose: see :data:`Lose`; it leads to new references sooner or later, which :meth:`advance` notices.
     """
 
-    def __init__(
-        self,
-        generation: int,
-        config: Config,
-        ledger: Ledger,
-        heldout: Ledger,
-        closing: bool,
-        lose: Lose,
-        formed: Formed,
-    ) -> None:
-        self.generation, self.training, self.closing = generation, config.training, closing
-        self._config, self._ledger, self._heldout, self._lose, self._formed = config, ledger, heldout, lose, formed
-        self._next_step = [ledger.trained_step + 1] * self.training.world_size
+    def __init__(self, buffer: SampleBuffer, config: Config, closing: bool) -> None:
+        self.generation, self.training, self.closing = buffer.generation, config.training, closing
+        self._buffer, self._config, self._ledger, self._heldout = buffer, config, buffer.ledger, buffer.heldout
+        self._next_step = [self._ledger.trained_step + 1] * self.training.world_size
         self._batches: dict[int, list[RankBatch]] = {}
         self._rounds: dict[int, FetchRound] = {}
         self._acks: dict[int, set[int]] = {}
         self._asking = 0  # ranks that wait for a step
         self._over = self._heldout_told = False
-        self._seen = self._first = ledger.trained_step
+        self._seen = self._first = self._ledger.trained_step
         self._changed = Signal()
 
     def close(self) -> None:
@@ -107,7 +114,6 @@ class TrainingGroup:
                 break
             self._batches[step] = self._rank_batches(step)
             news = True
-            self._formed(step)
         if not self._heldout_told and (self._heldout.steps or self._heldout.exhausted):
             self._heldout_told = news = True
         for step, round_ in list(self._rounds.items()):
@@ -175,7 +181,7 @@ class TrainingGroup:
         round_.report(rank, missing)
         if round_.complete:
             if round_.missing:
-                self._lose(ledger, step, round_.missing)
+                self._buffer.lose(ledger, step, round_.missing)  # sooner or later `advance` sees new references
             else:
                 del self._rounds[name]
                 round_.decide(None)
@@ -206,3 +212,20 @@ class TrainingGroup:
     def _group(self, rank: int) -> int:
         """The data-parallel group of ``rank``: the ranks that share its samples, neighbours in number."""
         return rank // self.training.sp_size
+
+
+def split_batch(refs: Sequence[SampleRef], dp_size: int, micro_batch_size: int) -> list[MicroBatches]:
+    """Micro-batches for each data-parallel rank, as many on every rank (empty tuples where a rank has no more).
+
+    Longest first to the rank with the fewest tokens, so ranks finish together and a micro-batch holds samples of like
+    length (padding is wasted work). Depends on the refs alone: the same step always splits the same way.
+    """
+    share = -(-len(refs) // dp_size)
+    ranks: list[list[SampleRef]] = [[] for _ in range(dp_size)]
+    for ref in sorted(refs, key=lambda r: (-r.num_tokens, r.sample)):
+        open_ranks = [r for r in ranks if len(r) < share]
+        min(open_ranks, key=lambda r: sum(s.num_tokens for s in r)).append(ref)
+    count = max(1, -(-max(len(r) for r in ranks) // micro_batch_size))
+    return [
+        tuple(tuple(rank[i * micro_batch_size : (i + 1) * micro_batch_size]) for i in range(count)) for rank in ranks
+    ]

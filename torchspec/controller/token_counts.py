@@ -6,51 +6,50 @@ count depends on the seed alone, so the vocabulary does too, whatever the number
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container
-from pathlib import Path
-
 import numpy as np
 
-from torchspec.contracts import SampleId
-from torchspec.data.prompt_set import PromptSet
+from torchspec.controller.buffer import ControllerSpec, SampleBuffer
+from torchspec.controller.sync import Signal
 from torchspec.data.vocabulary import DraftVocab, VocabCounter, load_or_count
 
 
 class TokenCounts:
-    """``ready`` once :attr:`vocab` is known; it is kept in the run's folder and read back on a resume."""
+    """The vocabulary once it is known; it is kept in the run's folder and read back on a resume."""
 
-    def __init__(
-        self,
-        path: Path,
-        prompts: PromptSet,
-        first: list[SampleId],
-        draft_size: int | None,
-        vocab_size: int,
-        always: tuple[int, ...],
-        cache_dir: Path,
-    ):
+    def __init__(self, spec: ControllerSpec, buffer: SampleBuffer):
         self.vocab: DraftVocab | None = None
-        self._path, self._prompts, self._always = path, prompts, always
-        self._size = vocab_size if draft_size is None else draft_size
-        self._waiting = [s for s in first if prompts.loss_mask(s.prompt) is None]
+        self._buffer, self._prompts, self._always = buffer, spec.train, spec.end_token_ids
+        self._path, draft = spec.run_dir / "draft_vocab.json", spec.config.draft
+        self._size = spec.vocab_size if draft.vocab_size is None else draft.vocab_size
+        self._known = Signal()
+        first = map(buffer.ledger.sample_at, range(min(draft.vocab_prompts, len(spec.train))))
+        self._waiting = [s for s in first if spec.train.loss_mask(s.prompt) is None]
         self._unknown = list(self._waiting)
-        if path.exists():
-            self.vocab = DraftVocab.load(path)
-            return
-        if prompts.fully_answered:
-            self.vocab = load_or_count(prompts, self._size, vocab_size, always, cache_dir)
-            self.vocab.save(path)
-            return
-        self._counter = VocabCounter(vocab_size)
-        self._counter.add_answered(prompts)
+        if self._path.exists():
+            self.vocab = DraftVocab.load(self._path)
+        elif spec.train.fully_answered:
+            cache_dir = spec.config.data.cache_dir
+            self.vocab = load_or_count(spec.train, self._size, spec.vocab_size, self._always, cache_dir)
+            self.vocab.save(self._path)
+        else:
+            self._counter = VocabCounter(spec.vocab_size)
+            self._counter.add_answered(spec.train)
 
-    def update(self, answer: Callable[[SampleId], np.ndarray | None], rejected: Container[SampleId]) -> bool:
-        """Build the vocabulary if every sample it waits for is answered or rejected; whether it was built just now."""
-        assert self.vocab is None
+    async def vocabulary(self) -> DraftVocab:
+        """As soon as enough answers have been counted."""
+        while self.vocab is None:
+            await self._known.wait()
+        return self.vocab
+
+    def update(self) -> None:
+        """Build the vocabulary as soon as every sample that it waits for is answered or rejected."""
+        if self.vocab is not None:
+            return
+        answer, rejected = self._buffer.prompts.answer, {r.sample for r in self._buffer.ledger.rejected.values()}
         while self._unknown and (self._unknown[-1] in rejected or answer(self._unknown[-1]) is not None):
             self._unknown.pop()
         if self._unknown:
-            return False
+            return
         for ids in map(answer, self._waiting):
             if ids is not None:
                 self._counter.add(ids)
@@ -58,4 +57,4 @@ class TokenCounts:
         prior = np.bincount(self._prompts.token_ids, minlength=len(self._counter.counts))
         self.vocab = self._counter.build(self._size, self._always, prior)
         self.vocab.save(self._path)
-        return True
+        self._known.fire()

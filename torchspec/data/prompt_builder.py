@@ -75,7 +75,7 @@ class _Rows:
     ids: list[str] = field(default_factory=list)
     tokens: list[np.ndarray] = field(default_factory=list)
     masks: list[np.ndarray] = field(default_factory=list)
-    room: list[int] = field(default_factory=list)
+    max_answer_tokens: list[int] = field(default_factory=list)
     rejected: list[tuple[str, str]] = field(default_factory=list)
 
     def reject_lines(self, lines: Iterable[BadLine]) -> None:
@@ -89,7 +89,7 @@ class _Rows:
         else:
             self.ids.append(name)
             self.tokens.append(row.input_ids)
-            self.room.append(0 if row.loss_mask is not None else self._room(row))
+            self.max_answer_tokens.append(0 if row.loss_mask is not None else self._left(row))
             if row.loss_mask is not None:
                 self.masks.append(np.packbits(row.loss_mask))
 
@@ -99,12 +99,13 @@ class _Rows:
             token_ids=np.concatenate([np.zeros(0, dtype=np.int32), *self.tokens]),
             offsets=np.cumsum([0, *map(len, self.tokens)], dtype=np.int64),
             packed_masks=np.concatenate([np.zeros(0, dtype=np.uint8), *self.masks]),
-            room=np.array(self.room, dtype=np.int32),
+            max_answer_tokens=np.array(self.max_answer_tokens, dtype=np.int32),
             rejected=self.rejected,
             content_hash=content_hash,
         )
 
-    def _room(self, row: Tokenized) -> int:
+    def _left(self, row: Tokenized) -> int:
+        """Most tokens of the answer."""
         return min(self.options.max_new_tokens, self.options.max_seq_length - len(row.input_ids))
 
     def _refuse(self, row: Tokenized) -> str:
@@ -117,10 +118,10 @@ class _Rows:
             return (
                 "" if count >= needed else f"{count} tokens to learn from are fewer than data.min_loss_tokens={needed}"
             )
-        if self._room(row) >= needed:
+        if self._left(row) >= needed:
             return ""
         return (
-            f"a prompt of {length} tokens leaves {self._room(row)} for the answer (data.max_seq_length={limit}, "
+            f"a prompt of {length} tokens leaves {self._left(row)} for the answer (data.max_seq_length={limit}, "
             f"answer.max_tokens={self.options.max_new_tokens}), fewer than data.min_loss_tokens={needed}"
         )
 

@@ -38,7 +38,7 @@ class TokenizeOptions:
 
 @dataclass(frozen=True, eq=False)
 class PromptSet:
-    """Rows of token ids with a loss mask, or with room for an answer. ``len()`` is the number of rows."""
+    """Rows of token ids, with a loss mask or to be answered. ``len()`` is the number of rows."""
 
     ids: list[str]
     """Name of each row."""
@@ -48,8 +48,8 @@ class PromptSet:
     """int64 [rows + 1], bounds of the rows in ``token_ids``."""
     packed_masks: np.ndarray
     """uint8, the packed masks of the answered rows end to end; each starts on a byte of its own."""
-    room: np.ndarray
-    """int32 [rows], most tokens of the answer; 0 for answered rows."""
+    max_answer_tokens: np.ndarray
+    """int32 [rows], of the answer that is to be written; 0 for answered rows."""
     rejected: list[tuple[str, str]]
     """Name and reason of every conversation that is not a row."""
     content_hash: str
@@ -64,21 +64,17 @@ class PromptSet:
 
     def loss_mask(self, row: int) -> bytes | None:
         """Packed mask over ``input_ids(row)`` (``data/masks.py``); None where the target has yet to answer."""
-        if self.room[row]:
+        if self.max_answer_tokens[row]:
             return None
         return self.packed_masks[self._mask_offsets[row] : self._mask_offsets[row + 1]].tobytes()
 
-    def max_new_tokens(self, row: int) -> int:
-        """Most tokens of the answer; 0 for a row that has one."""
-        return int(self.room[row])
-
     @cached_property
     def fully_answered(self) -> bool:
-        return not self.room.any()
+        return not self.max_answer_tokens.any()
 
     @cached_property
     def _mask_offsets(self) -> np.ndarray:
-        sizes = np.where(self.room > 0, 0, (np.diff(self.offsets) + 7) // 8)
+        sizes = np.where(self.max_answer_tokens > 0, 0, (np.diff(self.offsets) + 7) // 8)
         return np.concatenate([[0], np.cumsum(sizes)])
 
     @classmethod
@@ -115,7 +111,7 @@ class PromptSet:
             "token_ids": self.token_ids,
             "offsets": self.offsets,
             "packed_masks": self.packed_masks,
-            "room": self.room,
+            "room": self.max_answer_tokens,
             "names": np.frombuffer(json.dumps(names).encode(), dtype=np.uint8),
         }
         write_atomically(path, lambda file: np.savez(file, **arrays))
@@ -129,7 +125,7 @@ class PromptSet:
                 token_ids=arrays["token_ids"],
                 offsets=arrays["offsets"],
                 packed_masks=arrays["packed_masks"],
-                room=arrays["room"],
+                max_answer_tokens=arrays["room"],
                 rejected=[(name, reason) for name, reason in names["rejected"]],
                 content_hash=names["content_hash"],
             )

@@ -47,7 +47,7 @@ def survey(source: str, tokenizer_path: Path, options: TokenizeOptions, cache_di
     return Survey(
         rows=round(len(prompts) * scale),
         tokens=round(len(prompts.token_ids) * scale),
-        answer_tokens=round(int(prompts.room.sum()) * scale),
+        answer_tokens=round(int(prompts.max_answer_tokens.sum()) * scale),
         rejected=tuple(prompts.rejected),
         exact=len(sample) == count,
     )

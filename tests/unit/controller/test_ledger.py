@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 
 import pytest
 from hypothesis import given, settings
@@ -33,6 +34,19 @@ def lease_all(book: Ledger, worker: str = "w0") -> list:
     return leased
 
 
+def nonzero(book: Ledger) -> dict[str, int]:
+    return {state: count for state, count in book.counts().items() if count}
+
+
+def counted(book: Ledger) -> Counter[str]:
+    """The same, counted one by one."""
+    states = Counter(record.state for record in book.records.values())
+    states["rejected"] = len(book.rejected)
+    states["committed"] = sum(p not in book.rejected for p in range(book.committed_cursor))
+    states["pending"] += book.end - states.total()
+    return +states
+
+
 def seeded_line(s: LedgerShape) -> list[SampleId]:
     return [SampleId(e, int(p)) for e in range(s.epochs) for p in epoch_order(s.seed, e, s.prompts)]
 
@@ -48,10 +62,10 @@ def test_rejected_samples_take_no_room_in_the_window():
     book = ledger(window=6, prompts=30)
     bad = lease_all(book)[:5]
     for record in bad:
-        book.fail(record.sample, record.key, "bad", final=True)
+        book.fail(record, "bad", final=True)
     assert len(lease_all(book)) == 5
     for record in book.records.values():
-        book.store(ref(record))
+        book.store(record, ref(record))
     book.train(book.assign())
     assert book.trained_cursor == 9 and len(lease_all(book)) == 4
 
@@ -60,10 +74,10 @@ def test_a_step_waits_for_the_front_of_the_line():
     book = ledger()
     records = lease_all(book)
     for record in records[1:]:
-        book.store(ref(record))
+        book.store(record, ref(record))
     assert book.assign() is None
     assert book.ready() == 0
-    book.store(ref(records[0]))
+    book.store(records[0], ref(records[0]))
     assert book.ready() == 8
     assert book.assign() == 1
     assert [r.sample for r in book.step_records(1)] == seeded_line(book.shape)[:4]
@@ -72,7 +86,7 @@ def test_a_step_waits_for_the_front_of_the_line():
 def test_the_tail_is_trained_and_batches_roll_over_the_epoch():
     book = ledger(window=100, prompts=5, epochs=3)
     for record in lease_all(book):
-        book.store(ref(record))
+        book.store(record, ref(record))
     sizes = []
     while (step := book.assign()) is not None:
         sizes.append(len(book.step_records(step)))
@@ -84,14 +98,14 @@ def test_the_tail_is_trained_and_batches_roll_over_the_epoch():
 def test_a_failed_lease_is_retried_first_then_rejected_by_name():
     book = ledger(attempts=2)
     first, *_ = lease_all(book)
-    book.fail(first.sample, first.key, "boom")
+    book.fail(first, "boom")
     again = book.next_to_lease()
     assert again is first
     old_key = first.key
     book.lease(again, "w1", "run")
     assert first.key != old_key
-    assert book.fail(first.sample, old_key, "late news") is None
-    book.fail(first.sample, first.key, "boom")
+    assert book.leased(first.sample, old_key) is None, "late news"
+    book.fail(first, "boom")
     assert [r.sample for r in book.rejected.values()] == [first.sample]
     assert "boom" in next(iter(book.rejected.values())).reason
 
@@ -100,23 +114,26 @@ def test_a_late_put_of_an_earlier_attempt_is_not_accepted():
     book = ledger()
     record, *_ = lease_all(book)
     stale = ref(record)
-    book.worker_lost("w0")
+    book.worker_lost("w0", alone=False)
     book.lease(book.next_to_lease(), "w1", "run")
-    assert book.store(stale) is None
-    assert book.store(ref(record)) is record
+    assert book.leased(stale.sample, stale.key) is None
+    assert book.leased(record.sample, record.key) is record
+    with pytest.raises(AssertionError):
+        book.store(record, stale)
+    book.store(record, ref(record))
+    assert book.leased(record.sample, record.key) is None and book.is_stored(record.sample, record.key)
 
 
 def test_a_lost_object_returns_and_keeps_its_step():
     book = ledger()
     for record in lease_all(book):
-        book.store(ref(record))
+        book.store(record, ref(record))
     step = book.assign()
     victim = book.step_records(step)[2]
-    assert book.lose(victim.sample, victim.key) is victim
-    assert book.lose(victim.sample, victim.key) is None
+    book.put_back(victim)
     assert book.next_to_lease() is victim
     book.lease(victim, "w1", "run")
-    book.store(ref(victim))
+    book.store(victim, ref(victim))
     assert victim.state == "assigned" and victim in book.step_records(step)
 
 
@@ -124,16 +141,16 @@ def test_a_full_store_blames_nobody_and_the_front_of_the_line_gets_through():
     book = ledger(attempts=1)
     first, *others = lease_all(book)
     for record in others:
-        book.store(ref(record))
+        book.store(record, ref(record))
     last = others[-1]
-    assert book.defer(first.sample, first.key) == last.key
+    assert book.defer(first) == last.key
     assert book.next_to_lease() is first
     book.lease(first, "w0", "run")
     assert book.next_to_lease() is None  # the displaced one waits for room
-    book.store(ref(first))
+    book.store(first, ref(first))
     assert book.assign() == 1
     book.train(1)
-    book.room()
+    book.unpark()
     assert book.next_to_lease() is last
     assert not book.rejected
 
@@ -142,15 +159,15 @@ def test_a_store_that_others_have_filled_is_nobodys_fault():
     book = ledger(attempts=1)
     for _ in range(3):
         first = book.lease(book.next_to_lease(), "w0", "run")
-        assert book.defer(first.sample, first.key) is None
+        assert book.defer(first) is None
         assert book.next_to_lease() is None and not book.rejected
-        book.room()
+        book.unpark()
 
 
 def test_max_steps_bounds_what_is_leased_and_assigned():
     book = ledger(window=100, max_steps=2)
     for record in lease_all(book):
-        book.store(ref(record))
+        book.store(record, ref(record))
     assert [book.assign(), book.assign(), book.assign()] == [1, 2, None]
     assert book.exhausted and book.is_last(2) and book.total_steps == 2
 
@@ -180,7 +197,7 @@ def test_nothing_is_lost_and_nothing_comes_twice(seed: int, prompts: int, epochs
     for _ in range(100_000):
         if book.exhausted and book.trained_step == max(book.steps, default=book.trained_step):
             break
-        assert sum(book.counts().values()) == prompts * epochs
+        assert nonzero(book) == counted(book)
         leased = [r for r in book.records.values() if r.state == "leased"]
         action = chance.choice(
             [
@@ -202,27 +219,28 @@ def test_nothing_is_lost_and_nothing_comes_twice(seed: int, prompts: int, epochs
         if action == "lease" and (record := book.next_to_lease()):
             book.lease(record, chance.choice(["w0", "w1"]), "run")
         elif action == "store" and leased:
-            book.store(ref(chance.choice(leased)))
+            record = chance.choice(leased)
+            book.store(record, ref(record))
         elif action == "fail" and leased and chance.random() < 0.3:
             victim = chance.choice(leased)
-            book.fail(victim.sample, victim.key, "boom")
+            book.fail(victim, "boom")
         elif action == "die" and chance.random() < 0.1:
-            book.worker_lost("w0")
+            book.worker_lost("w0", alone=False)
         elif action == "full" and leased:
             victim = chance.choice(leased)
-            book.defer(victim.sample, victim.key)
+            book.defer(victim)
         elif action == "lose" and chance.random() < 0.1:
             stored = [r for r in book.records.values() if r.state in ("stored", "assigned")]
             if stored:
                 victim = chance.choice(stored)
-                book.lose(victim.sample, victim.key)
+                book.put_back(victim)
         elif action == "step":
             book.assign()
             step = book.trained_step + 1
             if step in book.steps and all(r.state == "assigned" for r in book.step_records(step)):
                 trained[step] = [r.sample for r in book.step_records(step)]
                 book.train(step)
-                book.room()
+                book.unpark()
         elif action == "save":
             saved = book.snapshot(book.trained_step)
             book.commit(book.trained_step)
@@ -238,7 +256,7 @@ def trained_up_to(book: Ledger, step: int) -> None:
     """Lease, store, assign and train every step up to ``step``."""
     while book.trained_step < step:
         for record in lease_all(book):
-            book.store(ref(record))
+            book.store(record, ref(record))
         book.train(book.assign())
 
 
@@ -249,20 +267,20 @@ def test_a_rewind_brings_back_what_was_trained_since_and_keeps_what_is_stored():
     book.commit(1)
     trained_up_to(book, 2)
     for record in lease_all(book)[:3]:  # the fourth stays with its worker
-        book.store(ref(record))
+        book.store(record, ref(record))
     assigned = book.assign()
     batch = [r.sample for r in book.step_records(assigned)]
     useless = book.rewind(saved)
     line = seeded_line(book.shape)
     assert useless == []
     assert (book.trained_step, book.committed_step, book.committed_cursor, book.steps) == (1, 1, 4, {})
-    assert book.counts() == {"committed": 4, "pending": 6, "stored": 9, "leased": 1, "rejected": 0}
+    assert nonzero(book) == {"committed": 4, "pending": 6, "stored": 9, "leased": 1}
     again = book.next_to_lease()
     assert again.sample == line[4] and again.attempts == 1
     old_keys = {r.key for r in book.records.values()}
     for record in lease_all(book):
         assert record.key not in old_keys
-        book.store(ref(record))
+        book.store(record, ref(record))
     assert [r.sample for r in book.step_records(book.assign())] == line[4:8]
     assert [r.sample for r in book.step_records(book.assign())] == batch == line[8:12]
 
@@ -271,13 +289,13 @@ def test_a_rewind_goes_ahead_to_a_checkpoint_that_nobody_told_of():
     book, ahead = ledger(), ledger()
     trained_up_to(ahead, 2)
     later, *_ = lease_all(ahead)
-    ahead.fail(later.sample, later.key, "boom", final=True)
+    ahead.fail(later, "boom", final=True)
     first, second = lease_all(book)[:2]
-    book.store(ref(first))
+    book.store(first, ref(first))
     useless = book.rewind(ahead.snapshot(2))
     assert {r.sample for r in useless} == {r.sample for r in (first, second)} | set(seeded_line(book.shape)[2:8])
     assert (book.committed_cursor, book.trained_step) == (8, 2)
-    assert book.store(ref(second)) is None
+    assert book.leased(second.sample, second.key) is None
     assert book.next_to_lease().sample == seeded_line(book.shape)[8]
 
 
@@ -285,7 +303,7 @@ def test_a_rewind_drops_what_is_stored_in_another_way():
     book = ledger(window=8)
     kept, dropped, *_ = lease_all(book)
     for record in (kept, dropped):
-        book.store(ref(record))
+        book.store(record, ref(record))
     assert book.rewind(None, keep=lambda ref: ref.key == kept.key) == [dropped]
     assert (kept.state, dropped.state, book.next_to_lease()) == ("stored", "pending", dropped)
 
@@ -294,14 +312,14 @@ def test_what_was_rejected_stays_rejected_over_a_rewind():
     book = ledger(attempts=1)
     saved = book.snapshot(0)
     first, *others = lease_all(book)
-    book.fail(first.sample, first.key, "boom")
+    book.fail(first, "boom")
     for record in others:
-        book.store(ref(record))
+        book.store(record, ref(record))
     book.train(book.assign())
     book.rewind(saved)
     assert [r.sample for r in book.rejected.values()] == [first.sample]
     for record in lease_all(book):
-        book.store(ref(record))
+        book.store(record, ref(record))
     assert [r.sample for r in book.step_records(book.assign())] == seeded_line(book.shape)[1:5]
 
 
@@ -311,7 +329,7 @@ def test_a_sample_is_rejected_for_a_death_that_it_was_alone_in():
     poison, *others = lease_all(book, "w1")
     for worker in ("w1", "w2"):
         assert not any(book.is_suspect(r) for r in book.records.values())
-        book.worker_lost(worker)
+        book.worker_lost(worker, alone=False)
         if worker == "w1":
             lease_all(book, "w2")
     assert all(book.is_suspect(r) for r in [poison, *others]) and not book.rejected
@@ -322,23 +340,23 @@ def test_a_sample_is_rejected_for_a_death_that_it_was_alone_in():
     assert "w3" in next(iter(book.rejected.values())).reason
     for record in others:
         book.lease(record, "w4", "run")
-        book.store(ref(record))
+        book.store(record, ref(record))
         assert not book.is_suspect(record)
 
 
 def test_while_stopping_only_what_a_formed_step_waits_for_is_leased():
     book = ledger(window=8)
     for record in lease_all(book)[:7]:
-        book.store(ref(record))
+        book.store(record, ref(record))
     behind = book.records[5]
-    book.lose(behind.sample, behind.key)
+    book.put_back(behind)
     assert book.next_to_lease(of_steps_only=True) is None
     book.assign()
     missing = book.records[2]
-    book.lose(missing.sample, missing.key)
+    book.put_back(missing)
     assert book.next_to_lease(of_steps_only=True) is missing
     book.lease(missing, "w1", "run")
-    book.store(ref(missing))
+    book.store(missing, ref(missing))
     assert missing.state == "assigned"
     assert book.next_to_lease() is behind
 
@@ -347,7 +365,7 @@ def test_a_lease_given_back_is_held_against_nobody():
     book = ledger(attempts=1)
     record, *_ = lease_all(book)
     for _ in range(3):
-        assert book.give_back(record.sample, record.key) is record
-        assert book.give_back(record.sample, record.key) is None
+        book.put_back(record)
+        assert book.leased(record.sample, record.key) is None
         book.lease(book.next_to_lease(), "w1", "run")
     assert not book.rejected and book.leased_to("w1") == [record]

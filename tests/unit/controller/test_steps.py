@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from torchspec.contracts import SampleId, SampleRef
-from torchspec.controller.batching import split_batch
+from torchspec.controller.steps import split_batch
 
 
 def refs(*tokens: int) -> list[SampleRef]:

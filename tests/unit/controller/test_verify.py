@@ -69,16 +69,16 @@ class Run:
         self.chance.shuffle(leased)
         for record in leased:
             if self.chance.random() < reject:
-                self.ledger.fail(record.sample, record.key, "bad", final=self.chance.random() < 0.5)
+                self.ledger.fail(record, "bad", final=self.chance.random() < 0.5)
             else:
-                self.ledger.store(SampleRef(record.sample, record.key, 5, b"\xf8", {}, 100, "post_norm"))
+                self.ledger.store(record, SampleRef(record.sample, record.key, 5, b"\xf8", {}, 100, "post_norm"))
         self._note_rejected()
 
     def _lose(self, step: int, reject: float) -> None:
         """Objects of an assigned step are lost; some cannot be captured again."""
         for record in self.ledger.step_records(step):
             if self.chance.random() < reject:
-                self.ledger.lose(record.sample, record.key)
+                self.ledger.put_back(record)
         while any(r.state != "assigned" for r in self.ledger.step_records(step)):
             self._produce(reject)
 

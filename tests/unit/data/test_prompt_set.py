@@ -50,10 +50,10 @@ def test_rows_are_what_the_tokenizer_says(build, target_path):
         assert prompts.input_ids(row).tolist() == want.input_ids.tolist()
         if want.loss_mask is None:
             assert prompts.loss_mask(row) is None
-            assert prompts.max_new_tokens(row) == 32
+            assert prompts.max_answer_tokens[row] == 32
         else:
             assert unpack_mask(prompts.loss_mask(row), len(want.input_ids)) == want.loss_mask.tolist()
-            assert prompts.max_new_tokens(row) == 0
+            assert prompts.max_answer_tokens[row] == 0
     assert not prompts.fully_answered
     assert build(limit=2).fully_answered
 
@@ -73,7 +73,7 @@ def test_room_for_the_answer_is_clipped_then_rejected(build):
     whole = build()
     length = len(whole.input_ids(whole.ids.index("7")))
     tight = build(max_seq_length=length + 5)
-    assert tight.max_new_tokens(tight.ids.index("7")) == 5
+    assert tight.max_answer_tokens[tight.ids.index("7")] == 5
     rejected = dict(build(max_seq_length=length + 5, min_loss_tokens=6).rejected)
     assert f"a prompt of {length} tokens leaves 5 for the answer" in rejected["7"]
     assert "data.min_loss_tokens=6" in rejected["7"]
@@ -121,7 +121,7 @@ def test_the_cache_gives_back_the_same_set(build, tmp_path, monkeypatch):
     second = build(min_loss_tokens=8)
     assert file.stat().st_mtime_ns == written
     assert (second.ids, second.rejected, second.content_hash) == (first.ids, first.rejected, first.content_hash)
-    for name in ("token_ids", "offsets", "packed_masks", "room"):
+    for name in ("token_ids", "offsets", "packed_masks", "max_answer_tokens"):
         assert np.array_equal(getattr(first, name), getattr(second, name))
         assert getattr(first, name).dtype == getattr(second, name).dtype
 

@@ -35,7 +35,7 @@ def both(target_path, tmp_path):
 def test_a_small_file_is_counted_exactly(both):
     counts, prompts = both()
     assert counts.exact and counts.rows == len(prompts)
-    assert counts.tokens == len(prompts.token_ids) and counts.answer_tokens == prompts.room.sum()
+    assert counts.tokens == len(prompts.token_ids) and counts.answer_tokens == prompts.max_answer_tokens.sum()
     assert list(counts.rejected) == prompts.rejected and 20 <= len(prompts.rejected) <= 23
 
 
@@ -46,4 +46,4 @@ def test_a_large_file_is_estimated(both, monkeypatch):
     assert 0 < len(counts.rejected) < len(prompts.rejected)
     assert counts.rows == pytest.approx(len(prompts), rel=0.1)
     assert counts.tokens == pytest.approx(len(prompts.token_ids), rel=0.1)
-    assert counts.answer_tokens == pytest.approx(prompts.room.sum(), rel=0.1)
+    assert counts.answer_tokens == pytest.approx(prompts.max_answer_tokens.sum(), rel=0.1)

@@ -116,15 +116,24 @@ class Timelines:
             followed.timeline += [(moment, at, "") for moment, at in moments]
         followed.timeline.append(("stored", now, ""))
 
+    def moved(self, sample: SampleId, before: str, state: str, why: str) -> None:
+        """It has gone from state to state of the ledger. What has gone back for no fault of anybody's says nothing."""
+        if state == "leased":
+            self.leased(sample, why)
+        elif state == "rejected":
+            self._open.pop(sample, None)
+        elif state == "assigned" and before == "stored":
+            self.mark([sample], "assigned", why)
+        elif state == "trained":
+            self.mark([sample], "trained")
+        elif state == "pending" and why:
+            self.mark([sample], "failed" if before == "leased" else "lost", why)
+
     def mark(self, samples: Iterable[SampleId], moment: Moment, detail: str = "") -> None:
         """The same happened to all of ``samples``."""
         for sample in samples:
             if sample in self._open:
                 self._open[sample].timeline.append((moment, self._clock(), detail))
-
-    def forget(self, sample: SampleId) -> None:
-        """It was rejected."""
-        self._open.pop(sample, None)
 
     def follows(self, sample: SampleId) -> bool:
         return sample in self._open

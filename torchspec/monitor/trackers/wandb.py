@@ -9,6 +9,7 @@ import yaml
 
 from torchspec.contracts import RunStatus, StepReport
 from torchspec.monitor.trackers.scalars import report_scalars, status_scalars
+from torchspec.run_folder import RunFolder
 
 
 class WandbTracker:
@@ -26,7 +27,7 @@ class WandbTracker:
             id=_kept(run_dir / "wandb_id"),
             resume="allow",
             dir=str(run_dir),
-            config=yaml.safe_load((run_dir / "config.yaml").read_text()),
+            config=yaml.safe_load(RunFolder(run_dir).config.read_text()),
             settings=wandb.Settings(silent=True, console="off"),  # the terminal is the run's own
         )
         self._run.define_metric("step")
