@@ -32,15 +32,15 @@ from torchspec.monitor.views import now_view
 RESULTS = Path(__file__).parent / "results" / "staged_runs.json"
 LONG = ("training.epochs=200", "evaluation.heldout=null", "checkpoint.every_steps=1000")
 STAGES = {
-    "inference": ("answer.max_tokens=96", "data.max_seq_length=256", "data.limit=600", "training.ttt_length=1"),
+    "inference": ("answer.max_tokens=96", "data.max_seq_length=256", "data.limit=600", "draft.ttt_length=1"),
     "training": (
-        *("training.ttt_length=7", "draft.vocab_size=40000", "training.batch_size=8"),
+        *("draft.ttt_length=7", "draft.vocab_size=40000", "training.batch_size=8"),
         *("controller.reorder_window=24", "inference.workers=2"),
     ),
     "store": (
         *("training.batch_size=16", "store.segment_bytes=18874368", "controller.prefetch_steps=1"),
         *("data.max_seq_length=80", "controller.reorder_window=64"),
-        *("training.ttt_length=7", "draft.vocab_size=16384"),
+        *("draft.ttt_length=7", "draft.vocab_size=16384"),
     ),
 }
 SAME = 10

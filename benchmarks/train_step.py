@@ -30,12 +30,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from torchspec.drafts.eagle3.model import Batch, Eagle3Draft, Eagle3Spec, TargetHead
+from torchspec.drafts.draft import Batch
+from torchspec.drafts.eagle3.model import Eagle3Draft
+from torchspec.drafts.eagle3.spec import Eagle3Spec
 from torchspec.nn.losses import compute_dtype
 from torchspec.nn.rope import rotary_table
+from torchspec.target.head import TargetHead
+from torchspec.target.shape import TargetShape
 
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
-SMOLLM2 = Eagle3Spec(
+SMOLLM2 = TargetShape(
     hidden_size=576,
     num_heads=9,
     num_kv_heads=3,
@@ -43,10 +47,10 @@ SMOLLM2 = Eagle3Spec(
     intermediate_size=1536,
     rms_norm_eps=1e-5,
     vocab_size=49152,
-    draft_vocab_size=8192,
     max_position_embeddings=8192,
     rope_parameters={"rope_type": "default", "rope_theta": 1e5},
 )
+DRAFT_VOCAB = 8192
 BATCHES = {"4x180": (150, 180, 200, 190), "1x2048": (2048,)}
 PROMPT = 40
 """Tokens of each sample that are not learnt."""
@@ -65,13 +69,13 @@ class Measurement:
     """Of the multiplications that the step cannot do without, whoever does more."""
 
 
-def make_step(batch_name: str, dtype: torch.dtype) -> tuple[Eagle3Draft, TargetHead, Batch]:
+def make_step(batch_name: str, ttt_length: int, dtype: torch.dtype) -> tuple[Eagle3Draft, TargetHead, Batch]:
     torch.manual_seed(0)
     config, lengths = SMOLLM2, BATCHES[batch_name]
-    draft = Eagle3Draft(config)
+    draft = Eagle3Draft(Eagle3Spec(config, (1, 14, 26), DRAFT_VOCAB, ttt_length))
     head_VH = torch.randn(config.vocab_size, config.hidden_size).mul_(0.1).to(dtype)
     embedding_VH, norm_H = torch.randn_like(head_VH), torch.ones(config.hidden_size, dtype=dtype)
-    in_draft, rest = head_VH.split([config.draft_vocab_size, config.vocab_size - config.draft_vocab_size])
+    in_draft, rest = head_VH.split([DRAFT_VOCAB, config.vocab_size - DRAFT_VOCAB])
     target = TargetHead(embedding_VH, in_draft, rest, norm_H, config.rms_norm_eps)
     shape = len(lengths), max(lengths)
     positions_S, lengths_B = torch.arange(shape[1]), torch.tensor(lengths)
@@ -81,20 +85,23 @@ def make_step(batch_name: str, dtype: torch.dtype) -> tuple[Eagle3Draft, TargetH
         ids_BS=torch.randint(config.vocab_size, shape, dtype=torch.int32),
         loss_mask_BS=(positions_S >= PROMPT) & (positions_S < lengths_B.unsqueeze(1)),
         lengths_B=lengths_B,
+        seeds_B=lengths_B,
     )
     return draft, target, batch
 
 
 def plain_loss(draft: Eagle3Draft, target: TargetHead, batch: Batch, step_weights: Sequence[float]) -> Tensor:
     """The same total as ``Eagle3Draft.forward``, written without any of its ideas."""
-    config, layer = draft.config, draft.midlayer
+    config, layer = SMOLLM2, draft.midlayer
     dtype = compute_dtype(draft.fc.weight)
     size, length = batch.ids_BS.shape
     head_VH = torch.cat((target.draft_head_DH, target.rest_head_XH))
     logits_BSV = F.linear(batch.lhs_BSH.to(head_VH.dtype), head_VH)
-    counted_BS = (logits_BSV.argmax(-1) < config.draft_vocab_size) & batch.loss_mask_BS
-    p_BSD = logits_BSV[..., : config.draft_vocab_size].float().softmax(-1)
-    cos_PE, sin_PE = rotary_table(config, torch.arange(length + len(step_weights)), dtype)
+    counted_BS = (logits_BSV.argmax(-1) < DRAFT_VOCAB) & batch.loss_mask_BS
+    p_BSD = logits_BSV[..., :DRAFT_VOCAB].float().softmax(-1)
+    cos_PE, sin_PE = rotary_table(
+        config.rope_parameters, config.head_dim, 8192, torch.arange(length + len(step_weights)), dtype
+    )
 
     def heads(x: Tensor, count: int, t: int, rotated: bool = True) -> Tensor:
         x = x.view(size, length, count, config.head_dim).transpose(1, 2)
@@ -136,7 +143,7 @@ def necessary_flop(batch: Batch, ttt_length: int) -> float:
     context, teachers = sum(lengths), int(batch.loss_mask_BS.sum())
     width, kv_width = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     layer = config.hidden_size * (2 * width + 4 * kv_width + width + 3 * config.intermediate_size)
-    fc, heads = 3 * config.hidden_size**2, config.hidden_size * config.draft_vocab_size
+    fc, heads = 3 * config.hidden_size**2, config.hidden_size * DRAFT_VOCAB
     teacher = config.hidden_size * config.vocab_size
     return 2.0 * (3 * ttt_length * teachers * (layer + heads) + teachers * teacher + 2 * context * fc)
 
@@ -151,15 +158,14 @@ def measure(implementation: str, batch_name: str, ttt_length: int, dtype_name: s
     """Run one configuration; meant for a fresh process."""
     torch.set_num_threads(1)
     dtype = getattr(torch, dtype_name)
-    draft, target, batch = make_step(batch_name, dtype)
-    weights = [0.8**t for t in range(ttt_length)]
+    draft, target, batch = make_step(batch_name, ttt_length, dtype)
 
     def step() -> float:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             if implementation == "plain":
-                total = plain_loss(draft, target, batch, weights)
+                total = plain_loss(draft, target, batch, draft.spec.step_weights)
             else:
-                total = draft(batch, target, ttt_length, weights).total
+                total = draft(batch, target).total
         total.backward()
         return total.item()
 

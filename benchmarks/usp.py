@@ -31,10 +31,9 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from rich.table import Table
-from usp_rank import DRAFT, WAYS, on_ranks, peak_mib, step_seconds, traffic_and_work, training_of
+from usp_rank import TARGET, WAYS, Setup, on_ranks, peak_mib, setup_of, step_seconds, traffic_and_work
 from usp_store import stored_rows
 
-from torchspec.config.schema import TrainingConfig
 from torchspec.driver.memory import rank_memory
 
 RESULTS = Path(__file__).parent / "results" / "usp.json"
@@ -55,27 +54,27 @@ class Losses:
             assert math.isclose(outcome["loss"], expected, rel_tol=1e-4), f"{num_tokens} tokens: {outcomes}, {expected}"
 
 
-def measure_memory(training: TrainingConfig, num_tokens: int, losses: Losses) -> float:
+def measure_memory(setup: Setup, num_tokens: int, losses: Losses) -> float:
     """MiB of the rank that needs most."""
-    outcomes = on_ranks(peak_mib, training, num_tokens)
+    outcomes = on_ranks(peak_mib, setup, num_tokens)
     losses.check(num_tokens, outcomes)
     return max(outcome["mib"] for outcome in outcomes)
 
 
-def planned_mib(training: TrainingConfig, num_tokens: int) -> float:
-    return rank_memory(DRAFT, training, num_tokens, "bfloat16").total / 2**20
+def planned_mib(setup: Setup, num_tokens: int) -> float:
+    return rank_memory(*setup, num_tokens, "bfloat16").total / 2**20
 
 
-def longest(training: TrainingConfig, budget: float, losses: Losses, attempts: int = 3) -> dict[str, float]:
+def longest(setup: Setup, budget: float, losses: Losses, attempts: int = 3) -> dict[str, float]:
     """The longest sample whose step fits: start from the plan, then follow the line through what was measured."""
     lengths = range(1, 1 << 20)
     low, high = 0, len(lengths)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if planned_mib(training, middle) <= budget else (low, middle)
-    points, tried = [(0, planned_mib(training, 1))], low
+        low, high = (middle, high) if planned_mib(setup, middle) <= budget else (low, middle)
+    points, tried = [(0, planned_mib(setup, 1))], low
     for _ in range(attempts):
-        points.append((tried, measure_memory(training, tried, losses)))
+        points.append((tried, measure_memory(setup, tried, losses)))
         (x0, y0), (x1, y1) = points[-2:]
         tried = int(x1 + (0.995 * budget - y1) * (x1 - x0) / (y1 - y0))
     fitting = max(point for point in points if point[1] <= budget)
@@ -88,23 +87,23 @@ def memory_rows(options: argparse.Namespace) -> list[dict]:
     losses = Losses()
     for way in WAYS:
         for degree in (1, *DEGREES):
-            training = training_of(way, degree, options.ttt_length)
+            setup = setup_of(way, degree, options.ttt_length)
             alone = next((row for row in rows if row["degree"] == degree == 1), None)
             if alone is not None:
                 rows.append({**alone, "way": way})
                 continue
-            fit = longest(training, options.budget_mib, losses)
+            fit = longest(setup, options.budget_mib, losses)
             one_rank = rows[0]["longest_tokens"] if rows else fit["tokens"]
             rows.append(
                 {
                     "way": way,
                     "degree": degree,
-                    "peak_mib": measure_memory(training, options.tokens, losses),
-                    "planned_mib": planned_mib(training, options.tokens),
+                    "peak_mib": measure_memory(setup, options.tokens, losses),
+                    "planned_mib": planned_mib(setup, options.tokens),
                     "longest_tokens": fit["tokens"],
                     "longest_to_one_rank": fit["tokens"] / one_rank,
                     "longest_mib": fit["mib"],
-                    "longest_planned_mib": planned_mib(training, fit["tokens"]),
+                    "longest_planned_mib": planned_mib(setup, fit["tokens"]),
                 }
             )
     return rows
@@ -112,21 +111,22 @@ def memory_rows(options: argparse.Namespace) -> list[dict]:
 
 def time_rows(options: argparse.Namespace) -> list[dict]:
     losses = Losses()
-    setups = {"one rank": training_of("Ulysses", 1, options.ttt_length)}
-    setups |= {way: training_of(way, 2, options.ttt_length) for way in WAYS}
+    setups = {"one rank": setup_of("Ulysses", 1, options.ttt_length)}
+    setups |= {way: setup_of(way, 2, options.ttt_length) for way in WAYS}
     best = dict.fromkeys(setups, math.inf)
     for _ in range(options.rounds):
-        for name, training in setups.items():
-            outcomes = on_ranks(step_seconds, training, options.tokens, 1)
+        for name, setup in setups.items():
+            outcomes = on_ranks(step_seconds, setup, options.tokens, 1)
             losses.check(options.tokens, outcomes)
             best[name] = min(best[name], max(outcome["seconds"] for outcome in outcomes))
     return [{"way": n, "seconds": s, "to_one_rank": s / best["one rank"]} for n, s in best.items()]
 
 
-def expected_bytes(training: TrainingConfig, num_tokens: int) -> float:
+def expected_bytes(setup: Setup, num_tokens: int) -> float:
     """What one rank sends in a step of one sample, in float32, by the formulas of docs/usp.md."""
-    ulysses, ring, steps = training.sp_ulysses_size, training.sp_ring_size, training.ttt_length
-    queries, keys = (4 * 2 * heads * DRAFT.head_dim * num_tokens for heads in (DRAFT.num_heads, DRAFT.num_kv_heads))
+    training, steps = setup.training, setup.spec.ttt_length
+    ulysses, ring = training.sp_ulysses_size, training.sp_ring_size
+    queries, keys = (4 * 2 * heads * TARGET.head_dim * num_tokens for heads in (TARGET.num_heads, TARGET.num_kv_heads))
     if ulysses > 1:
         return 2 * steps * (queries + keys) / ulysses * (ulysses - 1) / ulysses
     return keys / ring * (2 * (ring - 1) if training.sp_gather_once else steps * (3 * ring - 2))
@@ -138,12 +138,12 @@ def traffic_rows(options: argparse.Namespace) -> list[dict]:
     for degree in (2, 4):
         for layout in ("contiguous", "zigzag"):
             for way in WAYS:
-                training = training_of(way, degree, options.ttt_length, sp_layout=layout, sharding="replicated")
-                outcomes = on_ranks(traffic_and_work, training, options.tokens)
+                setup = setup_of(way, degree, options.ttt_length, sp_layout=layout, sharding="replicated")
+                outcomes = on_ranks(traffic_and_work, setup, options.tokens)
                 losses.check(options.tokens, outcomes)
                 work = [outcome["attention_seconds"] for outcome in outcomes]
                 sent = max(outcome["sent_bytes"] for outcome in outcomes)
-                assert math.isclose(sent, expected_bytes(training, options.tokens), rel_tol=0.01)
+                assert math.isclose(sent, expected_bytes(setup, options.tokens), rel_tol=0.01)
                 rows.append(
                     {
                         "way": way,
@@ -226,7 +226,7 @@ def main() -> None:
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     report = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     report["machine"] = {"processor": platform.processor() or platform.machine(), "torch": torch.__version__}
-    report["draft"] = {name: value for name, value in asdict(DRAFT).items() if isinstance(value, int)}
+    report["draft"] = {name: value for name, value in asdict(TARGET).items() if isinstance(value, int)}
     RESULTS.parent.mkdir(exist_ok=True)
     for part in options.parts:
         rows = PARTS[part](options)

@@ -8,7 +8,7 @@ import multiprocessing
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,17 +17,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchspec.config.schema import OptimizerConfig, TrainingConfig
-from torchspec.drafts.eagle3.model import Batch, Eagle3Draft, Eagle3Spec, TargetHead
+from torchspec.drafts.draft import Batch, DraftOptions, Sharing
+from torchspec.drafts.eagle3.model import Eagle3Draft
+from torchspec.drafts.eagle3.spec import Eagle3Spec
 from torchspec.network import free_port
 from torchspec.parallel.mesh import build_mesh, join_ranks, shard_module
 from torchspec.store.usp import segment_rows
+from torchspec.target.head import TargetHead
+from torchspec.target.shape import TargetShape
+from torchspec.training.learner import add_gradients, reduce_gradients
 from torchspec.training.optimizer import build_optimizer
-from torchspec.training.setup import usp_backend
-from torchspec.training.step import add_gradients, reduce_gradients
 from torchspec.training.sums import StepSums
 
 HOST, CPU = "127.0.0.1", torch.device("cpu")
-DRAFT = Eagle3Spec(
+TARGET = TargetShape(
     hidden_size=256,
     num_heads=8,
     num_kv_heads=4,
@@ -35,93 +38,101 @@ DRAFT = Eagle3Spec(
     intermediate_size=768,
     rms_norm_eps=1e-5,
     vocab_size=8192,
-    draft_vocab_size=4096,
     max_position_embeddings=1 << 20,
     rope_parameters={"rope_type": "default", "rope_theta": 1e5},
 )
+LAYERS, DRAFT_VOCAB = (1, 2, 3), 4096
 WAYS = {"Ulysses": (True, True), "ring, gathered": (False, True), "ring, circulating": (False, False)}
 """Whether the ranks are Ulysses ranks, and whether a ring gathers once."""
 M_MMAP_THRESHOLD = -3
 """glibc's ``mallopt``."""
 
 
-def training_of(way: str, degree: int, ttt_length: int, **changes: Any) -> TrainingConfig:
-    """The config of ``degree`` ranks that share one sample; of a plain single rank for 1."""
+class Setup(NamedTuple):
+    """A draft, and how its samples are shared."""
+
+    spec: Eagle3Spec
+    training: TrainingConfig
+
+
+def setup_of(way: str, degree: int, ttt_length: int, **changes: Any) -> Setup:
+    """The setup of ``degree`` ranks that share one sample; of a plain single rank for 1."""
     ulysses, gather_once = WAYS[way]
     sizes = (
         {"sp_ulysses_size": degree, "sp_ring_size": 1} if ulysses else {"sp_ulysses_size": 1, "sp_ring_size": degree}
     )
-    return TrainingConfig(
+    training = TrainingConfig(
         attention_backend="usp" if degree > 1 else "flash",
         sp_gather_once=gather_once,
         batch_size=1,
         micro_batch_size=1,
-        ttt_length=ttt_length,
         dtype="float32",
         **sizes,
         **changes,
     )
+    return Setup(Eagle3Spec(TARGET, LAYERS, DRAFT_VOCAB, ttt_length), training)
 
 
 class Rank:
     """A trainer's rank without its store: draft, optimizer, and the step."""
 
-    def __init__(self, rank: int, training: TrainingConfig):
-        self.training, self.rank = training, rank
-        torch.manual_seed(0)
-        self.draft = Eagle3Draft(DRAFT)
-        embedding_VH, head_VH = (torch.randn(DRAFT.vocab_size, DRAFT.hidden_size).mul_(0.1) for _ in range(2))
-        in_draft, rest = (part.clone() for part in head_VH.split(DRAFT.draft_vocab_size))
-        self.target = TargetHead(embedding_VH, in_draft, rest, torch.ones(DRAFT.hidden_size), DRAFT.rms_norm_eps)
-        if training.attention_backend == "usp":
+    def __init__(self, rank: int, setup: Setup):
+        spec, training = setup
+        self.rank, self.formula = rank, training.shard_formula(spec.halo)
+        sharing = None
+        if self.formula is not None:
             mesh = build_mesh(CPU, training.sp_ulysses_size, training.sp_ring_size)
-            self.draft.attention_backend = usp_backend(training, DRAFT, mesh)
+            sharing = Sharing(self.formula, mesh, training.sp_gather_once)
+        torch.manual_seed(0)
+        self.draft = Eagle3Draft(spec, DraftOptions(training.loss_chunk_tokens, sharing=sharing))
+        embedding_VH, head_VH = (torch.randn(TARGET.vocab_size, TARGET.hidden_size).mul_(0.1) for _ in range(2))
+        in_draft, rest = (part.clone() for part in head_VH.split(DRAFT_VOCAB))
+        self.target = TargetHead(embedding_VH, in_draft, rest, torch.ones(TARGET.hidden_size), TARGET.rms_norm_eps)
         if training.sharding == "fsdp2":
-            shard_module(self.draft, CPU)
+            shard_module(self.draft, self.draft.units(), CPU)
         self.optimizer = build_optimizer(self.draft.parameters(), OptimizerConfig())
-        self.weights = [training.step_decay**t for t in range(training.ttt_length)]
 
     def step(self, batch: Batch) -> float:
         """The mean loss, before the update."""
-        training, sums = self.training, StepSums(self.training.ttt_length, CPU)
+        sums = StepSums(self.draft.spec.positions, CPU)
         add_gradients(
             self.draft,
             [batch],
-            lambda b: self.draft(b, self.target, training.ttt_length, self.weights, training.loss_chunk_tokens),
+            lambda b: self.draft(b, self.target),
             sums,
             counts_tokens=self.rank == 0,
         )
         reduce_gradients(self.draft, sums, OptimizerConfig().clip)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        loss_T, counted_T = sums.flat[:-1].view(-1, training.ttt_length)[:2]
+        loss_T, counted_T = sums.flat[: 2 * sums.positions].view(2, -1)
         return (loss_T.sum() / counted_T.sum()).item()
 
     def batch(self, num_tokens: int) -> Batch:
         """This rank's windows of a sample that is the same for every split. All of its tokens have a loss."""
         generator = torch.Generator().manual_seed(num_tokens)
-        hidden = DRAFT.hidden_size
+        hidden = TARGET.hidden_size
         whole = {
-            "hs": torch.randn(num_tokens, DRAFT.num_aux * hidden, generator=generator).bfloat16(),
+            "hs": torch.randn(num_tokens, len(LAYERS) * hidden, generator=generator).bfloat16(),
             "lhs": torch.randn(num_tokens, hidden, generator=generator).bfloat16(),
-            "ids": torch.randint(DRAFT.vocab_size, (num_tokens,), generator=generator, dtype=torch.int32),
+            "ids": torch.randint(TARGET.vocab_size, (num_tokens,), generator=generator, dtype=torch.int32),
         }
         mask_BS, lengths_B = torch.ones(1, num_tokens, dtype=torch.bool), torch.tensor([num_tokens])
-        formula = self.training.shard_formula
+        formula = self.formula
         if formula is None:
             hs, lhs, ids = (x.unsqueeze(0) for x in whole.values())
-            return Batch(hs, lhs, ids, mask_BS, lengths_B)
+            return Batch(hs, lhs, ids, mask_BS, lengths_B, lengths_B)
         shape = formula.window_shape([num_tokens])
         padded = {suffix: x.new_zeros(*shape, *x.shape[1:]) for suffix, x in whole.items()}
         for row, (_, segment) in enumerate(formula.windows([num_tokens], self.rank)):
             for suffix, x in whole.items():
                 part = x[segment_rows(suffix, segment)]
                 padded[suffix][row, : len(part)] = part
-        return Batch(padded["hs"], padded["lhs"], padded["ids"], mask_BS, lengths_B)
+        return Batch(padded["hs"], padded["lhs"], padded["ids"], mask_BS, lengths_B, lengths_B)
 
 
-def warmed_up(rank: int, training: TrainingConfig) -> Rank:
-    worker = Rank(rank, training)
+def warmed_up(rank: int, setup: Setup) -> Rank:
+    worker = Rank(rank, setup)
     worker.step(worker.batch(32))
     return worker
 
@@ -132,22 +143,22 @@ def resident_mib(field: str) -> float:
     return int(line.split()[1]) / 1024
 
 
-def peak_mib(rank: int, training: TrainingConfig, num_tokens: int) -> dict[str, float]:
+def peak_mib(rank: int, setup: Setup, num_tokens: int) -> dict[str, float]:
     """Peak of a step, above start-up. A step on a few tokens goes before it, which makes the optimizer's state."""
     ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16)
-    warmed_up(rank, training)  # the code of a step is in memory from here on
+    warmed_up(rank, setup)  # the code of a step is in memory from here on
     gc.collect()
     start = resident_mib("VmRSS")
-    worker = warmed_up(rank, training)
+    worker = warmed_up(rank, setup)
     batch = worker.batch(num_tokens)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts from here
     loss = worker.step(batch)
     return {"mib": resident_mib("VmHWM") - start, "loss": loss}
 
 
-def step_seconds(rank: int, training: TrainingConfig, num_tokens: int, steps: int) -> dict[str, float]:
+def step_seconds(rank: int, setup: Setup, num_tokens: int, steps: int) -> dict[str, float]:
     """The fastest of a few steps, after one to warm up."""
-    worker = Rank(rank, training)
+    worker = Rank(rank, setup)
     batch = worker.batch(num_tokens)
     loss, seconds = worker.step(batch), []
     for _ in range(steps):
@@ -182,32 +193,32 @@ class Meter(TorchDispatchMode):
         return result
 
 
-def traffic_and_work(rank: int, training: TrainingConfig, num_tokens: int) -> dict[str, float]:
+def traffic_and_work(rank: int, setup: Setup, num_tokens: int) -> dict[str, float]:
     """Of one step. Weights are replicated here, so that what is gathered and scattered is keys and values."""
-    worker = warmed_up(rank, training)
+    worker = warmed_up(rank, setup)
     batch = worker.batch(num_tokens)
-    with Meter(training.sp_size) as meter:
+    with Meter(setup.training.sp_size) as meter:
         loss = worker.step(batch)
     return {"sent_bytes": meter.sent, "attention_seconds": meter.attention_seconds, "loss": loss}
 
 
-def on_ranks(measure: Callable[..., dict], training: TrainingConfig, *arguments: Any) -> list[dict]:
-    """``measure(rank, training, *arguments)`` of every rank of a fresh group."""
+def on_ranks(measure: Callable[..., dict], setup: Setup, *arguments: Any) -> list[dict]:
+    """``measure(rank, setup, *arguments)`` of every rank of a fresh group."""
     results = multiprocessing.get_context("forkserver").SimpleQueue()
     torch.multiprocessing.start_processes(
         _serve,
-        (training.world_size, free_port(HOST), results, measure, training, arguments),
-        nprocs=training.world_size,
+        (setup.training.world_size, free_port(HOST), results, measure, setup, arguments),
+        nprocs=setup.training.world_size,
         start_method="forkserver",
     )
-    outcomes = dict(results.get() for _ in range(training.world_size))
-    return [outcomes[rank] for rank in range(training.world_size)]
+    outcomes = dict(results.get() for _ in range(setup.training.world_size))
+    return [outcomes[rank] for rank in range(setup.training.world_size)]
 
 
-def _serve(rank: int, size: int, port: int, results: Any, measure: Any, training: Any, arguments: tuple) -> None:
+def _serve(rank: int, size: int, port: int, results: Any, measure: Any, setup: Any, arguments: tuple) -> None:
     torch.set_num_threads(1)
     join_ranks(rank, size, HOST, port, CPU)
     dist.barrier()
-    results.put((rank, measure(rank, training, *arguments)))
+    results.put((rank, measure(rank, setup, *arguments)))
     dist.barrier()  # rank 0 serves the rendezvous
     dist.destroy_process_group()

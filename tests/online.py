@@ -25,13 +25,13 @@ STEPS = PROMPTS * EPOCHS // BATCH
 CONFIG = f"""
 run: {{name: NAME, dir: DIR, seed: {SEED}}}
 target: {{path: TARGET, dtype: float32}}
-data: {{train: "builtin:train", limit: {PROMPTS}, max_seq_length: 192}}
+data: {{train: "builtin:train", limit: {PROMPTS}, max_seq_length: 192, vocab_prompts: 6}}
 answer: {{max_tokens: 12}}
 inference: {{max_concurrency: 8, max_total_tokens: 4096, buffer_bytes: 16777216, chunked_prefill_size: 256}}
 store: {{segment_bytes: 134217728}}
 controller: {{reorder_window: 12}}
-draft: {{vocab_size: 512, vocab_prompts: 6}}
-training: {{epochs: {EPOCHS}, batch_size: {BATCH}, ttt_length: 2, buffer_bytes: 16777216, dtype: float32}}
+draft: {{vocab_size: 512, ttt_length: 2}}
+training: {{epochs: {EPOCHS}, batch_size: {BATCH}, buffer_bytes: 16777216, dtype: float32}}
 optimizer: {{lr: 1.0e-3}}
 evaluation: {{heldout: "builtin:heldout", samples: 4, every_steps: 6}}
 checkpoint: {{every_steps: 3}}

@@ -17,13 +17,14 @@ With either, the chunks of one ring rank's U members lie side by side: together 
     hs        rows [start, stop)         of each segment, one after the other: the rows that the rank computes
     ids, lhs  rows [start, halo_stop)    of each segment, one after the other: besides, the *halo*
 
-The halo is the ``ttt_length`` positions behind a segment (fewer at the end of the sample): row i reads the tokens and
-is compared with the target's states of the positions i + 1 .. i + ttt_length (EAGLE3, arXiv 2503.01840). An empty
-segment has no halo. Nothing is padded: shapes follow from the number of tokens and the rank alone.
+The halo is the positions behind a segment that its rows read tokens and target states of, as many as the kind of draft
+says (fewer at the end of the sample). An empty segment has no halo. Nothing is padded: shapes follow from the number
+of tokens and the rank alone.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
@@ -50,10 +51,10 @@ class ShardFormula:
     ulysses_size: int
     ring_size: int
     layout: Layout
-    ttt_length: int
+    halo: int
 
     def __post_init__(self) -> None:
-        for name in ("ulysses_size", "ring_size", "ttt_length"):
+        for name in ("ulysses_size", "ring_size", "halo"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1")
         if self.layout not in get_args(Layout):
@@ -97,10 +98,25 @@ class ShardFormula:
 
     def window_shape(self, lengths: Sequence[int]) -> tuple[int, int]:
         """Rows and columns of a rank's padded batch, the same on all ranks; columns include the halo."""
-        return len(lengths) * self.parts, self.chunk(max(lengths)) + self.ttt_length
+        return len(lengths) * self.parts, self.chunk(max(lengths)) + self.halo
 
     def _segment(self, num_tokens: int, rank: int, part: int) -> Segment:
         chunk = self.chunk(num_tokens)
         number = rank if part == 0 else 2 * self.size - 1 - rank
         start, stop = min(number * chunk, num_tokens), min((number + 1) * chunk, num_tokens)
-        return Segment(start, stop, min(stop + self.ttt_length, num_tokens) if start < stop else stop)
+        return Segment(start, stop, min(stop + self.halo, num_tokens) if start < stop else stop)
+
+
+def key_value_repeats(num_heads: int, num_kv_heads: int, ulysses_size: int) -> int:
+    """How often each key/value head is repeated so that every rank finds those of its query heads among its own.
+
+    Raises:
+        ValueError: the query heads cannot be shared out evenly.
+    """
+    if num_heads % ulysses_size:
+        valid = ", ".join(str(u) for u in range(1, num_heads + 1) if num_heads % u == 0)
+        raise ValueError(
+            f"training.sp_ulysses_size={ulysses_size} does not divide the draft's {num_heads} query heads: choose one "
+            f"of {valid}, and make up the rest with training.sp_ring_size"
+        )
+    return ulysses_size // math.gcd(num_kv_heads, ulysses_size)

@@ -52,7 +52,7 @@ def make_spec(
         "target": {"path": "unused"},
         "training": {"batch_size": 4, "epochs": 2, "micro_batch_size": 2, **overrides.pop("training", {})},
         "controller": {"reorder_window": 8, "max_attempts": 3, **overrides.pop("controller", {})},
-        "draft": {"vocab_size": 16, "vocab_prompts": 4},
+        "data": {"vocab_prompts": 4},
         "checkpoint": {"every_steps": 2},
         "evaluation": {
             "heldout": "unused" if heldout else None,
@@ -66,7 +66,9 @@ def make_spec(
         train=prompt_set(prompts),
         heldout=prompt_set(heldout, "h") if heldout else None,
         geometry=GEOMETRY,
+        halo=7,
         vocab_size=VOCAB,
+        draft_vocab_size=16,
         end_token_ids=(0,),
         endpoint=endpoint,
         run_dir=run_dir,

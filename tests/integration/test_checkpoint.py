@@ -22,6 +22,7 @@ from tests.integration.trainer_harness import (
     put_samples,
     run_script,
     running_bench,
+    spec_of,
 )
 from torchspec.config.load import load_config
 from torchspec.config.schema import Config, OptimizerConfig
@@ -38,8 +39,8 @@ from torchspec.training.checkpoint import (
     save_checkpoint,
     training_state,
 )
+from torchspec.training.learner import build_draft
 from torchspec.training.optimizer import build_optimizer
-from torchspec.training.setup import build_draft
 from torchspec.training.weights import export_checkpoint, load_draft
 
 CPU = torch.device("cpu")
@@ -164,7 +165,7 @@ def test_a_checkpoint_holds_ledger_config_and_vocabulary(finished: Run) -> None:
 
 def test_export_after_a_save_and_by_hand(finished: Run, tmp_path: Path) -> None:
     folder = finished.config.run_dir / "export"
-    assert validate_export(folder).aux_layers == AUX_LAYERS
+    assert validate_export(folder).spec.layers == AUX_LAYERS
     weights, draft_ids = load_draft(folder)
     assert_equal(weights, finished.outcome.weights)
     assert draft_ids.tolist() == DRAFT_IDS.tolist()
@@ -180,8 +181,8 @@ def test_warm_start_takes_the_weights_of_common_tokens(finished: Run, bench: Ben
     warm = make_config(bench.target, tmp_path / "run", training={"init_from": str(source)})
     draft_ids = torch.tensor([0, 1, 2, 31, 62])  # the even ones were trained
 
-    fresh = dict(build_draft(cold, draft_ids, 3, CPU)[0].named_parameters())
-    started = dict(build_draft(warm, draft_ids, 3, CPU)[0].named_parameters())
+    fresh = dict(build_draft(cold, spec_of(cold, len(draft_ids)), draft_ids, None, CPU)[0].named_parameters())
+    started = dict(build_draft(warm, spec_of(warm, len(draft_ids)), draft_ids, None, CPU)[0].named_parameters())
 
     trained = finished.outcome.weights
     for name in trained.keys() - {"lm_head.weight"}:
@@ -231,14 +232,19 @@ def one_rank() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def test_resume_takes_dtypes_from_the_data(one_rank: None, tmp_path: Path) -> None:
+def test_resume_takes_dtypes_from_the_data(one_rank: None, bench: Bench, tmp_path: Path) -> None:
     parameter = nn.Parameter(torch.randn(4, 3))
     optimizer = build_optimizer([parameter], OptimizerConfig())
     parameter.grad = torch.randn(4, 3)
     optimizer.step()
     state = training_state({"x": parameter}, optimizer, torch.arange(4))
     state["optimizer.x.exp_avg"] = state["optimizer.x.exp_avg"].bfloat16()
-    save_checkpoint(tmp_path / "step_000001", state, CheckpointInfo(1, AUX_LAYERS, None), {})
+    save_checkpoint(
+        tmp_path / "step_000001",
+        state,
+        CheckpointInfo(1, spec_of(make_config(bench.target, tmp_path / "run")), None),
+        {},
+    )
     fresh = nn.Parameter(torch.zeros(4, 3))
     other = build_optimizer([fresh], OptimizerConfig())
 
@@ -259,7 +265,8 @@ def test_a_checkpoint_of_another_draft_or_vocabulary_is_refused(
     config = make_config(bench.target, tmp_path / "run")
 
     def restore(draft_ids: Tensor) -> None:
-        parameters = dict(build_draft(config, draft_ids, 3, CPU)[0].named_parameters())
+        draft, _ = build_draft(config, spec_of(config, len(draft_ids)), draft_ids, None, CPU)
+        parameters = dict(draft.named_parameters())
         optimizer = build_optimizer(parameters.values(), config.optimizer)
         restore_checkpoint(finished.checkpoint, parameters, optimizer, draft_ids)
 

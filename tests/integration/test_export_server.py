@@ -16,19 +16,22 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from tests.oracles.speculation import Draft, right_drafts
-from torchspec.drafts.eagle3.model import Batch, Eagle3Draft, Eagle3Spec, load_target_head
-from torchspec.drafts.export import WEIGHTS, export_draft, validate_export
+from torchspec.drafts.draft import Batch
+from torchspec.drafts.eagle3.model import Eagle3Draft
+from torchspec.drafts.eagle3.spec import Eagle3Knobs, Eagle3Spec, default_layers
+from torchspec.drafts.export import WEIGHTS, export_draft, read_spec, validate_export
 from torchspec.evaluation.evaluate import run_evaluation
 from torchspec.evaluation.prompts import EvaluationPrompt, load_prompts
 from torchspec.evaluation.result import EvaluationResult, EvaluationSettings
 from torchspec.evaluation.serving import Job, ServingError, serve
-from torchspec.target.layers import default_aux_layers
+from torchspec.target.checkpoint import TargetCheckpoint
+from torchspec.target.head import load_target_head
 
 NUM_PROMPTS, ANSWER_TOKENS, DRAFT_TOKENS = 4, 24, 3
-AUX_LAYERS = default_aux_layers(30)
+AUX_LAYERS = default_layers(30)
 SETTINGS = EvaluationSettings(
     num_draft_tokens=DRAFT_TOKENS, max_tokens=ANSWER_TOKENS, dtype="float32", device="cpu", threads=1, concurrency=3
 )
@@ -73,20 +76,23 @@ def exported(
     texts = [target.go_on(torch.tensor(prompt.input_ids), ANSWER_TOKENS) for prompt in prompts[:-1]]
     answers = torch.cat([text[-ANSWER_TOKENS:] for text in texts])
     draft_ids = torch.cat([answers, torch.arange(0, 49152, 97)]).unique()
-    head = load_target_head(target_path, torch.float32, "cpu", draft_ids)
+    checkpoint = TargetCheckpoint(target_path)
+    head = load_target_head(checkpoint, torch.float32, "cpu", draft_ids)
+    knobs = Eagle3Knobs(vocab_size=len(draft_ids), ttt_length=DRAFT_TOKENS, step_decay=1.0)
+    spec = Eagle3Spec.of(knobs, checkpoint, AUX_LAYERS)
     torch.manual_seed(0)
-    draft = Eagle3Draft(Eagle3Spec.from_target(AutoConfig.from_pretrained(target_path), len(draft_ids)))
+    draft = Eagle3Draft(spec)
     draft.lm_head.weight.data.copy_(head.draft_head_DH)
     batch = _batch(target, texts)
     optimizer = torch.optim.AdamW(draft.parameters(), lr=1e-3, weight_decay=0.0)
     for _ in range(40):
-        output = draft(batch, head, DRAFT_TOKENS, [1.0] * DRAFT_TOKENS)
+        output = draft(batch, head)
         optimizer.zero_grad()
-        (output.total / output.counted_T[0]).backward()
+        (output.total / output.denominator).backward()
         optimizer.step()
-    assert (output.correct_T / output.counted_T).min() > 0.8, "the draft has not learnt its texts"
+    assert (output.correct_K / output.counted_K).min() > 0.8, "the draft has not learnt its texts"
     folder = tmp_path_factory.mktemp("export") / "draft"
-    return export_draft(draft.state_dict(), target_path, draft_ids, AUX_LAYERS, folder, "float32")
+    return export_draft(spec, draft.state_dict(), draft_ids, folder, "float32")
 
 
 def _batch(target: Target, texts: list[Tensor]) -> Batch:
@@ -100,6 +106,7 @@ def _batch(target: Target, texts: list[Tensor]) -> Batch:
         ids_BS=pad(texts, batch_first=True),
         loss_mask_BS=pad(masks, batch_first=True),
         lengths_B=lengths,
+        seeds_B=lengths,
     )
 
 
@@ -158,6 +165,7 @@ def test_a_renamed_tensor_is_noticed_in_the_server(
     save_file(tensors, spoiled / WEIGHTS)
     with pytest.raises(ValueError, match=r"unknown.*midlayer\.mlp\.down\.weight"):
         validate_export(spoiled)
-    job = Job(str(target_path), [list(prompts[0].input_ids)], 4, "float32", "cpu", 1, 1, draft=str(spoiled))
+    speculation = read_spec(spoiled).server_args(3)
+    job = Job(str(target_path), [list(prompts[0].input_ids)], 4, "float32", "cpu", 1, 1, str(spoiled), speculation)
     with pytest.raises(ServingError, match=r"did not load all of .*model\.layers\.0\.mlp\.down_proj\.weight differ"):
         serve(job)

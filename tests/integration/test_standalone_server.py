@@ -19,15 +19,15 @@ from transformers import AutoModelForCausalLM
 
 from tests.integration.standalone_harness import ServedModel, command, environment, served_model
 from tests.integration.store_harness import RunningStore, running_store
+from torchspec.drafts.eagle3.spec import default_layers
 from torchspec.inference.capture.protocol import capture_rid, decode_captured
 from torchspec.shards import ShardFormula
 from torchspec.store.hidden_state_store import HiddenStateStore
 from torchspec.store.layout import sample_tensors
 from torchspec.store.usp import shard_suffix, shard_tensors
-from torchspec.target.layers import default_aux_layers
 
-AUX_LAYERS = default_aux_layers(30)
-SHARDING = ShardFormula(ulysses_size=2, ring_size=2, layout="zigzag", ttt_length=3)
+AUX_LAYERS = default_layers(30)
+SHARDING = ShardFormula(ulysses_size=2, ring_size=2, layout="zigzag", halo=3)
 MAX_LENGTH, HIDDEN = 200, 576
 TOLERANCE = 2e-4
 """Relative error of a token's state in fp32, as in ``test_capture.py``."""

@@ -13,11 +13,9 @@ from typing import Any
 import pytest
 import ray
 import torch
-from transformers import AutoConfig
 
 from tests.integration.trainer_harness import (
     AUX_LAYERS,
-    DRAFT_IDS,
     GEOMETRY,
     HIDDEN,
     TTT,
@@ -28,13 +26,12 @@ from tests.integration.trainer_harness import (
     put_samples,
     run_script,
     running_bench,
+    spec_of,
 )
 from torchspec.contracts import RankId
 from torchspec.controller.steps import split_batch
 from torchspec.data.masks import unpack_mask
-from torchspec.drafts.eagle3.spec import Eagle3Spec
 from torchspec.training.fetch import SampleFetcher, StepStream
-from torchspec.training.flops import draft_flops
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +96,7 @@ def test_the_stream_fetches_ahead_pads_and_passes_errors_on(bench: Bench) -> Non
     refs = put_samples(bench.client, [9, 5, 12], prefix="stream")
     huge = replace(refs[0], key="huge", tensors=GEOMETRY.tensors(1 << 20))
     controller = start_controller([Step(refs), Step([huge])], world=1)
-    fetcher = SampleFetcher(bench.client, GEOMETRY, 0, pin_memory=False)
+    fetcher = SampleFetcher(bench.client, GEOMETRY, 0, 0, pin_memory=False)
 
     with closing(StepStream(controller, RankId(1, 0), fetcher, prefetch_steps=2, heldout=False)) as stream:
         step = stream.next()
@@ -124,7 +121,7 @@ def test_the_stream_fetches_ahead_pads_and_passes_errors_on(bench: Bench) -> Non
 def test_what_one_rank_misses_is_replaced_for_all(bench: Bench) -> None:
     refs = put_samples(bench.client, [20, 9, 14], prefix="lost")
     again = put_samples(bench.client, [20, 9, 14], prefix="again")
-    fetcher = SampleFetcher(bench.client, GEOMETRY, 0, pin_memory=False)
+    fetcher = SampleFetcher(bench.client, GEOMETRY, 0, 0, pin_memory=False)
     expected = [fetcher.fetch(split_batch(refs, 2, 2)[rank], {})[0] for rank in (0, 1)]
     lost = next(ref for ref in refs if ref in split_batch(refs, 2, 2)[1][0])
     bench.client.remove(lost.key, ("hs",))  # a part of it: the others are still there
@@ -180,8 +177,7 @@ def test_each_rank_says_where_its_time_goes_and_profiles_its_steps(bench: Bench,
     assert sum(report.tokens for report in ranks) == 5 * 59
     per_token = 4 * (len(AUX_LAYERS) + 1) * HIDDEN + 4  # float32 states, int32 ids
     assert sum(report.get_bytes for report in ranks) == 5 * 59 * per_token
-    target = AutoConfig.from_pretrained(bench.target)
-    draft = Eagle3Spec.from_target(target, len(DRAFT_IDS))
+    draft = spec_of(config)
     scored = [sum(unpack_mask(ref.loss_mask, ref.num_tokens)) for ref in refs]
-    expected = sum(draft_flops(draft, ref.num_tokens, n, TTT) for ref, n in zip(refs, scored, strict=True))
+    expected = sum(draft.flops(ref.num_tokens, n) for ref, n in zip(refs, scored, strict=True))
     assert sum(report.flops for report in ranks) == pytest.approx(5 * expected)

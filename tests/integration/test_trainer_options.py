@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.integration.trainer_harness import DRAFT_IDS, HIDDEN, VOCAB, make_config, make_target
-from torchspec.drafts.eagle3.model import Batch, Eagle3Draft, TargetHead
-from torchspec.training.setup import build_draft, compile_or_stay_eager
+from tests.integration.trainer_harness import DRAFT_IDS, HIDDEN, TTT, VOCAB, make_config, make_target, spec_of
+from torchspec.drafts.draft import Batch, Draft
+from torchspec.target.head import TargetHead
+from torchspec.training.learner import build_draft, compile_or_stay_eager
 
 CPU = torch.device("cpu")
-TTT = 2
 Gradients = dict[str, Tensor]
 
 
@@ -24,12 +24,12 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_target(tmp_path_factory.mktemp("target"))
 
 
-def build(target: Path, **training: Any) -> tuple[Eagle3Draft, TargetHead]:
-    config = make_config(target, target / "run", training=training)
-    return build_draft(config, torch.from_numpy(DRAFT_IDS), 3, CPU)
+def build(target: Path, **training: Any) -> tuple[Draft, TargetHead]:
+    config = make_config(target, target / "run", training={"loss_chunk_tokens": 16, **training})
+    return build_draft(config, spec_of(config), torch.from_numpy(DRAFT_IDS), None, CPU)
 
 
-def gradients(draft: Eagle3Draft, head: TargetHead) -> Gradients:
+def gradients(draft: Draft, head: TargetHead) -> Gradients:
     """Of two micro-batches of different shapes."""
     for length in (12, 19):
         generator = torch.Generator().manual_seed(length)
@@ -39,8 +39,9 @@ def gradients(draft: Eagle3Draft, head: TargetHead) -> Gradients:
             torch.randint(VOCAB, (2, length), generator=generator),
             torch.rand(2, length, generator=generator) > 0.3,
             torch.tensor([length, length]),
+            torch.zeros(2),
         )
-        draft(batch, head, TTT, [1.0, 0.8], 16).total.backward()
+        draft(batch, head).total.backward()
     return {name: p.grad for name, p in draft.named_parameters() if p.grad is not None}
 
 
@@ -53,14 +54,14 @@ def eager(target: Path) -> Gradients:
 
 def test_activation_checkpointing_gives_the_same_gradients(target: Path, eager: Gradients) -> None:
     draft, head = build(target, activation_checkpointing=True)
-    assert draft.activation_checkpointing
+    assert draft.options.recompute
     torch.testing.assert_close(gradients(draft, head), eager, rtol=0, atol=0)
 
 
 def test_compiled_gives_the_same_gradients(target: Path, eager: Gradients) -> None:
     draft, head = build(target)
     before = set(draft.state_dict())
-    compile_or_stay_eager(draft, TTT, CPU)
+    compile_or_stay_eager(draft, CPU)
     torch.testing.assert_close(gradients(draft, head), eager, rtol=1e-4, atol=1e-5)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= TTT  # it did compile
     assert set(draft.state_dict()) == before  # names in checkpoints do not change
@@ -74,6 +75,6 @@ def test_without_a_compiler_it_warns_and_stays_eager(
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing compiled earlier may help out
     draft, head = build(target)
     with caplog.at_level(logging.WARNING):
-        compile_or_stay_eager(draft, TTT, CPU)
+        compile_or_stay_eager(draft, CPU)
     assert "training.compile" in caplog.text
     torch.testing.assert_close(gradients(draft, head), eager, rtol=0, atol=0)

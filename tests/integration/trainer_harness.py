@@ -22,12 +22,15 @@ from torchspec.config.schema import Config
 from torchspec.contracts import RankBatch, RankId, RankReport, SampleId, SampleRef, StepReport
 from torchspec.controller.steps import split_batch
 from torchspec.data.masks import pack_mask
+from torchspec.drafts.registry import KINDS
+from torchspec.drafts.spec import DraftSpec
 from torchspec.network import free_port
 from torchspec.shards import ShardFormula
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
 from torchspec.store.hidden_state_store import HiddenStateStore
 from torchspec.store.usp import put_usp_shards
+from torchspec.target.checkpoint import TargetCheckpoint
 from torchspec.training.trainer import Trainer, TrainerSpec
 from torchspec.training.weights import gather_weights
 
@@ -88,13 +91,20 @@ def make_config(target: Path, run_dir: Path, **sections: Mapping[str, Any]) -> C
     tree: dict[str, dict[str, Any]] = {
         "run": {"name": run_dir.name, "dir": str(run_dir.parent), "seed": 5},
         "target": {"path": str(target), "dtype": "float32"},
-        "training": {"dtype": "float32", "device": "cpu", "ttt_length": TTT, "micro_batch_size": 2, "batch_size": 6},
+        "draft": {"ttt_length": TTT, "vocab_size": len(DRAFT_IDS)},
+        "training": {"dtype": "float32", "device": "cpu", "micro_batch_size": 2, "batch_size": 6},
         "optimizer": {"lr": 0.01, "warmup_ratio": 0.2, "weight_decay": 0.1},
         "checkpoint": {"export": False},
     }
     for name, knobs in sections.items():
         tree[name] = {**tree.get(name, {}), **knobs}
     return parse_config(tree)
+
+
+def spec_of(config: Config, vocab_size: int = len(DRAFT_IDS)) -> DraftSpec:
+    """The draft that ``config`` asks for, with a vocabulary of this size."""
+    knobs = config.draft.model_copy(update={"vocab_size": vocab_size})
+    return KINDS[knobs.kind].of(knobs, TargetCheckpoint(Path(config.target.path)), AUX_LAYERS)
 
 
 def put_samples(
@@ -203,7 +213,7 @@ class Rank(Trainer):
     """A trainer rank that a test can look into."""
 
     def weights(self) -> dict[str, Tensor]:
-        return gather_weights(self.parameters)
+        return gather_weights(self.learner.parameters)
 
     def draw(self) -> list[float]:
         """The next random numbers, which tell whether the generator's state is what it should be."""
@@ -246,7 +256,7 @@ def run_script(
     draft_ids: np.ndarray = DRAFT_IDS,
 ) -> Outcome:
     """Train ``steps`` with ``world`` new rank processes. Errors of ranks are collected, not raised."""
-    training = config.training
+    training, draft = config.training, spec_of(config, len(draft_ids))
     controller = ray.remote(ScriptedController).options(num_cpus=0)
     controller = controller.remote(steps, world, first_step, heldout, training.sp_size)
     spec = TrainerSpec(
@@ -258,8 +268,8 @@ def run_script(
         port=free_port("127.0.0.1"),
         threads=1,
         draft_ids=draft_ids,
-        aux_layers=AUX_LAYERS,
-        geometry=replace(GEOMETRY, sharding=training.shard_formula),
+        draft=draft,
+        geometry=replace(GEOMETRY, sharding=training.shard_formula(draft.halo)),
         total_steps=total_steps or first_step + len(steps) - 1,
         endpoint=endpoint,
         run_dir=config.run_dir,

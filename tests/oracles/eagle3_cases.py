@@ -8,7 +8,11 @@ import torch
 from torch import Tensor
 
 from tests.oracles.eagle3_dense import dense_step
-from torchspec.drafts.eagle3.model import Batch, Eagle3Draft, Eagle3Spec, TargetHead
+from torchspec.drafts.draft import Batch, DraftOptions
+from torchspec.drafts.eagle3.model import Eagle3Draft
+from torchspec.drafts.eagle3.spec import Eagle3Spec
+from torchspec.target.head import TargetHead
+from torchspec.target.shape import TargetShape
 
 THETA, EPS = 1e4, 1e-5
 
@@ -59,7 +63,7 @@ def build(case: Case) -> Step:
     def randn(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator, dtype=torch.float64).to(case.dtype)
 
-    config = Eagle3Spec(
+    shape = TargetShape(
         hidden_size=case.hidden,
         num_heads=case.kv_heads * case.group,
         num_kv_heads=case.kv_heads,
@@ -67,11 +71,11 @@ def build(case: Case) -> Step:
         intermediate_size=2 * case.hidden,
         rms_norm_eps=EPS,
         vocab_size=case.vocab,
-        draft_vocab_size=case.draft_vocab,
         max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": THETA},
     )
-    draft = Eagle3Draft(config).to(case.dtype)
+    spec = Eagle3Spec(shape, layers=(1, 2, 3), draft_vocab_size=case.draft_vocab, ttt_length=case.ttt_length)
+    draft = Eagle3Draft(spec, DraftOptions(loss_chunk_tokens=case.chunk)).to(case.dtype)
     with torch.no_grad():
         for parameter in draft.parameters():
             scale = 1.0 if parameter.dim() == 1 else parameter.shape[1] ** -0.5
@@ -84,33 +88,28 @@ def build(case: Case) -> Step:
     embedding_VH = randn(case.vocab, case.hidden)
     target = TargetHead(embedding_VH, head_VH[draft_ids_D], head_VH[rest_V], randn(case.hidden), EPS)
 
-    shape = len(case.lengths), max(case.lengths) + case.padding
+    size = len(case.lengths), max(case.lengths) + case.padding
     lengths_B = torch.tensor(case.lengths)
-    valid_BS = torch.arange(shape[1]) < lengths_B.unsqueeze(1)
+    valid_BS = torch.arange(size[1]) < lengths_B.unsqueeze(1)
     batch = Batch(
-        hs_BSA=randn(*shape, 3 * case.hidden).requires_grad_(),
-        lhs_BSH=randn(*shape, case.hidden),
-        ids_BS=torch.randint(case.vocab, shape, generator=generator, dtype=torch.int32),
-        loss_mask_BS=(torch.rand(shape, generator=generator) < case.mask_rate) & valid_BS,
+        hs_BSA=randn(*size, 3 * case.hidden).requires_grad_(),
+        lhs_BSH=randn(*size, case.hidden),
+        ids_BS=torch.randint(case.vocab, size, generator=generator, dtype=torch.int32),
+        loss_mask_BS=(torch.rand(size, generator=generator) < case.mask_rate) & valid_BS,
         lengths_B=lengths_B,
+        seeds_B=lengths_B,
     )
     return Step(case, draft, target, head_VH, draft_ids_D, batch)
 
 
-def step_weights(case: Case) -> list[float]:
-    return [0.8**t for t in range(case.ttt_length)]
-
-
-def run_product(step: Step, **overrides: int) -> Result:
-    case = step.case
-    arguments = {"loss_chunk_tokens": case.chunk, **overrides}
-    output = step.draft(step.batch, step.target, case.ttt_length, step_weights(case), **arguments)
+def run_product(step: Step) -> Result:
+    output = step.draft(step.batch, step.target)
     output.total.backward()
     sums = {
-        "loss": output.loss_sum_T,
-        "counted": output.counted_T,
-        "supervised": output.supervised_T,
-        "correct": output.correct_T,
+        "loss": output.loss_K,
+        "counted": output.counted_K,
+        "supervised": output.supervised_K,
+        "correct": output.correct_K,
     }
     return Result(output.total.detach(), sums, _take_gradients(step))
 
@@ -127,7 +126,7 @@ def run_oracle(step: Step) -> Result:
         embedding=step.target.embedding_VH,
         target_head=step.target_head_VH,
         draft_ids=step.draft_ids_D,
-        step_weights=step_weights(case),
+        step_weights=step.draft.spec.step_weights,
         heads=case.kv_heads * case.group,
         kv_heads=case.kv_heads,
         theta=THETA,

@@ -12,13 +12,13 @@ from torchspec.drafts.eagle3.attention import TTTAttention
 from torchspec.drafts.eagle3.model import Eagle3Draft
 from torchspec.parallel import mesh, ring, ulysses
 from torchspec.shards import ShardFormula
-from torchspec.training import step
+from torchspec.training import learner
 
 KERNEL, GATHERED = ring.RingKernel, ring._Gathered
 MISTAKES: dict[str, Mutation] = {
     "zeros": Mutation(TTTAttention, "forward", "return o_RQE.to(q_RQE.dtype)", "return q_RQE * 0"),
-    "halo dropped": Mutation(ShardFormula, "_segment", "stop + self.ttt_length", "stop"),
-    "halo one short": Mutation(ShardFormula, "_segment", "stop + self.ttt_length", "stop + self.ttt_length - 1"),
+    "halo dropped": Mutation(ShardFormula, "_segment", "stop + self.halo", "stop"),
+    "halo one short": Mutation(ShardFormula, "_segment", "stop + self.halo", "stop + self.halo - 1"),
     "two ranks swapped": Mutation(usp.UspBackend, "on", "return cls(formula, rank,", "return cls(formula, rank ^ 1,"),
     "ring order reversed": Mutation(usp.UspSequences, "plan", "ring_rank - i", "ring_rank + i"),
     "heads in another order": Mutation(ulysses, "_join", ".transpose(0, 1)", ".flip(0).transpose(0, 1)"),
@@ -33,9 +33,10 @@ MISTAKES: dict[str, Mutation] = {
     "gradients stay one rank off": Mutation(
         KERNEL, "gradients", "else travelling.wait()", "else (travelling.wait(), dblock)[1]"),
     "mean over ranks (FSDP2)": Mutation(mesh, "shard_module", "factor(1.0)", "factor(float(dist.get_world_size()))"),
-    "gradients not summed (replicated)": Mutation(step, "sum_over_ranks", "dist.all_reduce(parameter.grad)", "pass"),
-    "local counts": Mutation(step, "reduce_gradients", "dist.all_reduce(sums.flat)", "pass"),
-    "norm of one shard (FSDP2)": Mutation(step, "scale_and_clip", "group is not None", "group is None and square < 0"),
+    "gradients not summed (replicated)": Mutation(learner, "sum_over_ranks", "dist.all_reduce(parameter.grad)", "pass"),
+    "local counts": Mutation(learner, "reduce_gradients", "dist.all_reduce(sums.flat)", "pass"),
+    "norm of one shard (FSDP2)": Mutation(
+        learner, "scale_and_clip", "group is not None", "group is None and square < 0"),
 }  # fmt: skip
 """Every one lets all ranks issue the same collectives, so the step ends and only its numbers are wrong."""
 
@@ -49,7 +50,7 @@ SKIPS: dict[str, Mutation] = {
         KERNEL, "attend", "zip(self._blocks(kv_GKX), self.schedule, strict=True)",
         "(zip(self._blocks(kv_GKX), self.schedule) if self.query_slots else ())"),
     "no gradient, no all-reduce": Mutation(
-        step, "sum_over_ranks", "dist.all_reduce(parameter.grad)",
+        learner, "sum_over_ranks", "dist.all_reduce(parameter.grad)",
         "parameter.grad.any() and dist.all_reduce(parameter.grad)"),
 }  # fmt: skip
 """Collectives that depend on what a rank's own mask holds. The first is that of TorchSpec's pull request 93."""

@@ -13,15 +13,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from tests.oracles.eagle3_cases import Case, Result, Step, build, run_oracle, step_weights, worst_error
+from tests.oracles.eagle3_cases import Case, Result, Step, build, run_oracle, worst_error
 from tests.parallel.mutations import mutated
 from tests.parallel.ranks import Ranks
 from tests.parallel.recorder import Call, Recorder, first_difference
-from torchspec.drafts.eagle3.model import Batch, DraftOutput
+from torchspec.drafts.draft import Batch, DraftOptions, DraftOutput, Sharing
 from torchspec.drafts.eagle3.sharded import UspBackend
 from torchspec.parallel import mesh
 from torchspec.shards import Layout, ShardFormula
-from torchspec.training import step as training
+from torchspec.training import learner as training
 from torchspec.training.sums import ROWS, StepSums
 
 CPU = torch.device("cpu")
@@ -118,6 +118,7 @@ def windows_of(batch: Batch, samples: Sequence[int], formula: ShardFormula, rank
             ids_BS=batch.ids_BS[:1],
             loss_mask_BS=torch.zeros_like(batch.loss_mask_BS[:1]),
             lengths_B=torch.zeros_like(batch.lengths_B[:1]) + 1,
+            seeds_B=batch.seeds_B[:1],
         )
         return windows_of(empty, [0], formula, rank)
     lengths_B = batch.lengths_B[samples]
@@ -130,7 +131,9 @@ def windows_of(batch: Batch, samples: Sequence[int], formula: ShardFormula, rank
         hs[row, : stop - start] = batch.hs_BSA[sample, start:stop].detach()
         lhs[row, : halo_stop - start] = batch.lhs_BSH[sample, start:halo_stop]
         ids[row, : halo_stop - start] = batch.ids_BS[sample, start:halo_stop]
-    return Batch(hs.requires_grad_(), lhs, ids, batch.loss_mask_BS[samples], lengths_B, batch.norm_state)
+    return Batch(
+        hs.requires_grad_(), lhs, ids, batch.loss_mask_BS[samples], lengths_B, batch.seeds_B[samples], batch.norm_state
+    )
 
 
 def run_rank(rank: int, setup: Setup, case: Case, mask: Tensor | None = None) -> RankOutcome:
@@ -138,23 +141,19 @@ def run_rank(rank: int, setup: Setup, case: Case, mask: Tensor | None = None) ->
     with mutated(setup.mutation), Recorder() as recorder:
         step = build_step(case, mask)
         draft, formula = step.draft, setup.formula(case.ttt_length)
-        draft.activation_checkpointing = setup.activation_checkpointing
-        draft.attention_backend = UspBackend.on(
-            mesh_of(setup.ulysses, setup.ring),
-            formula,
-            draft.config.num_heads,
-            draft.config.num_kv_heads,
-            setup.gather_once,
-        )
+        target = draft.spec.target
+        draft.options = DraftOptions(case.chunk, setup.activation_checkpointing)
+        sharing = Sharing(formula, mesh_of(setup.ulysses, setup.ring), setup.gather_once)
+        draft.attention_backend = UspBackend.on(sharing, target.num_heads, target.num_kv_heads)
         if setup.sharding == "fsdp2":
-            mesh.shard_module(draft, CPU)
+            mesh.shard_module(draft, draft.units(), CPU)
         share = setup.shares(len(case.lengths), dist.get_world_size())[rank // setup.sp_size]
         batches = [windows_of(step.batch, samples, formula, rank % setup.sp_size) for samples in share]
-        weights, sums = step_weights(case), StepSums(case.ttt_length, CPU)
+        sums = StepSums(case.ttt_length, CPU)
 
         def forward(batch: Batch) -> DraftOutput:
             with torch.autocast("cpu", torch.bfloat16, enabled=setup.autocast):
-                return draft(batch, step.target, case.ttt_length, weights, case.chunk)
+                return draft(batch, step.target)
 
         training.add_gradients(draft, batches, forward, sums, counts_tokens=rank % setup.sp_size == 0)
         norm = training.reduce_gradients(draft, sums, setup.clip)
@@ -183,11 +182,14 @@ def build_step(case: Case, mask: Tensor | None) -> Step:
 def gathered(outcomes: list[RankOutcome], setup: Setup, case: Case) -> Result:
     """The ranks' outcomes put together. Gradients of parameters are normalised and clipped, that of hs is not."""
     sums = outcomes[0].sums
-    loss, counted, supervised, correct = torch.from_numpy(sums[:-1]).view(ROWS, -1)
+    loss, counted, supervised, correct = torch.from_numpy(sums[: ROWS * case.ttt_length]).view(ROWS, -1)
     gradients = {name: torch.from_numpy(gradient) for name, gradient in outcomes[0].gradients.items()}
     gradients["hs"] = _hs_gradient(outcomes, setup, case)
-    total = (loss * torch.tensor(step_weights(case), dtype=torch.float64)).sum()
-    return Result(total, {"loss": loss, "counted": counted, "supervised": supervised, "correct": correct}, gradients)
+    return Result(
+        torch.tensor(sums[-3]),
+        {"loss": loss, "counted": counted, "supervised": supervised, "correct": correct},
+        gradients,
+    )
 
 
 def step_error(ranks: Ranks, setup: Setup, case: Case, mask: Tensor | None = None) -> float:

@@ -45,10 +45,13 @@ class SimulatedRun:
         self.folder, self.simulation = folder, simulation
         simulation.name = folder.name
         RunFolder(folder).latest.parent.mkdir(parents=True)
-        training = {"dp_size": simulation.setup.ranks, "batch_size": simulation.setup.batch, "ttt_length": 5}
+        training = {"dp_size": simulation.setup.ranks, "batch_size": simulation.setup.batch}
         tree = {"run": {"name": folder.name, "dir": str(folder.parent)}, "target": {"path": "unused"}}
         inference = {"workers": simulation.setup.workers}
-        save_config(parse_config({**tree, "training": training, "inference": inference}), folder / "config.yaml")
+        save_config(
+            parse_config({**tree, "training": training, "inference": inference, "draft": {"ttt_length": 5}}),
+            folder / "config.yaml",
+        )
         self._recorder, self._events = Recorder(folder), EventLog(folder)
         self._steps = (folder / "metrics.jsonl").open("a")
         self._samples = Series(RunFolder(folder).samples, SAMPLE_LINES, SAMPLE_RECENT)

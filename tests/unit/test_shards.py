@@ -17,21 +17,21 @@ lengths = st.one_of(st.integers(1, 12), st.integers(1, 3000))
 
 
 def test_contiguous_by_hand() -> None:
-    formula = ShardFormula(2, 2, "contiguous", ttt_length=3)
+    formula = ShardFormula(2, 2, "contiguous", halo=3)
     shards = [formula.segments(10, rank) for rank in range(4)]
     assert shards == [(Segment(0, 3, 6),), (Segment(3, 6, 9),), (Segment(6, 9, 10),), (Segment(9, 10, 10),)]
     assert [formula.shard_rows(10, rank) for rank in range(4)] == [(3, 6), (3, 6), (3, 4), (1, 1)]
 
 
 def test_zigzag_by_hand() -> None:
-    formula = ShardFormula(1, 2, "zigzag", ttt_length=2)
+    formula = ShardFormula(1, 2, "zigzag", halo=2)
     assert formula.segments(9, 0) == (Segment(0, 3, 5), Segment(9, 9, 9))
     assert formula.segments(9, 1) == (Segment(3, 6, 8), Segment(6, 9, 9))
     assert formula.shard_rows(9, 1) == (6, 8)
 
 
 def test_fewer_tokens_than_ranks() -> None:
-    formula = ShardFormula(2, 2, "contiguous", ttt_length=2)
+    formula = ShardFormula(2, 2, "contiguous", halo=2)
     assert [formula.segments(2, rank)[0] for rank in range(4)] == [(0, 1, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2)]
 
 
@@ -44,8 +44,8 @@ def test_every_position_has_one_owner_and_a_whole_halo(formula: ShardFormula, nu
     assert all(a.stop == b.start for a, b in pairwise(owned))
     for start, stop, halo_stop in segments:
         assert stop - start <= formula.chunk(num_tokens)
-        # the last row, stop - 1, reads and is compared with the positions up to stop - 1 + ttt_length
-        assert halo_stop == (min(stop + formula.ttt_length, num_tokens) if start < stop else stop)
+        # the last row, stop - 1, reads and is compared with the positions up to stop - 1 + halo
+        assert halo_stop == (min(stop + formula.halo, num_tokens) if start < stop else stop)
 
 
 @settings(max_examples=300, derandomize=True, deadline=None)
@@ -81,7 +81,7 @@ def test_zigzag_balances_a_causal_ring(ring_size: int) -> None:
     """Pairs of query and earlier key per ring rank, max over mean: nearly 2 for contiguous, 1 for zigzag."""
 
     def balance(layout: str) -> float:
-        formula = ShardFormula(2, ring_size, layout, ttt_length=7)  # type: ignore[arg-type]
+        formula = ShardFormula(2, ring_size, layout, halo=7)  # type: ignore[arg-type]
         work = []
         for ring_rank in range(ring_size):
             runs = [formula.ring_segment(4096, ring_rank, part) for part in range(formula.parts)]
@@ -97,7 +97,7 @@ def test_zigzag_balances_a_causal_ring(ring_size: int) -> None:
     [
         ((0, 1, "zigzag", 7), "ulysses_size=0"),
         ((1, -2, "zigzag", 7), "ring_size=-2"),
-        ((1, 1, "zigzag", 0), "ttt_length=0"),
+        ((1, 1, "zigzag", 0), "halo=0"),
         ((1, 1, "striped", 7), "layout='striped' must be one of contiguous, zigzag"),
     ],
 )

@@ -43,12 +43,19 @@ def config(
 
 def reference_lines(model: type[BaseModel], indent: str = "") -> Iterator[str]:
     """The reference of ``model`` and of the sections below it."""
-    from torchspec.config.describe import describe_type, is_section
+    from torchspec.config.describe import describe_type, section_of
+    from torchspec.drafts.registry import DEFAULT, KINDS
 
     for name, field in model.model_fields.items():
-        if is_section(field.annotation):
+        section = section_of(field)
+        if section is not None:
             yield f"{indent}{name}:"
-            yield from reference_lines(field.annotation, indent + "  ")
+            yield from reference_lines(section, indent + "  ")
+            if name == "draft":
+                for kind in (kind for kind in KINDS if kind != DEFAULT):
+                    yield f"{indent}  #"
+                    yield f"{indent}  # of kind {kind}, instead:"
+                    yield from (f"{indent}  # {line}" for line in reference_lines(KINDS[kind].Knobs))
             yield ""
         else:
             text = (field.description or "").replace("``", "`")

@@ -9,6 +9,9 @@ from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_orig
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
+from torchspec.drafts.registry import DEFAULT, KINDS, kind_of
+from torchspec.drafts.spec import DraftKnobs
+
 TYPE_NAMES = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path", Any: "anything"}
 LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "pattern": "matching"}
 
@@ -24,6 +27,19 @@ def describe_type(field: FieldInfo) -> str:
 def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
     """Whether a key of this type has keys of its own."""
     return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def section_of(field: FieldInfo, value: Any = None) -> type[BaseModel] | None:
+    """The class of a key that has keys of its own.
+
+    Args:
+        value: the key's, not yet parsed; the class of ``draft`` depends on its kind.
+    """
+    if not is_section(field.annotation):
+        return None
+    if field.annotation is DraftKnobs:
+        return KINDS.get(kind_of(value), KINDS[DEFAULT]).Knobs
+    return field.annotation
 
 
 def _limits(metadata: Iterable[Any]) -> list[str]:

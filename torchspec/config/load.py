@@ -12,8 +12,9 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from torchspec.config.describe import describe_type, is_section
+from torchspec.config.describe import describe_type, section_of
 from torchspec.config.schema import Config
+from torchspec.drafts.registry import KINDS, kind_of
 from torchspec.files import write_atomically
 
 
@@ -99,10 +100,10 @@ def _value(text: str, override: str) -> Any:
 def _explain(loc: tuple[int | str, ...], kind: str, message: str, tree: dict[str, Any]) -> str:
     """One line for one complaint of pydantic, in the words of the config."""
     if kind == "extra_forbidden":
-        return _unknown_key(loc)
-    if not loc:
+        return _unknown_key(loc, tree)
+    if kind == "value_error":  # of a validator of ours
         return message.removeprefix("Value error, ")
-    knob, field = _knob_at(loc)
+    knob, field = _knob_at(loc, tree)
     name = ".".join(knob)
     if kind == "missing" and len(loc) == len(knob):
         return f"{name}: {message}"
@@ -110,24 +111,30 @@ def _explain(loc: tuple[int | str, ...], kind: str, message: str, tree: dict[str
     return f"{name}: {value!r} does not fit; valid: {describe_type(field)}"
 
 
-def _knob_at(loc: tuple[int | str, ...]) -> tuple[list[str], FieldInfo]:
+def _knob_at(loc: tuple[int | str, ...], tree: dict[str, Any]) -> tuple[list[str], FieldInfo]:
     """The key that ``loc`` lies in: what follows it there are places inside its value, and pydantic's own names."""
-    fields, knob = Config.model_fields, []
+    model: type[BaseModel] = Config
+    knob: list[str] = []
     for part in map(str, loc):
         knob.append(part)
-        field = fields[part]
-        if not is_section(field.annotation):
+        field = model.model_fields[part]
+        section = section_of(field, tree.get(part))
+        if section is None:
             break
-        fields = field.annotation.model_fields
+        model = section
     return knob, field
 
 
-def _unknown_key(loc: tuple[int | str, ...]) -> str:
+def _unknown_key(loc: tuple[int | str, ...], tree: dict[str, Any]) -> str:
     name = ".".join(str(part) for part in loc)
-    known = _known_keys()
+    known = _known_keys(tree)
     parent = ".".join(str(part) for part in loc[:-1])
     siblings = [k for k in known if k.rpartition(".")[0] == parent]
     leaf = {k.rpartition(".")[2]: k for k in siblings}
+    if elsewhere := [k for k in known if k.rpartition(".")[2] == loc[-1]]:
+        return f"unknown key {name}: did you mean {elsewhere[0]}?"
+    if parent == "draft" and (kinds := [kind for kind in KINDS if loc[-1] in KINDS[kind].Knobs.model_fields]):
+        return f"unknown key {name}: it is one of kind {' and '.join(kinds)}, draft.kind is {kind_of(tree['draft'])}"
     near = difflib.get_close_matches(str(loc[-1]), leaf, n=1, cutoff=0.5)
     if near:
         return f"unknown key {name}: did you mean {leaf[near[0]]}?"
@@ -138,10 +145,12 @@ def _unknown_key(loc: tuple[int | str, ...]) -> str:
     return f"unknown key {name}: valid keys here are {', '.join(sorted(leaf))}"
 
 
-def _known_keys(model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
+def _known_keys(tree: Any, model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        if is_section(field.annotation):
-            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+        value = tree.get(name) if isinstance(tree, dict) else None
+        section = section_of(field, value)
+        if section is not None:
+            keys += _known_keys(value, section, f"{prefix}{name}.")
     return keys

@@ -9,13 +9,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, SerializeAsAny, field_validator, model_validator
 
+from torchspec.drafts.registry import DEFAULT, KINDS, kind_of
+from torchspec.drafts.spec import DraftKnobs
+from torchspec.knobs import Section
 from torchspec.shards import ShardFormula
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True, validate_default=True)
 
 
 class RunConfig(Section):
@@ -36,7 +35,7 @@ class TargetConfig(Section):
     trust_remote_code: bool = False
     """Run Python code that ships with the checkpoint. Off unless you trust its author."""
     aux_layers: list[int] | None = None
-    """0-based target layers whose outputs feed the draft. Default for L layers: 1, L//2 - 1, L - 4."""
+    """0-based target layers whose outputs feed the draft. Default: as its kind says."""
 
 
 class DataConfig(Section):
@@ -54,6 +53,9 @@ class DataConfig(Section):
     """A malformed line stops the run before it starts, or is listed in rejected.jsonl and passed over."""
     limit: int | None = Field(default=None, ge=1)
     """Use the first so many conversations only."""
+    vocab_prompts: int = Field(default=128, ge=1)
+    """For a draft with a vocabulary of its own and prompts without an answer: it is counted over the first so many
+    answers, then training starts."""
     cache_dir: Path = Path("~/.cache/torchspec")
     """Tokenised data sets and draft vocabularies are kept here under the hash of what they were made from."""
 
@@ -128,15 +130,6 @@ class ControllerConfig(Section):
     """Batches handed to a rank before it has finished the current one, that one included."""
 
 
-class DraftConfig(Section):
-    vocab_size: int | None = Field(default=None, ge=2)
-    """Size of the draft's vocabulary: the target's most frequent tokens. Default: all of the target's."""
-    vocab_prompts: int = Field(default=128, ge=1)
-    """Prompts without an answer: the vocabulary is counted over the first so many answers, then training starts."""
-    init: Literal["default", "target"] = "default"
-    """``target`` starts the decoder layer as the target's last one, which learns much faster in a short run."""
-
-
 class OptimizerConfig(Section):
     lr: float = Field(default=5e-5, gt=0)
     """Peak learning rate. 5e-5 suits days, 2e-3 suits minutes."""
@@ -179,14 +172,10 @@ class TrainingConfig(Section):
     sp_layout: Literal["contiguous", "zigzag"] = "zigzag"
     """``zigzag`` gives a rank one early and one late part of a sample, so that all have the same work in a ring."""
     sp_gather_once: bool = True
-    """Gather a sample's keys and values once and keep them. Off sends them around the ring in each TTT step: less
-    memory, ``ttt_length`` times the traffic."""
+    """Gather a sample's keys and values once and keep them. Off sends them around the ring in each step of the draft:
+    less memory, as many times the traffic."""
     sharding: Literal["fsdp2", "replicated"] = "fsdp2"
     """``fsdp2`` shards weights, gradients and optimizer over all ranks; ``replicated`` keeps them whole on each."""
-    ttt_length: int = Field(default=7, ge=1, le=16)
-    """Training-time-test steps: how many tokens ahead the draft learns to go."""
-    step_decay: float = Field(default=0.8, gt=0, le=1)
-    """TTT step t weighs ``step_decay ** t`` in the loss."""
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     """Autocast dtype; the weights' masters are float32. ``auto`` as for ``target.dtype``."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -214,12 +203,20 @@ class TrainingConfig(Section):
         """All ranks."""
         return self.dp_size * self.sp_size
 
-    @property
-    def shard_formula(self) -> ShardFormula | None:
-        """How samples are split among the ranks that share them; None where every rank holds them whole."""
+    def shard_formula(self, halo: int | None) -> ShardFormula | None:
+        """How samples are split among the ranks that share them; None where every rank holds them whole.
+
+        Args:
+            halo: of the draft's spec.
+
+        Raises:
+            ValueError: samples of this kind of draft cannot be shared.
+        """
         if self.attention_backend != "usp":
             return None
-        return ShardFormula(self.sp_ulysses_size, self.sp_ring_size, self.sp_layout, self.ttt_length)
+        if halo is None:
+            raise ValueError("training.attention_backend=usp: ranks cannot share the samples of this kind of draft")
+        return ShardFormula(self.sp_ulysses_size, self.sp_ring_size, self.sp_layout, halo)
 
 
 class EvaluationConfig(Section):
@@ -276,7 +273,7 @@ class RecoveryConfig(Section):
 
 
 class MonitorConfig(Section):
-    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]] = Field(default=["tensorboard"])
     """Where figures go besides the run's folder. TensorBoard's logs lie in that; W&B and MLflow are extras
     (``torchspec[wandb]``, ``torchspec[mlflow]``) and go where their own environment variables say."""
     project: str = "torchspec"
@@ -308,7 +305,7 @@ class Config(Section):
     inference: InferenceConfig = Field(default_factory=InferenceConfig)
     store: StoreConfig = Field(default_factory=StoreConfig)
     controller: ControllerConfig = Field(default_factory=ControllerConfig)
-    draft: DraftConfig = Field(default_factory=DraftConfig)
+    draft: SerializeAsAny[DraftKnobs] = Field(default_factory=KINDS[DEFAULT].Knobs)
     optimizer: OptimizerConfig = Field(default_factory=OptimizerConfig)
     training: TrainingConfig = Field(default_factory=TrainingConfig)
     evaluation: EvaluationConfig = Field(default_factory=EvaluationConfig)
@@ -322,6 +319,15 @@ class Config(Section):
     def fill_empty_sections(cls, tree: dict[str, Any]) -> dict[str, Any]:
         """``data:`` with nothing below it is null to YAML, and all defaults to us."""
         return {name: value for name, value in tree.items() if value is not None or name not in cls.model_fields}
+
+    @field_validator("draft", mode="before")
+    @classmethod
+    def parse_draft(cls, section: Any) -> Any:
+        """The knobs of its kind, and no other's."""
+        kind = kind_of(section)
+        if kind not in KINDS:
+            raise ValueError(f"draft.kind: {kind!r} does not fit; valid: {' | '.join(KINDS)}")
+        return KINDS[kind].Knobs.model_validate({} if section is None else section)
 
     @model_validator(mode="after")
     def check_workers(self) -> Config:
@@ -359,10 +365,10 @@ class Config(Section):
 
     @model_validator(mode="after")
     def check_vocabulary(self) -> Config:
-        if self.controller.reorder_window < self.draft.vocab_prompts:
+        if self.controller.reorder_window < self.data.vocab_prompts:
             raise ValueError(
                 f"controller.reorder_window ({self.controller.reorder_window}) is smaller than "
-                f"draft.vocab_prompts ({self.draft.vocab_prompts}): the vocabulary could never be counted"
+                f"data.vocab_prompts ({self.data.vocab_prompts}): the vocabulary could never be counted"
             )
         return self
 

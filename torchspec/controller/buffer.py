@@ -57,7 +57,12 @@ class ControllerSpec:
     heldout: PromptSet | None
     geometry: SampleGeometry
     """Shapes and bytes of a sample of this target."""
+    halo: int | None
+    """Of the draft: how far a shard reads beyond its rows."""
     vocab_size: int
+    """Of the target."""
+    draft_vocab_size: int | None
+    """None: the draft has the target's, and nothing is counted."""
     end_token_ids: tuple[int, ...]
     """Tokens that end an answer: always in the draft's vocabulary."""
     endpoint: StoreEndpoint
@@ -113,6 +118,7 @@ class SampleBuffer:
         self._making_room = False
         self.store_away = False
         """Nothing is leased, and nothing that fails is held against a sample."""
+        self.halo = spec.halo
         self.geometry = spec.geometry
         """Of the samples that are leased from now on, but for those of steps that are formed."""
         self._formed_sharding: ShardFormula | None = spec.geometry.sharding
@@ -135,7 +141,7 @@ class SampleBuffer:
         Raises:
             ValueError: the checkpoint is of other data, another seed or another batch size.
         """
-        self.geometry = replace(self.geometry, sharding=config.training.shard_formula)
+        self.geometry = replace(self.geometry, sharding=config.training.shard_formula(self.halo))
         events = count_events(RunFolder(self._run_dir).journal)
         incarnation, self.generation = events["started"] + 1, events["group"]
         self._key_prefix = f"{self._run}/{incarnation}"
@@ -158,7 +164,7 @@ class SampleBuffer:
     def open_group(self, training: TrainingConfig) -> None:
         """A new generation of ranks goes on from the newest checkpoint."""
         self.generation += 1
-        self._formed_sharding = training.shard_formula
+        self._formed_sharding = training.shard_formula(self.halo)
         sizes = {"dp_size": training.dp_size, "sp_size": training.sp_size}
         step = self.ledger.committed_step
         self._journal.write({"event": "group", "generation": self.generation, "step": step, **sizes})

@@ -285,7 +285,7 @@ class Controller:
         training = self.config.training
         message = f"training goes on with dp_size {training.dp_size} and sp_size {training.sp_size}"
         self.observer.note(message, "scaled", dp_size=training.dp_size, sp_size=training.sp_size)
-        self.buffer.split(training.shard_formula)
+        self.buffer.split(training.shard_formula(self.buffer.halo))
         if self._group is not None:
             self._group.close()
 

@@ -1,6 +1,8 @@
 """Counts the draft's vocabulary while the target answers: training starts once enough has been seen.
 
-Answered prompts are counted at once; of the others, the first ``draft.vocab_prompts`` in the run's order. Which samples
+A draft over the target's whole vocabulary waits for nothing.
+
+Answered prompts are counted at once; of the others, the first ``data.vocab_prompts`` in the run's order. Which samples
 count depends on the seed alone, so the vocabulary does too, whatever the number of workers.
 """
 
@@ -11,6 +13,7 @@ import numpy as np
 from torchspec.controller.buffer import ControllerSpec, SampleBuffer
 from torchspec.controller.sync import Signal
 from torchspec.data.vocabulary import DraftVocab, VocabCounter, load_or_count
+from torchspec.run_folder import RunFolder
 
 
 class TokenCounts:
@@ -19,17 +22,19 @@ class TokenCounts:
     def __init__(self, spec: ControllerSpec, buffer: SampleBuffer):
         self.vocab: DraftVocab | None = None
         self._buffer, self._prompts, self._always = buffer, spec.train, spec.end_token_ids
-        self._path, draft = spec.run_dir / "draft_vocab.json", spec.config.draft
-        self._size = spec.vocab_size if draft.vocab_size is None else draft.vocab_size
+        self._path, data = RunFolder(spec.run_dir).draft_vocab, spec.config.data
         self._known = Signal()
-        first = map(buffer.ledger.sample_at, range(min(draft.vocab_prompts, len(spec.train))))
+        first = map(buffer.ledger.sample_at, range(min(data.vocab_prompts, len(spec.train))))
         self._waiting = [s for s in first if spec.train.loss_mask(s.prompt) is None]
         self._unknown = list(self._waiting)
+        self._size = spec.draft_vocab_size or spec.vocab_size
         if self._path.exists():
             self.vocab = DraftVocab.load(self._path)
+        elif spec.draft_vocab_size is None:
+            self.vocab = DraftVocab.whole(spec.vocab_size)
+            self.vocab.save(self._path)
         elif spec.train.fully_answered:
-            cache_dir = spec.config.data.cache_dir
-            self.vocab = load_or_count(spec.train, self._size, spec.vocab_size, self._always, cache_dir)
+            self.vocab = load_or_count(spec.train, self._size, spec.vocab_size, self._always, data.cache_dir)
             self.vocab.save(self._path)
         else:
             self._counter = VocabCounter(spec.vocab_size)

@@ -43,6 +43,11 @@ class DraftVocab:
         known[self.target_ids] = True
         return known
 
+    @classmethod
+    def whole(cls, vocab_size: int) -> DraftVocab:
+        """The target's own."""
+        return cls(np.arange(vocab_size), vocab_size, 1.0)
+
     def save(self, path: Path) -> None:
         """Write JSON, complete or not at all: without it no checkpoint can be resumed."""
         content = {

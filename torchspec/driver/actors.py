@@ -99,14 +99,16 @@ class ActorFactory:
         return self._start(StoreNode, "store-node", 1, 0, self._endpoint, self._config.store.segment_bytes, **options)
 
     def controller(self) -> Any:
-        prepared = self._prepared
+        prepared, resolved = self._prepared, self._prepared.resolved
         spec = ControllerSpec(
             config=self._config,
             train=prepared.train,
             heldout=prepared.heldout,
-            geometry=prepared.target.geometry,
-            vocab_size=prepared.target.vocab_size,
-            end_token_ids=prepared.target.end_token_ids,
+            geometry=resolved.geometry,
+            halo=resolved.draft.halo,
+            vocab_size=resolved.target.shape.vocab_size,
+            draft_vocab_size=resolved.draft.vocab_size,
+            end_token_ids=resolved.target.end_token_ids,
             endpoint=self._endpoint,
             credit_bytes=prepared.plan.credit_bytes,
             run_dir=prepared.folder.path,
@@ -118,17 +120,17 @@ class ActorFactory:
         """A new inference worker, one of ``pool`` that share the cores; its name is never used again."""
         name = f"worker-{self._workers}"
         self._workers += 1
-        prepared, target = self._prepared, self._prepared.target
+        prepared, resolved = self._prepared, self._prepared.resolved
         inference = self._config.inference
         pooled = with_values(self._config, {"inference.workers": pool})
-        fair = plan_threads(pooled, prepared.plan.cores, prepared.on_gpu)
+        fair = plan_threads(pooled, prepared.plan.cores, resolved.on_gpu)
         engine = EngineConfig(
-            model_path=target.path,
+            model_path=str(resolved.target.path),
             dtype=self._config.target.dtype,
-            device="cuda" if prepared.on_gpu else "cpu",
+            device="cuda" if resolved.on_gpu else "cpu",
             threads=min(fair.inference, prepared.plan.threads.inference),
             tp_size=inference.tp_size,
-            aux_layers=target.aux_layers,
+            aux_layers=resolved.draft.layers,
             chunked_prefill_size=inference.chunked_prefill_size,
             max_total_tokens=inference.max_total_tokens,
             max_running_requests=inference.max_concurrency,
@@ -138,7 +140,7 @@ class ActorFactory:
             stuck_seconds=self._config.recovery.stuck_seconds,
             extra_args=inference.engine_args,
         )
-        gpus = inference.tp_size if prepared.on_gpu else 0
+        gpus = inference.tp_size if resolved.on_gpu else 0
         actor = self._start(
             InferenceWorker,
             name,
@@ -163,12 +165,12 @@ class ActorFactory:
     def _rank_size(self, plan: GroupPlan) -> tuple[Config, int, int]:
         """A generation's config, and the CPUs and GPUs of each of its ranks."""
         config = self._config.model_copy(update={"training": plan.training})
-        threads = plan_threads(config, self._prepared.plan.cores, self._prepared.on_gpu).training
-        return config, threads, 1 if self._prepared.on_gpu else 0
+        threads = plan_threads(config, self._prepared.plan.cores, self._prepared.resolved.on_gpu).training
+        return config, threads, 1 if self._prepared.resolved.on_gpu else 0
 
     def trainers(self, vocabulary: DraftVocab, plan: GroupPlan, slots: RankSlots) -> list[Any]:
         """The actors of a generation that has its slots, one a rank, told where to meet."""
-        prepared, training = self._prepared, plan.training
+        prepared, training, draft = self._prepared, plan.training, self._prepared.resolved.draft
         config, threads, gpus = self._rank_size(plan)
         address, port = ray.get(slots.meeting)
         actors = []
@@ -182,8 +184,8 @@ class ActorFactory:
                 port=port,
                 threads=threads,
                 draft_ids=vocabulary.target_ids,
-                aux_layers=prepared.target.aux_layers,
-                geometry=replace(prepared.target.geometry, sharding=training.shard_formula),
+                draft=draft,
+                geometry=replace(prepared.resolved.geometry, sharding=training.shard_formula(draft.halo)),
                 total_steps=prepared.total_steps,
                 endpoint=self._endpoint,
                 run_dir=prepared.folder.path,

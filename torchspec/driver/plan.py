@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import psutil
 import torch
 
 from torchspec.config.schema import Config, TrainingConfig
-from torchspec.drafts.eagle3.spec import Eagle3Spec
-from torchspec.driver.memory import draft_parameters
-from torchspec.driver.splits import MemoryBudget, Split, possible_splits
+from torchspec.driver.memory import MemoryBudget, Split, possible_splits
+from torchspec.driver.resolve import Resolved
 from torchspec.store.layout import USABLE_SHARE, stored_bytes
-from torchspec.target.checkpoint import TargetInfo
 
 ENGINE_OVERHEAD_BYTES = 3 << 29
 """Measured on a CPU: both processes of one engine, beside weights and KV cache."""
@@ -51,8 +49,8 @@ class Plan:
     """Ways to share the largest sample among ranks."""
 
 
-def make_plan(config: Config, target: TargetInfo, heldout_samples: int, vocab_prompts: int, on_gpu: bool) -> Plan:
-    """Work out what ``config``, with its defaults resolved, needs.
+def make_plan(resolved: Resolved, heldout_samples: int, vocab_prompts: int) -> Plan:
+    """Work out what a run needs.
 
     Args:
         vocab_prompts: samples that are stored before training starts, because their answers are counted first.
@@ -60,19 +58,19 @@ def make_plan(config: Config, target: TargetInfo, heldout_samples: int, vocab_pr
     Raises:
         ValueError: the store cannot hold what the run must have in it at the same time.
     """
+    config, target, on_gpu = resolved.config, resolved.target, resolved.on_gpu
     if on_gpu:
         check_gpus(config, torch.cuda.device_count())
     cores = usable_cores(config)
     threads = plan_threads(config, cores, on_gpu)
-    sample_bytes = target.geometry.stored_bytes(config.data.max_seq_length)
+    sample_bytes = resolved.geometry.stored_bytes(config.data.max_seq_length)
     credit_bytes = int(config.store.segment_bytes * USABLE_SHARE)
-    buffer_bytes = check_buffers(config, target, heldout_samples, vocab_prompts)
+    buffer_bytes = check_buffers(resolved, heldout_samples, vocab_prompts)
     weights = target.num_parameters * (4 if config.target.dtype == "float32" else 2)
-    kv_cache = config.inference.max_total_tokens * target.num_layers * target.hidden_size * 2
+    kv_cache = config.inference.max_total_tokens * target.num_layers * target.shape.hidden_size * 2
     engine = weights + kv_cache + ENGINE_OVERHEAD_BYTES + buffer_bytes
     others = BASE_BYTES + config.store.segment_bytes + config.inference.most_workers * engine
-    room = _room(config, others, on_gpu)
-    splits = _splits(config, target, heldout_samples, room)
+    splits = _splits(resolved, heldout_samples, _memory_budget(config, others, on_gpu))
     (configured,) = (split for split in splits if split.configured)
     training = config.training
     where = "GPU" if on_gpu else "CPU threads"
@@ -90,25 +88,26 @@ def make_plan(config: Config, target: TargetInfo, heldout_samples: int, vocab_pr
         sample_bytes=sample_bytes,
         credit_bytes=credit_bytes,
         store_samples=credit_bytes // sample_bytes,
-        draft_parameters=draft_parameters(_draft(config, target)),
+        draft_parameters=resolved.draft.parameters(),
         memory_bytes=others + configured.ranks * configured.rank_bytes,
         memory_available=psutil.virtual_memory().total,
         splits=splits,
     )
 
 
-def check_buffers(config: Config, target: TargetInfo, heldout_samples: int = 0, vocab_prompts: int = 0) -> int:
-    """Refuse a store or buffers that are too small for samples split as ``config`` says; returns the engines' buffer.
+def check_buffers(resolved: Resolved, heldout_samples: int = 0, vocab_prompts: int = 0) -> int:
+    """Refuse a store or buffers that are too small for samples split as the config says; returns the engines' buffer.
 
     Raises:
         ValueError: names the knob, and what it must be at least.
     """
+    config, geometry = resolved.config, resolved.geometry
     assert config.inference.buffer_bytes is not None
     longest = config.data.max_seq_length
-    sample_bytes = target.geometry.stored_bytes(longest)
+    sample_bytes = geometry.stored_bytes(longest)
     credit_bytes = int(config.store.segment_bytes * USABLE_SHARE)
     _check_store(config, sample_bytes, credit_bytes, heldout_samples, vocab_prompts)
-    shards = [stored_bytes(target.geometry.shard(longest, rank)) for rank in range(config.training.sp_size)]
+    shards = [stored_bytes(geometry.shard(longest, rank)) for rank in range(config.training.sp_size)]
     _check_buffer("inference", config.inference.buffer_bytes, sample_bytes)
     _check_buffer("training", config.training.buffer_bytes, max(shards))
     return config.inference.buffer_bytes
@@ -141,11 +140,7 @@ def total_steps(training: TrainingConfig, prompts: int) -> int:
     return min(steps, training.max_steps) if training.max_steps is not None else steps
 
 
-def _draft(config: Config, target: TargetInfo) -> Eagle3Spec:
-    return replace(target.draft, draft_vocab_size=config.draft.vocab_size or target.vocab_size)
-
-
-def _room(config: Config, others: int, on_gpu: bool) -> MemoryBudget:
+def _memory_budget(config: Config, others: int, on_gpu: bool) -> MemoryBudget:
     """Args: ``others``, host memory of everything but the training ranks."""
     left = psutil.virtual_memory().total - others
     if not on_gpu:
@@ -154,11 +149,12 @@ def _room(config: Config, others: int, on_gpu: bool) -> MemoryBudget:
     return MemoryBudget(left, torch.cuda.device_count() - engines, torch.cuda.get_device_properties(0).total_memory)
 
 
-def _splits(config: Config, target: TargetInfo, heldout_samples: int, room: MemoryBudget) -> tuple[Split, ...]:
+def _splits(resolved: Resolved, heldout_samples: int, budget: MemoryBudget) -> tuple[Split, ...]:
+    config = resolved.config
     steps = max(2, config.controller.prefetch_steps)  # the one in training, and at least one that is being fetched
     kept = steps * config.training.batch_size + heldout_samples
-    length, dtype = config.data.max_seq_length, target.geometry.dtype
-    return possible_splits(_draft(config, target), config.training, length, kept, dtype, room)
+    length, dtype = config.data.max_seq_length, resolved.geometry.dtype
+    return possible_splits(resolved.draft, config.training, length, kept, dtype, budget)
 
 
 def _uses(threads: int, gpus: int, where: str) -> str:
@@ -191,7 +187,7 @@ def _check_store(
         f"one batch of training.batch_size ({batch}) samples": batch,
         f"the {heldout_samples} held-out samples (evaluation.samples) and one batch": heldout_samples + batch,
         f"the {heldout_samples} held-out samples (evaluation.samples) and the {vocab_prompts} whose answers the "
-        "vocabulary is counted over (draft.vocab_prompts)": heldout_samples + vocab_prompts,
+        "vocabulary is counted over (data.vocab_prompts)": heldout_samples + vocab_prompts,
     }
     for what, samples in needs.items():
         if samples * sample_bytes > credit_bytes:

@@ -14,27 +14,28 @@ from torchspec.data.prompt_set import PromptSet, TokenizeOptions
 from torchspec.data.survey import Survey, survey
 from torchspec.driver.cluster import namespace
 from torchspec.driver.plan import Plan, make_plan, total_steps
-from torchspec.driver.resolve import resolve
+from torchspec.driver.resolve import Resolved, resolve
 from torchspec.inference.sglang_patch import check_patched
 from torchspec.monitor.trackers import check_trackers
 from torchspec.run_folder import LEDGER_FILE, RunFolder
-from torchspec.target.checkpoint import TargetInfo
 
 
 @dataclass(frozen=True)
 class Prepared:
     """A checked run: what to train, on what, with which figures."""
 
-    config: Config
-    target: TargetInfo
+    resolved: Resolved
     train: PromptSet
     heldout: PromptSet | None
     plan: Plan
-    on_gpu: bool
     folder: RunFolder
     resume: bool
     mark: str
     """Found in the environment of every process of this run."""
+
+    @property
+    def config(self) -> Config:
+        return self.resolved.config
 
     @property
     def namespace(self) -> str:
@@ -55,7 +56,7 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Pre
     check_patched()
     check_trackers(config.monitor)
     resolved = resolve(config)
-    config, target, on_gpu = resolved.config, resolved.target, resolved.on_gpu
+    config = resolved.config
     folder = RunFolder(config.run_dir)
     resume_from = _check_folder(folder, resume)
     message("reading and tokenising the prompts")
@@ -66,13 +67,13 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Pre
     _require_rows(config, len(train), train.rejected)
     if resume_from is not None:
         LedgerSnapshot.from_json((resume_from / LEDGER_FILE).read_text(), ledger_shape(config, train))
-    vocab_prompts = 0 if train.fully_answered else min(config.draft.vocab_prompts, len(train))
-    plan = make_plan(config, target, len(heldout) if heldout else 0, vocab_prompts, on_gpu)
+    vocab_prompts = 0 if train.fully_answered else _vocab_prompts(resolved, len(train))
+    plan = make_plan(resolved, len(heldout) if heldout else 0, vocab_prompts)
     folder.path.mkdir(parents=True, exist_ok=True)
     if not resume:
         _list_rejected(folder, train, heldout)
     mark = f"{folder.path}#{secrets.token_hex(8)}"
-    return Prepared(config, target, train, heldout, plan, on_gpu, folder, resume, mark)
+    return Prepared(resolved, train, heldout, plan, folder, resume, mark)
 
 
 def make_plan_for(config: Config) -> tuple[Plan, Survey]:
@@ -88,8 +89,13 @@ def make_plan_for(config: Config) -> tuple[Plan, Survey]:
     heldout = 0
     if config.evaluation.heldout is not None:
         heldout = _survey(config, "evaluation.heldout", config.evaluation.heldout, config.evaluation.samples).rows
-    vocab_prompts = min(config.draft.vocab_prompts, train.rows) if train.answer_tokens else 0
-    return make_plan(config, resolved.target, heldout, vocab_prompts, resolved.on_gpu), train
+    vocab_prompts = _vocab_prompts(resolved, train.rows) if train.answer_tokens else 0
+    return make_plan(resolved, heldout, vocab_prompts), train
+
+
+def _vocab_prompts(resolved: Resolved, prompts: int) -> int:
+    """Samples that are stored before training starts, because their answers are counted."""
+    return 0 if resolved.draft.vocab_size is None else min(resolved.config.data.vocab_prompts, prompts)
 
 
 def _survey(config: Config, knob: str, source: str, limit: int | None) -> Survey:

@@ -11,8 +11,12 @@ from typing import Any
 
 from torchspec.config.load import with_values
 from torchspec.config.schema import Config
+from torchspec.drafts.registry import KINDS
+from torchspec.drafts.spec import DraftSpec
 from torchspec.hardware import fast_dtype, pick_device
-from torchspec.target.checkpoint import TargetInfo, read_target
+from torchspec.shards import key_value_repeats
+from torchspec.store.geometry import SampleGeometry
+from torchspec.target.checkpoint import TargetCheckpoint
 
 MAX_DEFAULT_BUFFER = 4 << 30
 
@@ -22,7 +26,10 @@ class Resolved:
     """A config without open ends, and what they were filled in from."""
 
     config: Config
-    target: TargetInfo
+    target: TargetCheckpoint
+    draft: DraftSpec
+    geometry: SampleGeometry
+    """Of the samples that the run stores."""
     on_gpu: bool
 
 
@@ -36,11 +43,16 @@ def resolve(config: Config) -> Resolved:
     fast = fast_dtype("cuda" if on_gpu else "cpu")
     sections = [name for name in ("target", "training") if getattr(config, name).dtype == "auto"]
     config = with_values(config, {f"{name}.dtype": fast for name in sections})
-    target = read_target(config.target, config.training.shard_formula)
+    target = TargetCheckpoint(Path(config.target.path), config.target.trust_remote_code)
+    draft = KINDS[config.draft.kind].of(config.draft, target, config.target.aux_layers)
+    sharding = config.training.shard_formula(draft.halo)
+    if sharding is not None:
+        key_value_repeats(draft.target.num_heads, draft.target.num_kv_heads, sharding.ulysses_size)
+    geometry = SampleGeometry(len(draft.layers), draft.target.hidden_size, config.target.dtype, sharding)
     values: dict[str, Any] = {**_absolute_paths(config)}
     if config.inference.buffer_bytes is None:
-        values["inference.buffer_bytes"] = _buffer_bytes(config, target)
-    return Resolved(with_values(config, values), target, on_gpu)
+        values["inference.buffer_bytes"] = _buffer_bytes(config, geometry)
+    return Resolved(with_values(config, values), target, draft, geometry, on_gpu)
 
 
 def computes_on_gpu(config: Config) -> bool:
@@ -48,9 +60,9 @@ def computes_on_gpu(config: Config) -> bool:
     return pick_device(config.training.device, "training.device") == "cuda"
 
 
-def _buffer_bytes(config: Config, target: TargetInfo) -> int:
+def _buffer_bytes(config: Config, geometry: SampleGeometry) -> int:
     """For as many samples as an engine works on and two on their way; where they are large, fewer will do."""
-    sample = target.geometry.stored_bytes(config.data.max_seq_length)
+    sample = geometry.stored_bytes(config.data.max_seq_length)
     return max(2 * sample, min((config.inference.max_concurrency + 2) * sample, MAX_DEFAULT_BUFFER))
 
 

@@ -202,7 +202,7 @@ def _check_cluster(prepared: Prepared, cluster: Cluster) -> None:
         ValueError: one line for each thing that they lack.
     """
     config = prepared.config
-    check_pools(cluster.nodes, config, prepared.plan.threads, prepared.on_gpu)
+    check_pools(cluster.nodes, config, prepared.plan.threads, prepared.resolved.on_gpu)
     roles = config.cluster.inference_resource, config.cluster.training_resource
     nodes = {node.id: node for role in roles for node in nodes_of(cluster.nodes, role)}
     check_nodes(list(nodes.values()), prepared.folder.path, Path(config.target.path))

@@ -54,8 +54,8 @@ def checked_change(
     if {dp, sp, ulysses, ring} != {None}:
         sizes = _sizes(config, dp, sp, ulysses, ring)
         config = with_values(config, {f"training.{name}": size for name, size in sizes.items()})
-        change, resolved = replace(change, sizes=sizes), resolve(config)
-        check_buffers(resolved.config, resolved.target)
+        change = replace(change, sizes=sizes)
+        check_buffers(resolve(config))
     _check_machines(config, run_dir)
     return change
 
@@ -71,7 +71,7 @@ def _sizes(
     config: Config, dp: int | None, sp: int | None, ulysses: int | None, ring: int | None
 ) -> dict[str, int | str]:
     training = config.training
-    heads = resolve(config).target.draft.num_heads
+    heads = resolve(config).draft.target.num_heads
     if sp is None:
         ulysses, ring = ulysses or training.sp_ulysses_size, ring or training.sp_ring_size
     elif ulysses is None:

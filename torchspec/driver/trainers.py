@@ -21,7 +21,7 @@ from torchspec.driver.controller_client import ControllerClient
 from torchspec.driver.placement import RankSlots
 from torchspec.driver.supervise import Pulse, RunFailed, root_cause
 from torchspec.training.checkpoint import CheckpointError
-from torchspec.training.trainer import TrainingDiverged
+from torchspec.training.learner import TrainingDiverged
 
 FATAL = (TrainingDiverged, CheckpointError)
 """What would only happen again."""

@@ -10,9 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from transformers import PretrainedConfig
-
-from torchspec.drafts.export import DraftExport, read_target, validate_export
+from torchspec.drafts.export import DraftExport, validate_export
 from torchspec.evaluation.prompts import EvaluationPrompt, load_prompts
 from torchspec.evaluation.result import (
     Acceptance,
@@ -24,6 +22,8 @@ from torchspec.evaluation.result import (
 )
 from torchspec.evaluation.serving import Job, Served, serve
 from torchspec.hardware import fast_dtype, pick_device
+from torchspec.target.checkpoint import TargetCheckpoint
+from torchspec.target.shape import TargetShape
 
 Progress = Callable[[str], None]
 
@@ -49,7 +49,7 @@ def run_evaluation(
         ValueError: the draft, the target or the prompt set cannot be used; one clear line.
         ServingError: the server failed.
     """
-    require_match(validate_export(draft_folder), read_target(target_path))  # before anything is downloaded
+    require_match(validate_export(draft_folder), TargetCheckpoint(Path(target_path)))  # before anything is downloaded
     prompts = load_prompts(prompt_set, Path(target_path).expanduser(), cache_dir, limit)
     result = evaluate_draft(draft_folder, target_path, prompts, settings, prompt_set=prompt_set, progress=progress)
     if output is not None:
@@ -76,47 +76,48 @@ def evaluate_draft(
         ValueError: the draft does not fit the target, or a prompt does not fit its context.
         ServingError: the server failed, or did not load all of the draft.
     """
-    export, target = validate_export(draft_folder), read_target(target_path)
+    export, target = validate_export(draft_folder), TargetCheckpoint(Path(target_path))
     settings = _resolve(settings or EvaluationSettings())
     require_match(export, target)
-    _require_room(prompts, target, settings)
+    _require_room(prompts, target.shape, settings)
     plain_job = Job(
-        target=str(Path(target_path).expanduser()),
+        target=str(target.path),
         prompts=[list(prompt.input_ids) for prompt in prompts],
         max_tokens=settings.max_tokens,
         dtype=settings.dtype,
         device=settings.device,
         threads=settings.threads or 1,
         concurrency=min(settings.concurrency, len(prompts)),
-        num_draft_tokens=settings.num_draft_tokens,
         engine_args=settings.engine_args,
     )
+    speculation = export.spec.server_args(settings.num_draft_tokens)
     progress(f"serving {len(prompts)} prompts with the draft")
-    drafted = serve(replace(plain_job, draft=str(export.folder)))
+    drafted = serve(replace(plain_job, draft=str(export.folder), speculation=speculation))
     progress(f"serving {len(prompts)} prompts without it")
     plain = serve(plain_job)
     return _compare(drafted, plain, prompts, settings, str(draft_folder), str(target_path), prompt_set)
 
 
-def require_match(export: DraftExport, target: PretrainedConfig) -> None:
+def require_match(export: DraftExport, target: TargetCheckpoint) -> None:
     """Refuse a draft that was made for another target.
 
     Raises:
         ValueError: the sizes differ; names both.
     """
+    draft, shape = export.spec, target.shape
     for what, of_draft, of_target in (
-        ("hidden size", export.hidden_size, target.hidden_size),
-        ("vocabulary", export.vocab_size, target.vocab_size),
+        ("hidden size", draft.target.hidden_size, shape.hidden_size),
+        ("vocabulary", draft.target.vocab_size, shape.vocab_size),
     ):
         if of_draft != of_target:
             raise ValueError(
                 f"the draft {export.folder} was made for another target: {what} {of_draft}, "
                 f"but the target's is {of_target}"
             )
-    if export.aux_layers[-1] >= target.num_hidden_layers:
+    if draft.layers[-1] >= target.num_layers:
         raise ValueError(
-            f"the draft {export.folder} was made for another target: it reads layers {list(export.aux_layers)}, "
-            f"but the target has {target.num_hidden_layers}"
+            f"the draft {export.folder} was made for another target: it reads layers {list(draft.layers)}, "
+            f"but the target has {target.num_layers}"
         )
 
 
@@ -126,7 +127,7 @@ def _resolve(settings: EvaluationSettings) -> EvaluationSettings:
     return replace(settings, device=device, dtype=dtype, threads=settings.threads or os.cpu_count())
 
 
-def _require_room(prompts: Sequence[EvaluationPrompt], target: PretrainedConfig, settings: EvaluationSettings) -> None:
+def _require_room(prompts: Sequence[EvaluationPrompt], target: TargetShape, settings: EvaluationSettings) -> None:
     if not prompts:
         raise ValueError("there is no prompt to evaluate the draft on")
     room = target.max_position_embeddings - settings.max_tokens - settings.num_draft_tokens

@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from torchspec.drafts.export import WEIGHTS
+from torchspec.drafts.export import WEIGHTS, read_spec
+from torchspec.drafts.spec import DraftSpec
 
-_FUSED = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
-_VOCAB_MULTIPLE = 64
-"""SGLang pads the rows of an ``lm_head`` to a multiple of this, with zeros."""
+_HEAD, _VOCAB_MULTIPLE = "lm_head.weight", 64
+"""SGLang pads the rows of a head to a multiple of this, with zeros."""
 
 
 def require_loaded(engine: Any, draft: Path, dtype: torch.dtype) -> None:
@@ -34,25 +34,25 @@ def require_loaded(engine: Any, draft: Path, dtype: torch.dtype) -> None:
     if not success:
         raise ValueError(f"SGLang could not hash its weights: {message}")
     held = ranks[0]["checksums"]
-    expected = draft_checksums(load_file(draft / WEIGHTS), dtype)
-    expected["model.embed_tokens.weight"] = held["model.embed_tokens.weight"]  # the target's, shared
+    expected = draft_checksums(read_spec(draft), load_file(draft / WEIGHTS), dtype)
     found = {name.removeprefix("draft."): value for name, value in held.items() if name.startswith("draft.")}
-    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    targets = {name for name, value in found.items() if name not in expected and value == held.get(name)}
+    names = (expected.keys() | found.keys()) - targets
+    wrong = sorted(name for name in names if expected.get(name) != found.get(name))
     if wrong:
         raise ValueError(f"SGLang did not load all of {draft}: {', '.join(wrong)} differ from the file")
 
 
-def draft_checksums(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, str]:
-    """SGLang's name and hash of every parameter of the draft, from the tensors of an exported folder."""
+def draft_checksums(spec: DraftSpec, tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, str]:
+    """SGLang's name and hash of every parameter whose tensors an exported folder holds."""
     from sglang.srt.managers.mm_utils import tensor_hash
 
-    weights = {n.replace("midlayer", "layers.0"): t.to(dtype) for n, t in tensors.items() if t.is_floating_point()}
-    for fused, parts in _FUSED.items():
-        parent = f"layers.0.{fused.partition('.')[0]}"
-        pieces = [weights.pop(f"{parent}.{part}.weight") for part in parts]
-        weights[f"layers.0.{fused}.weight"] = torch.cat(pieces)
-    head_DH = weights.pop("lm_head.weight")
-    padding = -len(head_DH) % _VOCAB_MULTIPLE
-    hashes = {f"model.{name}": tensor_hash(weight) for name, weight in weights.items()}
-    hashes["lm_head.weight"] = tensor_hash(torch.nn.functional.pad(head_DH, (0, 0, 0, padding)))
-    return {name: f"{value:016x}" for name, value in hashes.items()}
+    hashes = {}
+    for name, parts in spec.served_as().items():
+        if not tensors.keys() >= set(parts):
+            continue
+        weight = torch.cat([tensors[part].to(dtype) for part in parts])
+        if name == _HEAD:
+            weight = torch.nn.functional.pad(weight, (0, 0, 0, -len(weight) % _VOCAB_MULTIPLE))
+        hashes[name] = f"{tensor_hash(weight):016x}"
+    return hashes

@@ -48,7 +48,8 @@ class Job:
     """Requests that are decoded together."""
     draft: str | None = None
     """Folder of an exported draft; without one, the engine decodes plainly."""
-    num_draft_tokens: int = 3
+    speculation: dict[str, Any] = field(default_factory=dict)
+    """What makes the engine draft with it (``DraftSpec.server_args``)."""
     engine_args: dict[str, Any] = field(default_factory=dict)
     """More arguments of ``sglang.Engine``."""
 
@@ -72,13 +73,7 @@ class Job:
                 "max_total_tokens": self.concurrency * longest,
             }
         if self.draft is not None:
-            args |= {
-                "speculative_algorithm": "EAGLE3",
-                "speculative_draft_model_path": self.draft,
-                "speculative_num_steps": self.num_draft_tokens,
-                "speculative_eagle_topk": 1,
-                "speculative_num_draft_tokens": self.num_draft_tokens + 1,
-            }
+            args |= {"speculative_draft_model_path": self.draft, **self.speculation}
         return args | self.engine_args
 
     def environment(self) -> dict[str, str]:

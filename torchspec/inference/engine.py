@@ -49,7 +49,7 @@ from torchspec.shards import ShardFormula
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
 from torchspec.store.slot_pool import align
-from torchspec.target.layers import resolve_aux_layers
+from torchspec.target.shape import check_layers
 
 T = TypeVar("T")
 
@@ -101,7 +101,7 @@ class TargetEngine:
                 listener.listen(1)
                 self._engine = start_capturing_engine(config, capture)
                 self._socket, hello = await_hello(listener)
-            resolve_aux_layers(hello.num_layers, config.aux_layers)
+            check_layers(hello.num_layers, config.aux_layers)
         except BaseException:
             self._shut_down()
             raise

@@ -6,35 +6,39 @@ Shapes: P positions, R rows, Q heads, E head dimension.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from torchspec.drafts.eagle3.spec import Eagle3Spec
 
+def rotary_table(
+    parameters: Mapping[str, Any], width: int, max_positions: int, positions_P: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """cos_PE and sin_PE of integer positions, on their device.
 
-def rotary_table(config: Eagle3Spec, positions_P: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos_PE and sin_PE of integer positions, on their device."""
-    frequencies, factor = _frequencies(config)
+    Args:
+        parameters: ``rope_parameters`` of a config, as in transformers 5.
+        width: E.
+        max_positions: ``max_position_embeddings`` of the config.
+    """
+    frequencies, factor = _frequencies(parameters, width, max_positions)
     angles = positions_P.double().unsqueeze(1) * frequencies.to(positions_P.device)
     angles_PE = torch.cat((angles, angles), dim=1)
     return (angles_PE.cos() * factor).to(dtype), (angles_PE.sin() * factor).to(dtype)
 
 
-def _frequencies(config: Eagle3Spec) -> tuple[Tensor, float]:
+def _frequencies(parameters: Mapping[str, Any], width: int, max_positions: int) -> tuple[Tensor, float]:
     """One angle per position and pair of channels [E / 2], and the factor that scales cos and sin."""
-    rope_type, width = config.rope_parameters["rope_type"], config.head_dim
-    if rope_type == "default":
+    if parameters["rope_type"] == "default":
         exponents = torch.arange(0, width, 2, dtype=torch.float64) / width
-        return config.rope_parameters["rope_theta"] ** -exponents, 1.0
+        return parameters["rope_theta"] ** -exponents, 1.0
     from transformers import LlamaConfig
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    llama = LlamaConfig(
-        head_dim=width,
-        max_position_embeddings=config.max_position_embeddings,
-        rope_parameters=dict(config.rope_parameters),
-    )
-    frequencies, factor = ROPE_INIT_FUNCTIONS[rope_type](llama, torch.device("cpu"))
+    llama = LlamaConfig(head_dim=width, max_position_embeddings=max_positions, rope_parameters=dict(parameters))
+    frequencies, factor = ROPE_INIT_FUNCTIONS[parameters["rope_type"]](llama, torch.device("cpu"))
     return frequencies.double(), factor
 
 

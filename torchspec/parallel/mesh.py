@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Sequence
 from datetime import timedelta
 
 import torch
@@ -59,19 +60,21 @@ def build_mesh(device: torch.device, ulysses_size: int, ring_size: int) -> Devic
     return init_device_mesh(device.type, shape, mesh_dim_names=("dp", "ring", "ulysses"))
 
 
-def shard_module(module: nn.Module, device: torch.device) -> None:
+def shard_module(module: nn.Module, units: Sequence[nn.Module], device: torch.device) -> None:
     """Shard ``module`` over all ranks with FSDP2, in place; a single rank keeps it plain.
 
-    One unit: a draft is one layer that runs ``ttt_length`` times in a forward, so it is gathered once a micro-batch.
-    Gradients are summed, not averaged (the loss is a sum until the step scales it by the global count). A parameter
-    without gradient on this rank takes part with zeros, so a rank's masks never change the collectives.
+    Each of ``units`` is gathered by itself, while it runs, and the rest of the module once a micro-batch. Gradients are
+    summed, not averaged (the loss is a sum until the step scales it by the global count). A parameter without gradient
+    on this rank takes part with zeros, so a rank's masks never change the collectives.
     """
     if dist.get_world_size() == 1:
         return
-    sharded = fully_shard(module, mesh=init_device_mesh(device.type, (dist.get_world_size(),)))
-    sharded.set_gradient_divide_factor(1.0)
-    sharded.set_force_sum_reduction_for_comms(True)
-    sharded.set_reduce_scatter_unused_params(True)
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for part in (*units, module):
+        sharded = fully_shard(part, mesh=mesh)
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)
+        sharded.set_reduce_scatter_unused_params(True)
 
 
 def _rendezvous(rank: int, world_size: int, address: str, port: int, timeout: timedelta) -> TCPStore:

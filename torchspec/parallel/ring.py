@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from torchspec.drafts.eagle3.attention import block_attention, block_attention_backward
+from torchspec.nn.flash import block_attention, block_attention_backward
 from torchspec.nn.losses import accumulating
 
 

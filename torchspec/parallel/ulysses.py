@@ -11,28 +11,12 @@ Shapes: R rows here, M rows a rank after padding (R <= M), U ranks, H heads, E w
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-
-def key_value_repeats(num_heads: int, num_kv_heads: int, ulysses_size: int) -> int:
-    """How often each key/value head is repeated so that every rank finds those of its query heads among its own.
-
-    Raises:
-        ValueError: the query heads cannot be shared out evenly.
-    """
-    if num_heads % ulysses_size:
-        valid = ", ".join(str(u) for u in range(1, num_heads + 1) if num_heads % u == 0)
-        raise ValueError(
-            f"training.sp_ulysses_size={ulysses_size} does not divide the draft's {num_heads} query heads: choose one "
-            f"of {valid}, and make up the rest with training.sp_ring_size"
-        )
-    return ulysses_size // math.gcd(num_kv_heads, ulysses_size)
 
 
 def split_heads(x_RHE: Tensor, rows: int, group: dist.ProcessGroup) -> Tensor:

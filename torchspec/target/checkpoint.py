@@ -1,75 +1,138 @@
-"""What the driver must know of a target before it starts anything: shapes, vocabulary, tokens that end an answer."""
+"""A target's folder: the only reader of its config, its end tokens and its weights.
+
+Everything is read when it is first asked for, so that whoever needs the sizes alone loads no weights.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from transformers import AutoConfig, AutoTokenizer
+from torchspec.target.shape import TargetShape
 
-from torchspec.config.schema import TargetConfig
-from torchspec.drafts.eagle3.spec import Eagle3Spec
-from torchspec.parallel.ulysses import key_value_repeats
-from torchspec.shards import ShardFormula
-from torchspec.store.geometry import SampleGeometry
-from torchspec.target.layers import resolve_aux_layers
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PretrainedConfig
 
-
-@dataclass(frozen=True, slots=True)
-class TargetInfo:
-    """Read from the target's folder; no weights are loaded."""
-
-    path: str
-    num_layers: int
-    hidden_size: int
-    vocab_size: int
-    num_parameters: int
-    aux_layers: tuple[int, ...]
-    end_token_ids: tuple[int, ...]
-    geometry: SampleGeometry
-    draft: Eagle3Spec
-    """Of a draft for it that has its whole vocabulary."""
+CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+NEEDED = ("hidden_size", "num_attention_heads", "intermediate_size", "rms_norm_eps", "max_position_embeddings")
+"""What a target's config must hold for a draft to be derived from it."""
 
 
-def read_target(config: TargetConfig, sharding: ShardFormula | None = None) -> TargetInfo:
-    """Read the shapes of ``target.path``.
+@dataclass(frozen=True)
+class TargetCheckpoint:
+    """A checkpoint in Hugging Face format.
 
     Args:
-        sharding: how its samples are split among ranks that share them.
+        trust_remote_code: run the Python code that comes with it.
 
     Raises:
-        ValueError: the folder is no checkpoint, ``target.aux_layers`` does not fit it, no draft could be trained
-            for such a model, or its heads cannot be split so.
+        ValueError: the folder is none.
     """
-    path = Path(config.path).expanduser()
-    if not (path / "config.json").is_file():
-        raise ValueError(f"target.path {path} is not a Hugging Face checkpoint: it has no config.json")
-    weights = sorted(path.glob("*.safetensors"))
-    if not weights:
-        raise ValueError(f"target.path {path} has no .safetensors weights")
-    model = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code).get_text_config()
-    aux_layers = resolve_aux_layers(model.num_hidden_layers, config.aux_layers)
-    draft = Eagle3Spec.from_target(model, num_aux=len(aux_layers))
-    if sharding is not None:
-        key_value_repeats(draft.num_heads, draft.num_kv_heads, sharding.ulysses_size)
-    return TargetInfo(
-        path=str(path),
-        num_layers=model.num_hidden_layers,
-        hidden_size=draft.hidden_size,
-        vocab_size=draft.vocab_size,
-        num_parameters=sum(f.stat().st_size for f in weights) // 2,
-        aux_layers=tuple(aux_layers),
-        end_token_ids=_end_tokens(path, config.trust_remote_code),
-        geometry=SampleGeometry(len(aux_layers), model.hidden_size, config.dtype, sharding),
-        draft=draft,
-    )
+
+    path: Path
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path).expanduser())
+        if not (self.path / CONFIG).is_file():
+            raise ValueError(f"target.path: {self.path} is no checkpoint in Hugging Face format: it has no {CONFIG}")
+
+    @cached_property
+    def config(self) -> PretrainedConfig:
+        """Of the language model."""
+        from transformers import AutoConfig
+
+        return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code).get_text_config()
+
+    @property
+    def num_layers(self) -> int:
+        return self.config.num_hidden_layers
+
+    @cached_property
+    def shape(self) -> TargetShape:
+        """Raises ValueError: no draft could be trained for such a model."""
+        text = self.config
+        if missing := [name for name in NEEDED if getattr(text, name, None) is None]:
+            raise ValueError(f"the target's config has no {', '.join(missing)}: it is not a Llama-like model")
+        heads = text.num_attention_heads
+        kv_heads, head_dim = (getattr(text, name, None) for name in ("num_key_value_heads", "head_dim"))
+        return TargetShape(
+            hidden_size=text.hidden_size,
+            num_heads=heads,
+            num_kv_heads=heads if kv_heads is None else kv_heads,
+            head_dim=text.hidden_size // heads if head_dim is None else head_dim,
+            intermediate_size=text.intermediate_size,
+            rms_norm_eps=text.rms_norm_eps,
+            vocab_size=text.vocab_size,
+            max_position_embeddings=text.max_position_embeddings,
+            rope_parameters=text.rope_parameters or {},
+            bos_token_id=text.bos_token_id,
+            eos_token_id=text.eos_token_id,
+            pad_token_id=text.pad_token_id,
+        )
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+
+    @cached_property
+    def end_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end an answer, by the tokenizer and by the generation config."""
+        ends = {self.tokenizer.eos_token_id}
+        if (self.path / GENERATION_CONFIG).is_file():
+            ids = _read_json(self.path / GENERATION_CONFIG).get("eos_token_id")
+            ends.update(ids if isinstance(ids, list) else [ids])
+        return tuple(sorted(i for i in ends if i is not None))
+
+    @cached_property
+    def num_parameters(self) -> int:
+        """From the size of the weights' files, taken for two bytes each. Raises ValueError: there are none."""
+        weights = list(self.path.glob("*.safetensors"))
+        if not weights:
+            raise ValueError(f"target.path: {self.path} has no .safetensors weights")
+        return sum(file.stat().st_size for file in weights) // 2
+
+    @cached_property
+    def tied(self) -> bool:
+        """Whether the head's weights are the embedding's."""
+        return bool(self.config.tie_word_embeddings)
+
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Read the named tensors of the safetensors files, one or several, and no others.
+
+        Raises:
+            ValueError: a file or tensor is missing.
+        """
+        from safetensors import safe_open
+
+        wanted = sorted(set(names))
+        files = self._files_of(wanted)
+        tensors = {}
+        for name in wanted:
+            with safe_open(self.path / files[name], framework="pt") as shard:
+                if name not in shard.keys():  # noqa: SIM118 (a shard is no dict)
+                    raise ValueError(f"target.path: {self.path / files[name]} has no tensor {name!r}")
+                tensors[name] = shard.get_tensor(name)
+        return tensors
+
+    def _files_of(self, names: list[str]) -> Mapping[str, str]:
+        if not (self.path / INDEX).is_file():
+            if not (self.path / SINGLE).is_file():
+                raise ValueError(f"target.path: {self.path} has neither {SINGLE} nor {INDEX}")
+            return dict.fromkeys(names, SINGLE)
+        index: dict[str, str] = _read_json(self.path / INDEX)["weight_map"]
+        if missing := [name for name in names if name not in index]:
+            raise ValueError(f"target.path: {self.path / INDEX} lists no tensor {missing[0]!r}")
+        return index
 
 
-def _end_tokens(path: Path, trust_remote_code: bool) -> tuple[int, ...]:
-    ends = {AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code).eos_token_id}
-    generation = path / "generation_config.json"
-    if generation.is_file():
-        ids = json.loads(generation.read_text()).get("eos_token_id")
-        ends.update(ids if isinstance(ids, list) else [ids])
-    return tuple(sorted(i for i in ends if i is not None))
+def _read_json(path: Path) -> Any:
+    return json.loads(path.read_text())

@@ -6,21 +6,17 @@ tensors are read from the checkpoint's safetensors files; the decoder layers nev
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor
 
 from torchspec.contracts import NormState
 from torchspec.nn.losses import Teacher
+from torchspec.target.checkpoint import TargetCheckpoint
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +48,19 @@ class TargetHead:
 
 
 def load_target_head(
-    model_path: str | Path, dtype: torch.dtype, device: torch.device | str, draft_ids_D: Tensor | None = None
+    target: TargetCheckpoint, dtype: torch.dtype, device: torch.device | str, draft_ids_D: Tensor | None = None
 ) -> TargetHead:
     """Read the frozen pieces of a Llama, Qwen2, Qwen3 or equally named checkpoint.
 
     Args:
-        model_path: folder with ``config.json`` and one ``model.safetensors``, or shards with an index.
         dtype: what the tensors are kept and multiplied in.
         draft_ids_D: sorted target ids of the draft vocabulary; all of the target's by default.
 
     Raises:
         ValueError: a file or tensor is missing; the message names the folder and the tensor.
     """
-    folder = Path(model_path)
-    config = _read_json(folder / "config.json")
-    names = {EMBEDDING, NORM} | (set() if config.get("tie_word_embeddings") else {HEAD})
-    tensors = {name: t.to(dtype) for name, t in read_tensors(folder, names).items()}
+    names = {EMBEDDING, NORM} | (set() if target.tied else {HEAD})
+    tensors = {name: t.to(dtype) for name, t in target.tensors(names).items()}
     embedding_VH = tensors[EMBEDDING].to(device)
     head_VH = tensors[HEAD].to(device) if HEAD in tensors else embedding_VH
     rest = torch.ones(len(head_VH), dtype=torch.bool)
@@ -82,39 +75,5 @@ def load_target_head(
         draft_head_DH=draft_head_DH,
         rest_head_XH=head_VH[rest.to(device)],
         norm_H=tensors[NORM].to(device),
-        norm_eps=config["rms_norm_eps"],
+        norm_eps=target.shape.rms_norm_eps,
     )
-
-
-def read_tensors(folder: Path, names: set[str]) -> dict[str, Tensor]:
-    """Read the named tensors of a safetensors checkpoint, single-file or sharded, and no others.
-
-    Raises:
-        ValueError: a file or tensor is missing.
-    """
-    files = _files_of(folder, names)
-    tensors = {}
-    for name in sorted(names):
-        with safe_open(folder / files[name], framework="pt") as shard:
-            if name not in shard.keys():  # noqa: SIM118 (a shard is no dict)
-                raise ValueError(f"target.path: {folder / files[name]} has no tensor {name!r}")
-            tensors[name] = shard.get_tensor(name)
-    return tensors
-
-
-def _files_of(folder: Path, names: set[str]) -> Mapping[str, str]:
-    if not (folder / INDEX).is_file():
-        if not (folder / SINGLE).is_file():
-            raise ValueError(f"target.path: {folder} has neither {SINGLE} nor {INDEX}")
-        return dict.fromkeys(names, SINGLE)
-    index: dict[str, str] = _read_json(folder / INDEX)["weight_map"]
-    missing = sorted(names - index.keys())
-    if missing:
-        raise ValueError(f"target.path: {folder / INDEX} lists no tensor {missing[0]!r}")
-    return index
-
-
-def _read_json(path: Path) -> dict:
-    if not path.is_file():
-        raise ValueError(f"target.path: {path} does not exist")
-    return json.loads(path.read_text())

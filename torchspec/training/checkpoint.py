@@ -2,7 +2,7 @@
 
     step_000123/
       state/*.safetensors   torch DCP shards: draft weights, AdamW state, RNG states of all ranks, draft vocabulary ids
-      checkpoint.json       step (which is the schedule's position), aux layers, held-out score
+      checkpoint.json       step (which is the schedule's position), the draft's spec, held-out score
       ledger.json           which samples those steps have consumed
       config.yaml           the resolved config
 
@@ -28,6 +28,7 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
@@ -36,10 +37,12 @@ from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 from torch.optim import Optimizer
 
+from torchspec.drafts.registry import KINDS
+from torchspec.drafts.spec import DraftSpec
 from torchspec.files import sync_folder
 
 INFO_FILE, CONFIG_FILE, STATE_FOLDER, PARTIAL = "checkpoint.json", "config.yaml", "state", ".tmp"
-VERSION = 1
+VERSION = 2
 
 Parameters = Mapping[str, nn.Parameter]
 """The draft's parameters by name, taken once after sharding: during a forward FSDP2 shows others in their place."""
@@ -54,7 +57,7 @@ class CheckpointInfo:
     """``checkpoint.json``."""
 
     step: int
-    aux_layers: tuple[int, ...]
+    draft: DraftSpec
     accept_length: float | None
     """Simulated, on held-out samples, after this very step; None where no evaluation fell on it."""
     version: int = VERSION
@@ -88,7 +91,10 @@ def read_info(folder: Path) -> CheckpointInfo:
     fields = json.loads((folder / INFO_FILE).read_text())
     if fields["version"] != VERSION:
         raise ValueError(f"{folder} has version {fields['version']}, this torchspec reads version {VERSION}")
-    return CheckpointInfo(**{**fields, "aux_layers": tuple(fields["aux_layers"])})
+    kind, draft = fields["draft"]["kind"], fields["draft"]["spec"]
+    if kind not in KINDS:
+        raise ValueError(f"{folder} holds a draft of kind {kind!r}, this torchspec knows {', '.join(KINDS)}")
+    return CheckpointInfo(**fields | {"draft": TypeAdapter(KINDS[kind]).validate_python(draft)})
 
 
 def save_checkpoint(folder: Path, state: dict[str, Tensor], info: CheckpointInfo, files: Mapping[str, str]) -> None:
@@ -102,7 +108,8 @@ def save_checkpoint(folder: Path, state: dict[str, Tensor], info: CheckpointInfo
     partial = partial_folder(folder)
     outcome: list[str | None] = [None]
     if dist.get_rank() == 0:
-        texts = {**files, INFO_FILE: json.dumps(asdict(info), indent=1)}
+        draft = {"kind": info.draft.kind, "spec": asdict(info.draft)}
+        texts = {**files, INFO_FILE: json.dumps(asdict(info) | {"draft": draft}, indent=1)}
         outcome = [_start_folder(partial, texts)]
     dist.broadcast_object_list(outcome)
     failure = outcome[0]

@@ -30,7 +30,8 @@ import torch
 from torch import Tensor
 
 from torchspec.contracts import MicroBatches, RankBatch, RankId, SampleId, SampleRef
-from torchspec.drafts.eagle3.model import Batch
+from torchspec.data.order import sample_seed
+from torchspec.drafts.draft import Batch
 from torchspec.instruments import EMPTY, observe
 from torchspec.shards import Segment
 from torchspec.store.errors import MissingObject, SizeMismatch, StoreUnavailable
@@ -65,10 +66,11 @@ class SampleFetcher:
 
     Args:
         rank: this rank's number among those that share its samples.
+        seed: the run's.
     """
 
-    def __init__(self, store: HiddenStateStore, geometry: SampleGeometry, rank: int, pin_memory: bool):
-        self.store, self.geometry, self.rank, self.pin_memory = store, geometry, rank, pin_memory
+    def __init__(self, store: HiddenStateStore, geometry: SampleGeometry, rank: int, seed: int, pin_memory: bool):
+        self.store, self.geometry, self.rank, self.seed, self.pin_memory = store, geometry, rank, seed, pin_memory
         self.bytes_read = 0
         self.get_seconds, self.get_histogram = 0.0, EMPTY
 
@@ -139,6 +141,7 @@ class SampleFetcher:
             ids_BS=tensors["ids"],
             loss_mask_BS=loss_mask_BS.pin_memory() if self.pin_memory else loss_mask_BS,
             lengths_B=torch.tensor(lengths),
+            seeds_B=torch.tensor([sample_seed(self.seed, *ref.sample) for ref in refs] or [0]),
             norm_state=norm_state,
         )
         return batch, places[: len(refs)]

@@ -3,7 +3,7 @@
 Sums are added over micro-batches and ranks, and divided once: never a mean of means, which weighs a rank with two
 loss tokens like one with two thousand.
 
-T TTT steps.
+K positions that are scored.
 """
 
 from __future__ import annotations
@@ -13,27 +13,29 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchspec.drafts.eagle3.model import DraftOutput
+from torchspec.drafts.draft import DraftOutput
 
 ROWS = 4
+"""Of figures for each position: loss, counted, supervised, correct."""
 
 
 class StepSums:
     """Sums of one optimizer step (or one evaluation), in one float64 tensor on the device: one collective, one sync."""
 
-    def __init__(self, ttt_length: int, device: torch.device):
-        self.length = ttt_length
-        self.flat = torch.zeros(ROWS * ttt_length + 1, dtype=torch.float64, device=device)
+    def __init__(self, positions: int, device: torch.device):
+        self.positions = positions
+        self.flat = torch.zeros(ROWS * positions + 3, dtype=torch.float64, device=device)
 
     def add(self, output: DraftOutput, tokens: int) -> None:
-        rows = (output.loss_sum_T, output.counted_T, output.supervised_T, output.correct_T)
-        self.flat[:-1] += torch.cat([row.detach().double() for row in rows])
+        rows = (output.loss_K, output.counted_K, output.supervised_K, output.correct_K)
+        single = (output.total.view(1), output.denominator.view(1))
+        self.flat[:-1] += torch.cat([row.detach().double() for row in (*rows, *single)])
         self.flat[-1] += tokens
 
     @property
-    def counted(self) -> Tensor:
-        """0-dim: positions counted in TTT step 0, what the loss is divided by."""
-        return self.flat[self.length]
+    def denominator(self) -> Tensor:
+        """0-dim: what the loss and its gradients are divided by."""
+        return self.flat[-2]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +51,25 @@ class StepMetrics:
     loss_tokens: int
 
 
-def summarise(sums: list[float], step_weights: list[float]) -> StepMetrics:
+def summarise(sums: list[float], positions: int) -> StepMetrics:
     """Divide the host copy of ``StepSums.flat``.
 
-    ``accept_length`` is ``1 + sum_t prod_{s<=t} full_accuracy_s``: what a chain of T drafted tokens would yield.
+    ``accept_length`` is ``1 + sum_k prod_{j<=k} full_accuracy_j``: what a chain of K drafted tokens would yield.
     A sum over no positions counts as 0.
     """
-    length = len(step_weights)
-    loss_sum, counted, supervised, correct = (sums[i * length : (i + 1) * length] for i in range(ROWS))
+    loss_sum, counted, supervised, correct = (sums[i * positions : (i + 1) * positions] for i in range(ROWS))
+    total, denominator, tokens = sums[ROWS * positions :]
     full_accuracy = tuple(c / max(n, 1.0) for c, n in zip(correct, supervised, strict=True))
     accept_length, chain = 1.0, 1.0
     for accuracy in full_accuracy:
         chain *= accuracy
         accept_length += chain
     return StepMetrics(
-        loss=sum(w * s for w, s in zip(step_weights, loss_sum, strict=True)) / max(counted[0], 1.0),
+        loss=total / denominator if denominator else 0.0,
         loss_per_position=tuple(s / max(n, 1.0) for s, n in zip(loss_sum, counted, strict=True)),
         accuracy=tuple(c / max(n, 1.0) for c, n in zip(correct, counted, strict=True)),
         full_accuracy=full_accuracy,
         accept_length=accept_length,
-        tokens=int(sums[-1]),
+        tokens=int(tokens),
         loss_tokens=int(supervised[0]),
     )

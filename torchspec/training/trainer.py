@@ -13,7 +13,6 @@ seeded with ``run.seed + 1 + r``, whose state is part of the checkpoint.
 
 from __future__ import annotations
 
-import math
 import time
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
@@ -23,15 +22,15 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-import torch.distributed as dist
 import yaml
 
 from torchspec.config.schema import Config
 from torchspec.contracts import RankId, RankReport, StepReport
-from torchspec.drafts.eagle3.model import Batch, DraftOutput
+from torchspec.drafts.draft import Batch
 from torchspec.drafts.export import export_draft
-from torchspec.hardware import pick_device
-from torchspec.parallel.mesh import build_mesh, join_ranks, shard_module
+from torchspec.drafts.spec import DraftSpec
+from torchspec.hardware import peak_flops, pick_device
+from torchspec.parallel.mesh import build_mesh, join_ranks
 from torchspec.run_folder import LEDGER_FILE, RunFolder
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
@@ -48,18 +47,9 @@ from torchspec.training.checkpoint import (
 )
 from torchspec.training.clock import RankClock, reporting
 from torchspec.training.fetch import FetchedStep, SampleFetcher, StepStream
-from torchspec.training.flops import batch_flops, peak_flops
-from torchspec.training.optimizer import build_optimizer
+from torchspec.training.learner import Learner
 from torchspec.training.profile import StepProfiler
-from torchspec.training.schedule import learning_rate
-from torchspec.training.setup import build_draft, compile_or_stay_eager, usp_backend
-from torchspec.training.step import add_gradients, reduce_gradients
-from torchspec.training.sums import StepSums, summarise
 from torchspec.training.weights import gather_weights
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or the gradient norm is not finite."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +70,7 @@ class TrainerSpec:
     """CPU threads of this rank."""
     draft_ids: np.ndarray
     """int64 [Vd]: the draft vocabulary, as increasing target ids."""
-    aux_layers: tuple[int, ...]
+    draft: DraftSpec
     geometry: SampleGeometry
     total_steps: int
     """Length of the learning-rate schedule."""
@@ -102,37 +92,30 @@ class Trainer:
         stuck = spec.config.recovery.stuck_seconds
         join_ranks(spec.rank, spec.world_size, spec.address, spec.port, self.device, stuck)
         self.mesh = build_mesh(self.device, training.sp_ulysses_size, training.sp_ring_size)
-        self.counts_tokens = self.mesh.get_local_rank("ring") == self.mesh.get_local_rank("ulysses") == 0
-        self.draft_ids = torch.from_numpy(spec.draft_ids)
-        self.draft, self.target = build_draft(config, self.draft_ids, len(spec.aux_layers), self.device)
-        if training.attention_backend == "usp":
-            self.draft.attention_backend = usp_backend(training, self.draft.config, self.mesh)
-        if training.compile:
-            compile_or_stay_eager(self.draft, training.ttt_length, self.device)
-        if training.sharding == "fsdp2":
-            shard_module(self.draft, self.device)
-        self.parameters = dict(self.draft.named_parameters())
-        self.optimizer = build_optimizer(self.parameters.values(), config.optimizer)
-        torch.manual_seed(config.run.seed + 1 + spec.rank)
-        self.step_weights = [training.step_decay**t for t in range(training.ttt_length)]
-        self.step = self.saved_step = 0
-        if spec.resume is not None:
-            self.step = restore_checkpoint(spec.resume, self.parameters, self.optimizer, self.draft_ids).step
-            self.saved_step = self.step
-        self.store = HiddenStateStore(spec.endpoint, training.buffer_bytes)
         peak = config.monitor.peak_flops or peak_flops(self.device, training.dtype)
         self.clock = RankClock(spec.rank, self.device, peak)
+        self.learner = Learner(
+            config, spec.draft, torch.from_numpy(spec.draft_ids), spec.total_steps, self.mesh, self.device, self.clock
+        )
+        torch.manual_seed(config.run.seed + 1 + spec.rank)
+        self.step = self.saved_step = 0
+        if spec.resume is not None:
+            learner = self.learner
+            self.step = restore_checkpoint(spec.resume, learner.parameters, learner.optimizer, learner.draft_ids).step
+            self.saved_step = self.step
+        self.store = HiddenStateStore(spec.endpoint, training.buffer_bytes)
 
     def run(self, controller: Any) -> None:
         """Train what ``controller`` hands out until it says that nothing follows.
 
         Raises:
-            TrainingDiverged: the loss or the gradients are not finite; names the step. Nothing was saved from it.
+            TrainingDiverged: the loss or the gradients are not finite; nothing was saved from that step.
             CheckpointError: a checkpoint could not be saved.
         """
         rank, config = self.rank, self.config
         sp_rank = rank.rank % config.training.sp_size
-        fetcher = SampleFetcher(self.store, self.spec.geometry, sp_rank, pin_memory=self.device.type == "cuda")
+        pin = self.device.type == "cuda"
+        fetcher = SampleFetcher(self.store, self.spec.geometry, sp_rank, config.run.seed, pin_memory=pin)
         heldout = config.evaluation.heldout is not None
         stream = StepStream(controller, rank, fetcher, config.controller.prefetch_steps, heldout)
         reports = reporting(controller, rank, lambda: self._report(fetcher, stream), config.monitor.history_seconds)
@@ -181,84 +164,41 @@ class Trainer:
     # ---- one optimizer step ----
 
     def _train(self, fetched: FetchedStep, wait_seconds: float) -> StepReport:
-        started = time.perf_counter()
         self.step = fetched.batch.step
-        sums = StepSums(len(self.step_weights), self.device)
-        with self.clock.span("gradients"):
-            add_gradients(self.draft, fetched.micro_batches, self._timed_forward, sums, self.counts_tokens)
-        grad_norm = reduce_gradients(self.draft, sums, self.config.optimizer.clip)
-        *totals, norm = torch.cat([sums.flat, grad_norm.view(1)]).tolist()  # waits for the device
-        metrics = summarise(totals, self.step_weights)
-        if not (math.isfinite(metrics.loss) and math.isfinite(norm)):
-            raise TrainingDiverged(
-                f"step {self.step}: the loss is {metrics.loss} and the gradient norm {norm}; the weights were not "
-                f"changed. Resume from the last checkpoint with a lower optimizer.lr ({self.config.optimizer.lr}) or "
-                f"optimizer.clip ({self.config.optimizer.clip})"
-            )
-        computed = time.perf_counter()
-        rate = self._optimize()
+        made = self.learner.step(self.step, fetched.micro_batches)
         report = StepReport(
-            **asdict(metrics),
+            **asdict(made.metrics),
             step=self.step,
-            learning_rate=rate,
-            grad_norm=norm,
+            learning_rate=made.learning_rate,
+            grad_norm=made.grad_norm,
             wait_seconds=wait_seconds,
             fetch_seconds=fetched.fetch_seconds,
-            compute_seconds=computed - started,
-            optimizer_seconds=time.perf_counter() - computed,
+            compute_seconds=made.compute_seconds,
+            optimizer_seconds=made.optimizer_seconds,
         )
         self._count(fetched, report)
         return report
 
     def _count(self, fetched: FetchedStep, report: StepReport) -> None:
         forward, gradients = (self.clock.device_seconds(name) for name in ("forward", "gradients"))
-        training = self.config.training
+        sharers = self.config.training.sp_size
         batches = [batch for batch in fetched.micro_batches if batch.lengths_B.sum() > 0]
-        flops = sum(batch_flops(self.draft.config, batch, training.ttt_length) for batch in batches)
         self.clock.step_made(
             self.step,
-            tokens=sum(int(batch.lengths_B.sum()) for batch in batches) // training.sp_size,
+            tokens=sum(int(batch.lengths_B.sum()) for batch in batches) // sharers,
             forward_seconds=forward,
             backward_seconds=gradients - forward,
             reduce_seconds=max(0.0, report.compute_seconds - gradients),
             optimizer_seconds=report.optimizer_seconds,
-            flops=flops / training.sp_size,
+            flops=self.learner.flops(batches) / sharers,
         )
-
-    def _timed_forward(self, batch: Batch) -> DraftOutput:
-        with self.clock.span("forward"):
-            return self._forward(batch)
-
-    def _forward(self, batch: Batch) -> DraftOutput:
-        dtype = getattr(torch, self.config.training.dtype)
-        with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
-            return self.draft(
-                batch.to(self.device),
-                self.target,
-                len(self.step_weights),
-                self.step_weights,
-                self.config.training.loss_chunk_tokens,
-            )
-
-    def _optimize(self) -> float:
-        rate = learning_rate(self.step, self.spec.total_steps, self.config.optimizer)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        return rate
 
     # ---- after a step ----
 
     def _evaluate(self, controller: Any, micro_batches: list[Batch]) -> float | None:
         """Score the held-out samples; their simulated accept length, or None without samples."""
-        sums = StepSums(len(self.step_weights), self.device)
         started = time.perf_counter()
-        with torch.no_grad():
-            for batch in micro_batches:
-                sums.add(self._forward(batch), int(batch.lengths_B.sum()) if self.counts_tokens else 0)
-        dist.all_reduce(sums.flat)
-        metrics = summarise(sums.flat.tolist(), self.step_weights)
+        metrics = self.learner.evaluate(micro_batches)
         if metrics.tokens == 0:
             return None
         report = StepReport(
@@ -284,8 +224,9 @@ class Trainer:
         if spec.rank == 0:
             files[LEDGER_FILE] = ray.get(controller.ledger_snapshot.remote(self.rank, self.step))
             files[CONFIG_FILE] = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-        state = training_state(self.parameters, self.optimizer, self.draft_ids)
-        save_checkpoint(folder, state, CheckpointInfo(self.step, spec.aux_layers, score), files)
+        learner = self.learner
+        state = training_state(learner.parameters, learner.optimizer, learner.draft_ids)
+        save_checkpoint(folder, state, CheckpointInfo(self.step, spec.draft, score), files)
         self.saved_step = self.step
         if spec.rank == 0:
             best = score is not None and score > _best_score(root)
@@ -294,10 +235,10 @@ class Trainer:
             prune(root, config.checkpoint.keep)
             ray.get(controller.committed.remote(self.rank, self.step, str(folder), best))
         if config.checkpoint.export:
-            weights = gather_weights(self.parameters)
+            weights = gather_weights(learner.parameters)
             if spec.rank == 0:
-                target, dtype = config.target.path, config.checkpoint.export_dtype
-                export_draft(weights, target, self.draft_ids, spec.aux_layers, run.export, dtype)
+                dtype = config.checkpoint.export_dtype
+                export_draft(spec.draft, weights, learner.draft_ids, run.export, dtype)
 
 
 def _best_score(root: Path) -> float:

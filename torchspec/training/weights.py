@@ -36,9 +36,8 @@ def export_checkpoint(checkpoint: Path, folder: Path, dtype: str | None = None) 
     """
     info = read_info(checkpoint)
     weights, draft_ids = load_weights(checkpoint)
-    config = load_config(checkpoint / CONFIG_FILE)
-    dtype = dtype or config.checkpoint.export_dtype
-    return export_draft(weights, config.target.path, draft_ids, info.aux_layers, folder, dtype)
+    dtype = dtype or load_config(checkpoint / CONFIG_FILE).checkpoint.export_dtype
+    return export_draft(info.draft, weights, draft_ids, folder, dtype)
 
 
 def load_draft(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
@@ -52,7 +51,7 @@ def load_draft(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
     export = validate_export(folder)
     weights = load_file(folder / WEIGHTS)
     weights.pop("t2d", None)
-    offsets = weights.pop("d2t", torch.zeros(export.vocab_size, dtype=torch.int64))
+    offsets = weights.pop("d2t", torch.zeros(export.spec.target.vocab_size, dtype=torch.int64))
     return weights, offsets + torch.arange(len(offsets))
 
 

@@ -11,7 +11,7 @@ from torchspec.cli.tables import plan_table, summary_table
 from torchspec.config.schema import TrainingConfig
 from torchspec.data.survey import Survey
 from torchspec.driver.plan import Plan, ThreadPlan
-from torchspec.driver.splits import Split
+from torchspec.driver.memory import Split
 
 
 def test_the_plan_warns_when_memory_is_short() -> None:

@@ -31,8 +31,8 @@ def test_shipped_recipes_are_valid(path: Path) -> None:
 
 
 def test_defaults_file_and_overrides_win_in_that_order(recipe: Path) -> None:
-    config = load_config(recipe, ["optimizer.lr=1e-3", "optimizer.lr=2e-3", "training.ttt_length=3"])
-    assert (config.training.epochs, config.training.batch_size, config.training.ttt_length) == (1, 4, 3)
+    config = load_config(recipe, ["optimizer.lr=1e-3", "optimizer.lr=2e-3", "draft.ttt_length=3"])
+    assert (config.training.epochs, config.training.batch_size, config.draft.ttt_length) == (1, 4, 3)
     assert config.optimizer.lr == 2e-3
 
 

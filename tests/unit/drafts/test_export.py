@@ -13,8 +13,10 @@ from torch import Tensor
 from transformers import AutoConfig, LlamaConfig
 
 from torchspec.drafts import export as hf
-from torchspec.drafts.eagle3.model import Eagle3Draft, Eagle3Spec
+from torchspec.drafts.eagle3.model import Eagle3Draft
+from torchspec.drafts.eagle3.spec import Eagle3Knobs, Eagle3Spec
 from torchspec.drafts.export import export_draft, validate_export
+from torchspec.target.checkpoint import TargetCheckpoint
 
 AUX_LAYERS = (1, 3, 4)
 DRAFT_IDS = torch.arange(1, 64, 2)
@@ -67,21 +69,24 @@ def target(tmp_path: Path) -> Path:
     return make_target(tmp_path / "target")
 
 
+def spec_of(target: Path, draft_vocab_size: int = len(DRAFT_IDS)) -> Eagle3Spec:
+    return Eagle3Spec.of(Eagle3Knobs(vocab_size=draft_vocab_size), TargetCheckpoint(target), AUX_LAYERS)
+
+
 def make_state(target: Path, draft_vocab_size: int = len(DRAFT_IDS)) -> dict[str, Tensor]:
     torch.manual_seed(0)
-    config = Eagle3Spec.from_target(AutoConfig.from_pretrained(target), draft_vocab_size, len(AUX_LAYERS))
-    return Eagle3Draft(config).state_dict()
+    return Eagle3Draft(spec_of(target, draft_vocab_size)).state_dict()
 
 
 @pytest.fixture
 def folder(target: Path, tmp_path: Path) -> Path:
-    return export_draft(make_state(target), target, DRAFT_IDS, AUX_LAYERS, tmp_path / "draft")
+    return export_draft(spec_of(target), make_state(target), DRAFT_IDS, tmp_path / "draft")
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_every_tensor_of_the_draft_arrives(target: Path, tmp_path: Path, dtype: str) -> None:
     state = make_state(target)
-    written = load_file(export_draft(state, target, DRAFT_IDS, AUX_LAYERS, tmp_path / "draft", dtype) / hf.WEIGHTS)
+    written = load_file(export_draft(spec_of(target), state, DRAFT_IDS, tmp_path / "draft", dtype) / hf.WEIGHTS)
     assert {name: tuple(t.shape) for name, t in written.items()} == SHAPES | {"d2t": (32,), "t2d": (64,)}
     for name in SHAPES:
         assert torch.equal(written[name], state[name].to(getattr(torch, dtype))), name
@@ -121,7 +126,7 @@ def test_the_config_is_the_targets_in_the_words_of_both_servers(folder: Path) ->
 @pytest.mark.parametrize("rope", [{"rope_type": "default", "rope_theta": 0.0}, LLAMA3_ROPE], ids=["zero", "llama3"])
 def test_rope_is_inherited_whole(tmp_path: Path, rope: dict) -> None:
     target = make_target(tmp_path / "target", rope)
-    folder = export_draft(make_state(target), target, DRAFT_IDS, AUX_LAYERS, tmp_path / "draft")
+    folder = export_draft(spec_of(target), make_state(target), DRAFT_IDS, tmp_path / "draft")
     assert AutoConfig.from_pretrained(folder).rope_parameters == rope
     config = json.loads((folder / hf.CONFIG).read_text())
     assert config["rope_theta"] == rope["rope_theta"]
@@ -129,9 +134,9 @@ def test_rope_is_inherited_whole(tmp_path: Path, rope: dict) -> None:
 
 
 def test_a_draft_over_the_whole_vocabulary_has_no_mapping(target: Path, tmp_path: Path) -> None:
-    folder = export_draft(make_state(target, 64), target, torch.arange(64), AUX_LAYERS, tmp_path / "draft")
+    folder = export_draft(spec_of(target, 64), make_state(target, 64), torch.arange(64), tmp_path / "draft")
     assert load_file(folder / hf.WEIGHTS).keys() == SHAPES.keys()
-    assert validate_export(folder).draft_vocab_size == 64
+    assert validate_export(folder).spec.vocab_size is None
 
 
 def test_whoever_may_read_the_config_may_read_the_weights(folder: Path) -> None:
@@ -139,7 +144,7 @@ def test_whoever_may_read_the_config_may_read_the_weights(folder: Path) -> None:
 
 
 def test_validation_tells_what_the_folder_holds(folder: Path) -> None:
-    assert validate_export(folder) == hf.DraftExport(folder, 32, 64, 32, AUX_LAYERS, "bfloat16")
+    assert validate_export(folder) == hf.DraftExport(folder, spec_of(folder.parent / "target"), "bfloat16")
 
 
 def _rename(state: dict[str, Tensor]) -> None:
@@ -177,45 +182,43 @@ def test_a_bad_state_is_refused_and_the_older_export_stays(folder: Path, target:
     state = make_state(target)
     spoil(state)
     with pytest.raises(ValueError, match=named):
-        export_draft(state, target, DRAFT_IDS, AUX_LAYERS, folder)
+        export_draft(spec_of(target), state, DRAFT_IDS, folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
 
 
 def test_values_too_large_for_the_dtype_are_refused(target: Path, tmp_path: Path) -> None:
     state = make_state(target)
     state["lm_head.weight"][0, 0] = 1e6
-    export_draft(state, target, DRAFT_IDS, AUX_LAYERS, tmp_path / "draft", "bfloat16")
+    export_draft(spec_of(target), state, DRAFT_IDS, tmp_path / "draft", "bfloat16")
     with pytest.raises(ValueError, match=r"lm_head\.weight.*infinities"):
-        export_draft(state, target, DRAFT_IDS, AUX_LAYERS, tmp_path / "draft", "float16")
+        export_draft(spec_of(target), state, DRAFT_IDS, tmp_path / "draft", "float16")
 
 
 @pytest.mark.parametrize("ids", [DRAFT_IDS.flip(0), DRAFT_IDS + 1, DRAFT_IDS - 2, DRAFT_IDS.clamp(min=5)])
 def test_draft_ids_must_increase_within_the_vocabulary(target: Path, tmp_path: Path, ids: Tensor) -> None:
     with pytest.raises(ValueError, match="draft_ids must be increasing token ids from 0 to 63"):
-        export_draft(make_state(target), target, ids, AUX_LAYERS, tmp_path / "draft")
+        export_draft(spec_of(target), make_state(target), ids, tmp_path / "draft")
 
 
 def test_settings_are_checked(target: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="dtype='int8' must be one of bfloat16, float16, float32"):
-        export_draft(make_state(target), target, DRAFT_IDS, AUX_LAYERS, tmp_path / "draft", "int8")
+        export_draft(spec_of(target), make_state(target), DRAFT_IDS, tmp_path / "draft", "int8")
     with pytest.raises(ValueError, match="aux_layers"):
-        export_draft(make_state(target), target, DRAFT_IDS, (1, 3, 8), tmp_path / "draft")
-    with pytest.raises(ValueError, match="not a checkpoint"):
-        export_draft(make_state(target), tmp_path / "nowhere", DRAFT_IDS, AUX_LAYERS, tmp_path / "draft")
+        Eagle3Spec.of(Eagle3Knobs(), TargetCheckpoint(target), (1, 3, 8))
 
 
 def test_an_older_export_is_replaced_and_nothing_else(folder: Path, target: Path) -> None:
     state = make_state(target)
     state["norm.weight"] *= 2
-    export_draft(state, target, DRAFT_IDS, AUX_LAYERS, folder)
+    export_draft(spec_of(target), state, DRAFT_IDS, folder)
     assert load_file(folder / hf.WEIGHTS)["norm.weight"].eq(2).all()
     assert {path.name for path in folder.parent.iterdir()} == {"target", "draft"}
 
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(ValueError, match=r"not an export.*notes\.txt"):
-        export_draft(state, target, DRAFT_IDS, AUX_LAYERS, folder)
+        export_draft(spec_of(target), state, DRAFT_IDS, folder)
     with pytest.raises(ValueError, match="target is not an exported draft"):
-        export_draft(state, target, DRAFT_IDS, AUX_LAYERS, target)
+        export_draft(spec_of(target), state, DRAFT_IDS, target)
     assert (target / "config.json").exists()
 
 
@@ -226,7 +229,7 @@ def test_a_full_disk_leaves_the_older_export(folder: Path, target: Path, monkeyp
 
     monkeypatch.setattr(hf, "save_file", full)
     with pytest.raises(OSError, match="No space left"):
-        export_draft(make_state(target), target, DRAFT_IDS, AUX_LAYERS, folder)
+        export_draft(spec_of(target), make_state(target), DRAFT_IDS, folder)
     assert {path.name for path in folder.parent.iterdir()} == {"target", "draft"}
     validate_export(folder)
 
@@ -257,7 +260,7 @@ def _edit_weights(folder: Path, edit) -> None:
         (lambda f: (f / hf.WEIGHTS).write_bytes((f / hf.WEIGHTS).read_bytes()[:500]), "cannot be read"),
         (lambda f: (f / hf.WEIGHTS).unlink(), "not an exported draft.*model.safetensors"),
         (lambda f: (f / hf.CONFIG).write_text("{"), "not JSON"),
-        (lambda f: _edit_config(f, architectures=["LlamaForCausalLM"]), "not an exported EAGLE3 draft"),
+        (lambda f: _edit_config(f, architectures=["LlamaForCausalLM"]), "not an exported draft: its architectures are"),
         (lambda f: _edit_config(f, draft_vocab_size=None), "lacks 'draft_vocab_size'"),
         (lambda f: _edit_config(f, intermediate_size=64), "gate_proj.weight"),
     ],

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from torchspec.config.schema import TrainingConfig
-from torchspec.drafts.eagle3.model import Batch, Eagle3Draft, Eagle3Spec, TargetHead
-from torchspec.driver.memory import draft_parameters, host_bytes, rank_memory
-from torchspec.driver.splits import GPU_SHARE, MemoryBudget, Split, possible_splits
+from torchspec.drafts.draft import Batch, DraftOptions
+from torchspec.drafts.eagle3.model import Eagle3Draft
+from torchspec.drafts.eagle3.spec import Eagle3Spec
+from torchspec.driver.memory import GPU_SHARE, MemoryBudget, Split, host_bytes, possible_splits, rank_memory
+from torchspec.target.head import TargetHead
+from torchspec.target.shape import TargetShape
 
-DRAFT = Eagle3Spec(
+TARGET = TargetShape(
     hidden_size=96,
     num_heads=12,
     num_kv_heads=4,
@@ -22,36 +25,37 @@ DRAFT = Eagle3Spec(
     intermediate_size=200,
     rms_norm_eps=1e-5,
     vocab_size=300,
-    draft_vocab_size=200,
     max_position_embeddings=4096,
     rope_parameters={"rope_type": "default", "rope_theta": 1e4},
 )
+DRAFT = Eagle3Spec(TARGET, layers=(1, 2, 3), draft_vocab_size=200, ttt_length=3)
 TOKENS = 960
 """A multiple of every number of chunks below."""
 
 
 def training_of(ulysses: int = 1, ring: int = 1, **changes: Any) -> TrainingConfig:
     backend = "usp" if ulysses * ring > 1 else "flash"
-    defaults = {"dtype": "float32", "batch_size": 1, "micro_batch_size": 1, "ttt_length": 3}
+    defaults = {"dtype": "float32", "batch_size": 1, "micro_batch_size": 1}
     return TrainingConfig(
         attention_backend=backend, sp_ulysses_size=ulysses, sp_ring_size=ring, **{**defaults, **changes}
     )
 
 
-def kept_by_a_forward(training: TrainingConfig, lengths: list[int]) -> int:
+def kept_by_a_forward(spec: Eagle3Spec, training: TrainingConfig, lengths: list[int]) -> int:
     """Bytes that autograd keeps for the backward, apart from weights, head, their copies and their gradients."""
     dtype = getattr(torch, training.dtype)
-    draft = Eagle3Draft(DRAFT, training.activation_checkpointing)
-    head = torch.randn(DRAFT.vocab_size, DRAFT.hidden_size).to(dtype)
+    draft = Eagle3Draft(spec, DraftOptions(recompute=training.activation_checkpointing))
+    head = torch.randn(TARGET.vocab_size, TARGET.hidden_size).to(dtype)
     in_draft, rest = head[: DRAFT.draft_vocab_size], head[DRAFT.draft_vocab_size :]
-    target = TargetHead(head, in_draft, rest, torch.ones(DRAFT.hidden_size, dtype=dtype), DRAFT.rms_norm_eps)
+    target = TargetHead(head, in_draft, rest, torch.ones(TARGET.hidden_size, dtype=dtype), TARGET.rms_norm_eps)
     shape = len(lengths), max(lengths)
     batch = Batch(
-        hs_BSA=torch.randn(*shape, 3 * DRAFT.hidden_size).bfloat16(),
-        lhs_BSH=torch.randn(*shape, DRAFT.hidden_size).bfloat16(),
-        ids_BS=torch.randint(DRAFT.vocab_size, shape, dtype=torch.int32),
+        hs_BSA=torch.randn(*shape, 3 * TARGET.hidden_size).bfloat16(),
+        lhs_BSH=torch.randn(*shape, TARGET.hidden_size).bfloat16(),
+        ids_BS=torch.randint(TARGET.vocab_size, shape, dtype=torch.int32),
         loss_mask_BS=torch.ones(shape, dtype=torch.bool),
         lengths_B=torch.tensor(lengths),
+        seeds_B=torch.zeros(len(lengths)),
     )
     weights = {x.numel() for x in (*draft.parameters(), head)}
     kept: dict[int, int] = {}
@@ -66,29 +70,30 @@ def kept_by_a_forward(training: TrainingConfig, lengths: list[int]) -> int:
         torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
     ):
         # until the sum is done, ``output`` holds the graph, and no storage is given away twice
-        output = draft(batch, target, training.ttt_length, [1.0] * training.ttt_length)
+        output = draft(batch, target)
         return sum(kept.values()) if output.total.requires_grad else 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("ttt_length", [1, 7])
 def test_activations_are_what_a_forward_keeps(ttt_length: int, dtype: str) -> None:
-    training = training_of(ttt_length=ttt_length, dtype=dtype, batch_size=2, micro_batch_size=2)
-    memory = rank_memory(DRAFT, training, TOKENS, "bfloat16")
-    kept = kept_by_a_forward(training, [TOKENS, TOKENS])
+    training = training_of(dtype=dtype, batch_size=2, micro_batch_size=2)
+    spec = replace(DRAFT, ttt_length=ttt_length)
+    memory = rank_memory(spec, training, TOKENS, "bfloat16")
+    kept = kept_by_a_forward(spec, training, [TOKENS, TOKENS])
     assert 0.98 * kept < memory.activations + memory.keys_values < 1.1 * kept
 
 
 def test_a_larger_loss_chunk_and_vocabulary_take_more() -> None:
     small, large = (rank_memory(DRAFT, training_of(loss_chunk_tokens=n), TOKENS, "bfloat16") for n in (64, 2048))
     assert large.temporaries > small.temporaries and large.activations == small.activations
-    more = rank_memory(replace(DRAFT, vocab_size=4000), training_of(), TOKENS, "bfloat16")
+    more = rank_memory(replace(DRAFT, target=replace(TARGET, vocab_size=4000)), training_of(), TOKENS, "bfloat16")
     assert more.target_head - small.target_head == 2 * 3700 * 96 * 4
 
 
 def test_checkpointing_keeps_less_and_bfloat16_too() -> None:
     plain, checkpointed, low = (
-        rank_memory(DRAFT, training_of(ttt_length=7, **changes), TOKENS, "bfloat16").activations
+        rank_memory(replace(DRAFT, ttt_length=7), training_of(**changes), TOKENS, "bfloat16").activations
         for changes in ({}, {"activation_checkpointing": True}, {"dtype": "bfloat16"})
     )
     assert checkpointed < 0.6 * plain and 0.5 * plain < low < 0.75 * plain
@@ -115,7 +120,7 @@ def test_what_each_split_shares(layout: Any) -> None:
 
 def test_weights_and_their_sharding() -> None:
     parameters = sum(p.numel() for p in Eagle3Draft(DRAFT).parameters())
-    assert draft_parameters(DRAFT) == parameters
+    assert DRAFT.parameters() == parameters
     whole, sharded = (
         rank_memory(DRAFT, training_of(1, 4, dp_size=2, batch_size=2, sharding=sharding), TOKENS, "bfloat16").weights
         for sharding in ("replicated", "fsdp2")
@@ -129,8 +134,8 @@ def test_fetched_samples_are_shared() -> None:
     assert alone - shared == pytest.approx(fetched * 3 / 4, rel=0.03)
 
 
-def splits_of(training: TrainingConfig, room: MemoryBudget, tokens: int = TOKENS) -> dict[tuple[int, int], Split]:
-    return {(s.ulysses, s.ring): s for s in possible_splits(DRAFT, training, tokens, 2, "bfloat16", room)}
+def splits_of(training: TrainingConfig, budget: MemoryBudget, tokens: int = TOKENS) -> dict[tuple[int, int], Split]:
+    return {(s.ulysses, s.ring): s for s in possible_splits(DRAFT, training, tokens, 2, "bfloat16", budget)}
 
 
 def test_the_splits_that_heads_allow() -> None:
@@ -146,9 +151,9 @@ def test_the_splits_that_heads_allow() -> None:
 
 
 def test_on_gpus_more_ranks_have_room_for_longer_samples() -> None:
-    room = MemoryBudget(1 << 40, gpus=4, gpu_bytes=64 << 20)
+    budget = MemoryBudget(1 << 40, gpus=4, gpu_bytes=64 << 20)
     training = training_of(sp_gather_once=False)
-    splits = splits_of(training, room, 4096)
+    splits = splits_of(training, budget, 4096)
     assert splits[1, 1].obstacle == "memory" and splits[1, 4].obstacle == ""
     assert splits[1, 8].obstacle == "8 GPUs, 4 are left"
     longest = [splits[1, n].longest for n in (1, 2, 4)]

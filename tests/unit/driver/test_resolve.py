@@ -16,9 +16,9 @@ def test_what_is_open_is_filled_in_and_a_resolved_config_stays_as_it_is(
     monkeypatch.chdir(tmp_path)
     tree = {"target": {"path": str(target_path)}, "data": {"max_seq_length": 64}, "inference": {"max_concurrency": 6}}
     resolved = resolve(parse_config(tree))
-    config, sample = resolved.config, resolved.target.geometry.stored_bytes(64)
+    config, sample = resolved.config, resolved.geometry.stored_bytes(64)
     assert config.inference.buffer_bytes == 8 * sample
-    assert config.training.dtype == config.target.dtype == resolved.target.geometry.dtype != "auto"
+    assert config.training.dtype == config.target.dtype == resolved.geometry.dtype != "auto"
     assert config.run_dir.parent == tmp_path / "runs" and config.data.cache_dir.is_absolute()
     assert resolve(config) == resolved
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from torchspec.drafts.export import DraftExport, read_target
+from torchspec.drafts.eagle3.spec import Eagle3Knobs, Eagle3Spec
+from torchspec.drafts.export import DraftExport
 from torchspec.evaluation import evaluate
 from torchspec.evaluation.evaluate import evaluate_draft, require_match, run_evaluation
 from torchspec.evaluation.prompts import EvaluationPrompt
@@ -20,6 +21,7 @@ from torchspec.evaluation.result import Acceptance, EvaluationResult, Evaluation
 from torchspec.evaluation.serving import Job, Reply, Served
 from torchspec.monitor.series import read_series
 from torchspec.run_folder import RunFolder
+from torchspec.target.checkpoint import TargetCheckpoint
 
 PROMPTS = [
     PromptResult("a", "code", [7] * 11, [2, 1, 0, 2], True),
@@ -27,6 +29,11 @@ PROMPTS = [
     PromptResult("c", "code", [7] * 5, [1, 1, 1], True),
     PromptResult("d", None, [7], [], True),
 ]
+
+
+def export_for(target_path: Path) -> DraftExport:
+    spec = Eagle3Spec.of(Eagle3Knobs(vocab_size=8192), TargetCheckpoint(target_path), None)
+    return DraftExport(Path("draft"), spec, "bfloat16")
 
 
 def test_acceptance_follows_from_the_histograms() -> None:
@@ -126,18 +133,21 @@ def test_settings_are_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "layers", "message"),
     [
-        ({"hidden_size": 2048}, "another target: hidden size 2048, but the target's is 576"),
-        ({"vocab_size": 32000}, "another target: vocabulary 32000, but the target's is 49152"),
-        ({"aux_layers": (1, 15, 28, 30)}, "reads layers .*30.*but the target has 30"),
+        ({"hidden_size": 2048}, None, "another target: hidden size 2048, but the target's is 576"),
+        ({"vocab_size": 32000}, None, "another target: vocabulary 32000, but the target's is 49152"),
+        ({}, (1, 15, 28, 30), "reads layers .*30.*but the target has 30"),
     ],
 )
-def test_a_draft_of_another_target_is_refused(target_path: Path, change: dict, message: str) -> None:
-    export = DraftExport(Path("draft"), 576, 49152, 8192, (1, 14, 26), "bfloat16")
-    require_match(export, read_target(target_path))
+def test_a_draft_of_another_target_is_refused(
+    target_path: Path, change: dict, layers: tuple[int, ...] | None, message: str
+) -> None:
+    export, target = export_for(target_path), TargetCheckpoint(target_path)
+    require_match(export, target)
+    spec = replace(export.spec, target=replace(target.shape, **change), layers=layers or export.spec.layers)
     with pytest.raises(ValueError, match=message):
-        require_match(replace(export, **change), read_target(target_path))
+        require_match(replace(export, spec=spec), target)
 
 
 def test_what_cannot_be_evaluated_is_refused_before_a_server_starts(
@@ -146,12 +156,12 @@ def test_what_cannot_be_evaluated_is_refused_before_a_server_starts(
     monkeypatch.setattr(evaluate, "serve", lambda job: pytest.fail("a server was started"))
     with pytest.raises(ValueError, match="not an exported draft"):
         run_evaluation(tmp_path, target_path)
-    with pytest.raises(ValueError, match="not an exported EAGLE3 draft"):
+    with pytest.raises(ValueError, match="not an exported draft: its architectures are"):
         run_evaluation(target_path, target_path)
 
-    export = DraftExport(tmp_path, 576, 49152, 8192, (1, 14, 26), "bfloat16")
+    export = export_for(target_path)
     monkeypatch.setattr(evaluate, "validate_export", lambda folder: export)
-    with pytest.raises(ValueError, match=r"nowhere.* is not a checkpoint"):
+    with pytest.raises(ValueError, match=r"nowhere is no checkpoint"):
         run_evaluation(tmp_path, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no-such-file"):
         run_evaluation(tmp_path, target_path, "no-such-file.jsonl")
@@ -162,9 +172,10 @@ def test_what_cannot_be_evaluated_is_refused_before_a_server_starts(
         evaluate_draft(tmp_path, target_path, [long])
 
 
-def test_engine_arguments() -> None:
+def test_engine_arguments(target_path: Path) -> None:
     job = Job("target", [[1] * 10, [1] * 20], 30, "float32", "cpu", 1, concurrency=2, engine_args={"log_level": "info"})
-    plain, drafted = job.sglang_args(), replace(job, draft="draft", num_draft_tokens=5).sglang_args()
+    speculation = export_for(target_path).spec.server_args(5)
+    plain, drafted = job.sglang_args(), replace(job, draft="draft", speculation=speculation).sglang_args()
     assert plain["log_level"] == "info"
     assert plain["max_total_tokens"] >= 2 * (20 + 30)
     added = {name: value for name, value in drafted.items() if name not in plain}

@@ -7,10 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchspec.drafts.eagle3.attention import block_attention
+from torchspec.nn.flash import block_attention
 from torchspec.parallel.ring import Run, merge_, tiles
-from torchspec.parallel.ulysses import key_value_repeats
-from torchspec.shards import ShardFormula
+from torchspec.shards import ShardFormula, key_value_repeats
 
 
 @settings(max_examples=200, derandomize=True, deadline=None)
@@ -22,7 +21,7 @@ from torchspec.shards import ShardFormula
 )
 def test_tiles_are_each_causal_pair_once(length: int, ring_size: int, layout: str, data: st.DataObject) -> None:
     """Over all blocks of keys, also for queries that begin or end inside of their run."""
-    formula = ShardFormula(2, ring_size, layout, ttt_length=1)  # type: ignore[arg-type]
+    formula = ShardFormula(2, ring_size, layout, halo=1)  # type: ignore[arg-type]
     segments = [formula.ring_segment(length, r, part) for r in range(ring_size) for part in range(formula.parts)]
     keys = [Run(1, start, stop, start + 100) for start, stop in segments]
     start, stop = data.draw(st.sampled_from([s for s in segments if s[0] < s[1]]))

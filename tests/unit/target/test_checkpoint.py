@@ -1,28 +1,22 @@
-"""What the driver reads of a target before anything starts, and the targets it refuses."""
+"""What is read of a target before anything starts, and the targets that are refused."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-from transformers import GlmConfig, PretrainedConfig, Qwen2Config, StableLmConfig
+from transformers import GlmConfig, LlamaConfig, PretrainedConfig, Qwen2Config, StableLmConfig
 
-from torchspec.config.schema import TargetConfig
-from torchspec.target.checkpoint import read_target
-
-
-def write_target(folder: Path, config: PretrainedConfig) -> TargetConfig:
-    config.save_pretrained(folder)
-    (folder / "model.safetensors").touch()
-    return TargetConfig(path=str(folder), dtype="float32")
+from torchspec.target.checkpoint import TargetCheckpoint
 
 
-def test_the_shapes_of_the_real_target(target_path: Path) -> None:
-    target = read_target(TargetConfig(path=str(target_path), dtype="float32"))
-    assert (target.num_layers, target.hidden_size, target.vocab_size) == (30, 576, 49152)
-    draft = target.draft
-    assert (draft.num_heads, draft.num_kv_heads, draft.head_dim, draft.intermediate_size) == (9, 3, 64, 1536)
-    assert (target.aux_layers, target.end_token_ids) == ((1, 14, 26), (2,))
+def test_the_real_target(target_path: Path) -> None:
+    target = TargetCheckpoint(target_path)
+    assert (target.num_layers, target.end_token_ids, target.tied) == (30, (2,), True)
+    shape = target.shape
+    assert (shape.hidden_size, shape.vocab_size, shape.num_heads, shape.num_kv_heads) == (576, 49152, 9, 3)
+    assert (shape.head_dim, shape.intermediate_size, shape.rms_norm_eps) == (64, 1536, pytest.approx(1e-5))
+    assert 134e6 < target.num_parameters < 136e6
 
 
 @pytest.mark.parametrize(
@@ -33,6 +27,13 @@ def test_the_shapes_of_the_real_target(target_path: Path) -> None:
         (Qwen2Config(num_attention_heads=4, num_key_value_heads=3), "not a multiple"),
     ],
 )
-def test_a_target_that_no_draft_fits_is_refused_at_once(tmp_path: Path, config: PretrainedConfig, message: str) -> None:
+def test_a_target_that_no_draft_fits_is_refused(tmp_path: Path, config: PretrainedConfig, message: str) -> None:
+    config.save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=message):
-        read_target(write_target(tmp_path, config))
+        _ = TargetCheckpoint(tmp_path).shape
+
+
+def test_a_folder_without_weights_is_named(tmp_path: Path) -> None:
+    LlamaConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"has no \.safetensors weights"):
+        _ = TargetCheckpoint(tmp_path).num_parameters

@@ -10,8 +10,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.oracles.eagle3_cases import Case, build, run_product
+from torchspec.hardware import PEAK_FLOPS, peak_flops
 from torchspec.training.clock import RankClock
-from torchspec.training.flops import PEAK_FLOPS, batch_flops, draft_flops, peak_flops
 from torchspec.training.profile import StepProfiler
 
 CPU = torch.device("cpu")
@@ -63,12 +63,12 @@ def test_the_formula_counts_what_the_draft_computes() -> None:
     step.batch.loss_mask_BS.fill_(True)
     with FlopCounterMode(display=False) as counter:
         run_product(step)
-    config, scored, steps = step.draft.config, 300, case.ttt_length
-    attention = 3 * steps * 2 * config.num_heads * config.head_dim * scored * (300 - scored / 2)
-    head_gradient = steps * scored * config.hidden_size * config.draft_vocab_size
-    total = batch_flops(config, step.batch, steps)
+    spec, target, scored, steps = step.draft.spec, step.draft.spec.target, 300, case.ttt_length
+    attention = 3 * steps * 2 * target.num_heads * target.head_dim * scored * (300 - scored / 2)
+    head_gradient = steps * scored * target.hidden_size * spec.draft_vocab_size
+    total = spec.flops(300, 300)
     assert counter.get_total_flops() == pytest.approx(total - 2 * (attention + head_gradient), rel=0.03)
-    assert draft_flops(config, 300, 100, steps) < 0.5 * total
+    assert spec.flops(300, 100) < 0.5 * total
 
 
 def test_peaks_are_known_for_gpus_and_not_made_up_for_cpus() -> None:

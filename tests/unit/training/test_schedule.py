@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from torchspec.config.schema import OptimizerConfig
-from torchspec.training.schedule import learning_rate
+from torchspec.training.optimizer import learning_rate
 
 TOTAL = 100
 

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
-from torchspec.drafts.eagle3.model import DraftOutput
+from torchspec.drafts.draft import DraftOutput
 from torchspec.training.sums import StepSums, summarise
 
 
 def output(loss: list[float], counted: list[int], supervised: list[int], correct: list[int]) -> DraftOutput:
+    """Position k weighs ``0.5 ** k``."""
     rows = [torch.tensor(row, dtype=torch.float32) for row in (loss, counted, supervised, correct)]
-    return DraftOutput(torch.zeros(()), *rows)
+    total = sum(0.5**k * row for k, row in enumerate(loss))
+    return DraftOutput(torch.tensor(total), rows[1][0], *rows)
 
 
 def test_micro_batches_are_weighed_by_their_positions() -> None:
     sums = StepSums(2, torch.device("cpu"))
     sums.add(output([8.0, 6.0], [4, 3], [5, 4], [4, 3]), tokens=20)
     sums.add(output([30.0, 34.0], [16, 17], [20, 16], [6, 7]), tokens=50)
-    assert sums.counted.item() == 20
+    assert sums.denominator.item() == 20
 
-    metrics = summarise(sums.flat.tolist(), [1.0, 0.5])
+    metrics = summarise(sums.flat.tolist(), 2)
 
     assert metrics.loss == pytest.approx((38.0 + 0.5 * 40.0) / 20)
     assert metrics.loss_per_position == pytest.approx((38 / 20, 40 / 20))
@@ -31,11 +35,11 @@ def test_micro_batches_are_weighed_by_their_positions() -> None:
 
 
 def test_no_positions_at_all() -> None:
-    metrics = summarise(StepSums(2, torch.device("cpu")).flat.tolist(), [1.0, 0.8])
+    metrics = summarise(StepSums(2, torch.device("cpu")).flat.tolist(), 2)
     assert (metrics.loss, metrics.accept_length, metrics.accuracy) == (0.0, 1.0, (0.0, 0.0))
 
 
 def test_what_is_not_finite_stays_so() -> None:
     sums = StepSums(1, torch.device("cpu"))
     sums.add(output([float("nan")], [1], [1], [0]), tokens=1)
-    assert summarise(sums.flat.tolist(), [1.0]).loss != summarise(sums.flat.tolist(), [1.0]).loss
+    assert math.isnan(summarise(sums.flat.tolist(), 1).loss)

@@ -7,14 +7,13 @@ silent at first and everything is trained. That is worth about half of the sampl
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from torchspec.drafts.eagle3.model import Eagle3Draft
-from torchspec.target.head import TargetHead, read_tensors
+from torchspec.target.checkpoint import TargetCheckpoint
+from torchspec.target.head import TargetHead
 
 ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 SAME = ("self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
@@ -23,13 +22,13 @@ INPUT_NORM = "input_layernorm"
 
 @torch.no_grad()
 def initialise(
-    draft: Eagle3Draft, head: TargetHead, init: Literal["default", "target"], model_path: str | Path
+    draft: Eagle3Draft, head: TargetHead, init: Literal["default", "target"], target: TargetCheckpoint
 ) -> None:
     """Set the start weights of a whole (not yet sharded) draft.
 
     Args:
         head: the frozen pieces of the target, loaded for the draft's vocabulary.
-        model_path: the target's checkpoint, of which ``target`` reads the last layer.
+        target: of whose weights ``target`` reads the last layer.
 
     Raises:
         ValueError: ``target``, and the last layer is not a Llama-like one.
@@ -38,12 +37,11 @@ def initialise(
     if init == "default":
         return
     draft.norm.weight.copy_(head.norm_H)
-    size = draft.config.hidden_size
+    size = draft.spec.target.hidden_size
     draft.fc.weight.zero_()[:, -size:].fill_diagonal_(1.0)
-    folder = Path(model_path)
-    prefix = f"model.layers.{json.loads((folder / 'config.json').read_text())['num_hidden_layers'] - 1}."
+    prefix = f"model.layers.{target.num_layers - 1}."
     names = {name: f"{prefix}{name}.weight" for name in (*ATTENTION_INPUTS, *SAME, INPUT_NORM)}
-    tensors = read_tensors(folder, set(names.values()))
+    tensors = target.tensors(names.values())
     layer = draft.midlayer
     for name in SAME:
         layer.get_parameter(f"{name}.weight").copy_(tensors[names[name]])

@@ -29,13 +29,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh
 
+from torchspec.drafts.draft import Sharing
 from torchspec.drafts.eagle3.attention import Block0, ttt_attention
 from torchspec.drafts.eagle3.rows import TTTRows, active_rows, context_lengths
 from torchspec.parallel.ring import RingKernel, Run, circulating, gathered, tiles
-from torchspec.parallel.ulysses import join_heads, key_value_repeats, split_heads
-from torchspec.shards import ShardFormula
+from torchspec.parallel.ulysses import join_heads, split_heads
+from torchspec.shards import ShardFormula, key_value_repeats
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,12 @@ class UspBackend:
     gather_once: bool = True
 
     @classmethod
-    def on(
-        cls, mesh: DeviceMesh, formula: ShardFormula, num_heads: int, num_kv_heads: int, gather_once: bool
-    ) -> UspBackend:
-        """The backend of this process, with the groups of ``mesh`` (``parallel/mesh.py``)."""
+    def on(cls, sharing: Sharing, num_heads: int, num_kv_heads: int) -> UspBackend:
+        """The backend of this process."""
+        mesh, formula = sharing.mesh, sharing.formula
         ulysses, ring = (mesh.get_group(name) if mesh[name].size() > 1 else None for name in ("ulysses", "ring"))
         rank = mesh.get_local_rank("ring") * formula.ulysses_size + mesh.get_local_rank("ulysses")
-        return cls(formula, rank, ulysses, ring, num_heads, num_kv_heads, gather_once)
+        return cls(formula, rank, ulysses, ring, num_heads, num_kv_heads, sharing.gather_once)
 
     def __post_init__(self) -> None:
         key_value_repeats(self.num_heads, self.num_kv_heads, self.formula.ulysses_size)
@@ -83,7 +82,7 @@ class UspBackend:
 
     def plan(self, loss_mask_BS: Tensor, lengths_B: Tensor, ttt_length: int, device: torch.device) -> UspSequences:
         """Plan this rank's share of a micro-batch; the arguments describe its whole samples."""
-        assert ttt_length == self.formula.ttt_length
+        assert ttt_length == self.formula.halo
         return UspSequences.plan(self, _Samples.of(loss_mask_BS, lengths_B, ttt_length), device)
 
 
@@ -270,4 +269,4 @@ def _local_rows(backend: UspBackend, samples: _Samples) -> TTTRows:
         active_WS[row, : stop - start] = samples.active_BS[sample, start:stop]
         context.append(len(samples.context(sample, start, stop)))
         starts.append(start)
-    return TTTRows.of_windows(mask_WS, active_WS, torch.tensor(context), torch.tensor(starts), formula.ttt_length)
+    return TTTRows.of_windows(mask_WS, active_WS, torch.tensor(context), torch.tensor(starts), formula.halo)

@@ -1,87 +1,193 @@
-"""The shape of an EAGLE3 draft, derived from its target. Needs neither torch nor transformers."""
+"""EAGLE3 in numbers (arXiv 2503.01840): its knobs, the layers it reads, its folder, and how it is served.
+
+Both servers load the same folder although they number layers differently. With ``k`` the 0-based target layer whose
+*output* feeds the draft:
+
+- SGLang 0.5.23 reads ``eagle_config.eagle_aux_hidden_state_layer_ids`` and adds one itself: it wants ``k``.
+- vLLM 0.32 reads the top-level ``eagle_aux_hidden_state_layer_ids`` first and takes it as it is: it wants ``k + 1``.
+
+A draft over the target's whole vocabulary has no ``d2t`` and ``t2d``: SGLang needs none, and vLLM refuses them.
+
+Shapes: H hidden size (draft and target), F aux layers, Q query heads times head_dim, K key heads times head_dim,
+M MLP width, D draft vocabulary (``Vd`` in the papers).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-SUPPORTED_LAYERS = 1
-"""Decoder layers that the export format (one ``midlayer``) can express."""
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings whose frequencies do not depend on the sequence's length."""
+from pydantic import Field
 
-NEEDED = ("hidden_size", "num_attention_heads", "intermediate_size", "rms_norm_eps", "max_position_embeddings")
-"""What a target's config must hold for a draft to be derived from it."""
+from torchspec.drafts.eagle3 import costs
+from torchspec.drafts.spec import DraftKnobs, DraftSpec, RankBytes, Work
+from torchspec.target.shape import TargetShape, check_layers
+
+if TYPE_CHECKING:
+    from torchspec.drafts.draft import DraftOptions
+    from torchspec.drafts.eagle3.model import Eagle3Draft
+    from torchspec.target.checkpoint import TargetCheckpoint
+    from torchspec.target.head import TargetHead
+
+MIN_LAYERS = 7
+"""Fewest target layers for which the default ids are distinct and in order."""
 
 
-@dataclass(frozen=True, slots=True)
-class Eagle3Spec:
-    """Sizes and constants of a draft."""
+class Eagle3Knobs(DraftKnobs):
+    kind: Literal["eagle3"] = "eagle3"
+    """Which kind of draft is trained."""
+    vocab_size: int | None = Field(default=None, ge=2)
+    """Size of the draft's vocabulary: the target's most frequent tokens. Default: all of the target's."""
+    init: Literal["default", "target"] = "default"
+    """``target`` starts the decoder layer as the target's last one, which learns much faster in a short run."""
+    ttt_length: int = Field(default=7, ge=1, le=16)
+    """Training-time-test steps: how many tokens ahead the draft learns to go."""
+    step_decay: float = Field(default=0.8, gt=0, le=1)
+    """TTT step t weighs ``step_decay ** t`` in the loss."""
 
-    hidden_size: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    rms_norm_eps: float
-    vocab_size: int
+
+@dataclass(frozen=True)
+class Eagle3Spec(DraftSpec):
+    kind: ClassVar[str] = "eagle3"
+    architecture: ClassVar[str] = "LlamaForCausalLMEagle3"
+    Knobs: ClassVar[type[DraftKnobs]] = Eagle3Knobs
+
     draft_vocab_size: int
-    max_position_embeddings: int
-    rope_parameters: Mapping[str, Any]
-    """``rope_type``, ``rope_theta`` and what else the type asks for, as in transformers 5."""
-    num_aux: int = 3
-    """Target layers whose outputs are concatenated."""
-    num_layers: int = 1
+    """D; as large as the target's where the draft has no vocabulary of its own."""
+    ttt_length: int = Eagle3Knobs.model_fields["ttt_length"].default
+    step_decay: float = Eagle3Knobs.model_fields["step_decay"].default
+    init: Literal["default", "target"] = "default"
 
     def __post_init__(self) -> None:
-        if self.num_layers != SUPPORTED_LAYERS:
-            raise ValueError(f"num_layers={self.num_layers}: the export format holds {SUPPORTED_LAYERS} layer")
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
-        if not 0 < self.draft_vocab_size <= self.vocab_size:
-            raise ValueError(f"draft.vocab_size={self.draft_vocab_size} must be from 1 to {self.vocab_size}")
-        rope_type = self.rope_parameters.get("rope_type")
-        if rope_type not in ROPE_TYPES or self.rope_parameters.get("rope_theta") is None:
-            raise ValueError(
-                f"rope_parameters={dict(self.rope_parameters)} must hold a rope_theta and a rope_type among "
-                f"{', '.join(ROPE_TYPES)}"
-            )
-        if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(
-                f"the target rotates a share of each head only (partial_rotary_factor="
-                f"{self.rope_parameters['partial_rotary_factor']}); an EAGLE3 draft, as it is served, rotates all of "
-                "it: choose another target"
-            )
+        if not 0 < self.draft_vocab_size <= self.target.vocab_size:
+            raise ValueError(f"draft.vocab_size={self.draft_vocab_size} must be from 1 to {self.target.vocab_size}")
 
     @classmethod
-    def from_target(
-        cls, target: Any, draft_vocab_size: int | None = None, num_aux: int = 3, num_layers: int = 1
-    ) -> Eagle3Spec:
-        """Derive a draft from a target's HF config (a ``PretrainedConfig``, as ``AutoConfig`` returns it).
-
-        Args:
-            draft_vocab_size: all of the target's vocabulary by default.
-
-        Raises:
-            ValueError: the target has a size or a RoPE that a draft cannot have.
-        """
-        text = target.get_text_config()
-        if missing := [name for name in NEEDED if getattr(text, name, None) is None]:
-            raise ValueError(f"the target's config has no {', '.join(missing)}: it is not a Llama-like model")
-        heads = text.num_attention_heads
-        kv_heads, head_dim = (getattr(text, name, None) for name in ("num_key_value_heads", "head_dim"))
+    def of(cls, knobs: Eagle3Knobs, target: TargetCheckpoint, layers: Sequence[int] | None) -> Self:
+        shape = target.shape
         return cls(
-            hidden_size=text.hidden_size,
-            num_heads=heads,
-            num_kv_heads=heads if kv_heads is None else kv_heads,
-            head_dim=text.hidden_size // heads if head_dim is None else head_dim,
-            intermediate_size=text.intermediate_size,
-            rms_norm_eps=text.rms_norm_eps,
-            vocab_size=text.vocab_size,
-            draft_vocab_size=text.vocab_size if draft_vocab_size is None else draft_vocab_size,
-            max_position_embeddings=text.max_position_embeddings,
-            rope_parameters=text.rope_parameters or {},
-            num_aux=num_aux,
-            num_layers=num_layers,
+            target=shape,
+            layers=check_layers(target.num_layers, default_layers(target.num_layers) if layers is None else layers),
+            draft_vocab_size=shape.vocab_size if knobs.vocab_size is None else knobs.vocab_size,
+            ttt_length=knobs.ttt_length,
+            step_decay=knobs.step_decay,
+            init=knobs.init,
         )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        return cls(
+            target=TargetShape.from_config(config),
+            layers=tuple(config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]),
+            draft_vocab_size=config["draft_vocab_size"],
+        )
+
+    @property
+    def positions(self) -> int:
+        return self.ttt_length
+
+    @property
+    def step_weights(self) -> list[float]:
+        """Of each TTT step in the loss."""
+        return [self.step_decay**t for t in range(self.ttt_length)]
+
+    @property
+    def vocab_size(self) -> int | None:
+        return self.draft_vocab_size if self.draft_vocab_size < self.target.vocab_size else None
+
+    @property
+    def halo(self) -> int:
+        """Row i reads tokens, and is compared with the target's states, of the positions i + 1 .. i + ttt_length."""
+        return self.ttt_length
+
+    def parameters(self) -> int:
+        return costs.parameters(self)
+
+    def flops(self, tokens: int, scored: int) -> float:
+        return costs.flops(self, tokens, scored)
+
+    def rank_bytes(self, work: Work) -> RankBytes:
+        return costs.rank_bytes(self, work)
+
+    def build(self, head: TargetHead, target: TargetCheckpoint, options: DraftOptions) -> Eagle3Draft:
+        from torchspec.drafts.eagle3.initialise import initialise
+        from torchspec.drafts.eagle3.model import Eagle3Draft
+
+        draft = Eagle3Draft(self, options)
+        initialise(draft, head, self.init, target)
+        return draft
+
+    def hf_config(self, dtype: str) -> dict[str, Any]:
+        return {
+            "architectures": [self.architecture],
+            "model_type": "llama",
+            "torch_dtype": dtype,
+            "num_hidden_layers": 1,
+            "target_hidden_size": self.target.hidden_size,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            **self.target.hf_config(),
+            "draft_vocab_size": self.draft_vocab_size,
+            "tie_word_embeddings": False,
+            "num_aux_hidden_states": len(self.layers),
+            "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(self.layers), "use_aux_hidden_state": True},
+            "eagle_aux_hidden_state_layer_ids": [k + 1 for k in self.layers],
+        }
+
+    def hf_tensors(self) -> dict[str, tuple[int, ...]]:
+        target = self.target
+        H, F, M, D = target.hidden_size, len(self.layers), target.intermediate_size, self.draft_vocab_size
+        Q, K = target.num_heads * target.head_dim, target.num_kv_heads * target.head_dim
+        return {
+            "fc.weight": (H, F * H),
+            "midlayer.input_layernorm.weight": (H,),
+            "midlayer.hidden_norm.weight": (H,),
+            "midlayer.post_attention_layernorm.weight": (H,),
+            "midlayer.self_attn.q_proj.weight": (Q, 2 * H),
+            "midlayer.self_attn.k_proj.weight": (K, 2 * H),
+            "midlayer.self_attn.v_proj.weight": (K, 2 * H),
+            "midlayer.self_attn.o_proj.weight": (H, Q),
+            "midlayer.mlp.gate_proj.weight": (M, H),
+            "midlayer.mlp.up_proj.weight": (M, H),
+            "midlayer.mlp.down_proj.weight": (H, M),
+            "norm.weight": (H,),
+            "lm_head.weight": (D, H),
+        }
+
+    def server_args(self, num_draft_tokens: int) -> dict[str, Any]:
+        """Chains: SGLang's trees need kernels that a CPU does not have."""
+        return {
+            "speculative_algorithm": "EAGLE3",
+            "speculative_num_steps": num_draft_tokens,
+            "speculative_eagle_topk": 1,
+            "speculative_num_draft_tokens": num_draft_tokens + 1,
+        }
+
+    def served_as(self) -> dict[str, tuple[str, ...]]:
+        fused = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
+        names: dict[str, tuple[str, ...]] = {"lm_head.weight": ("lm_head.weight",)}
+        for parameter, parts in fused.items():
+            parent = parameter.partition(".")[0]
+            pieces = tuple(f"midlayer.{parent}.{part}.weight" for part in parts)
+            names[f"model.layers.0.{parameter}.weight"] = pieces
+        known = {piece for pieces in names.values() for piece in pieces}
+        alone = (name for name in self.hf_tensors() if name not in known)
+        return names | {f"model.{name.replace('midlayer', 'layers.0')}": (name,) for name in alone}
+
+
+def default_layers(num_layers: int) -> tuple[int, int, int]:
+    """EAGLE3's early, middle and late layer: ``(1, L//2 - 1, L - 4)``, the inputs of layers 2, L//2 and L-3.
+
+    Source: EAGLE-3 (arXiv 2503.01840) and its reference implementation.
+
+    Raises:
+        ValueError: the target has fewer than ``MIN_LAYERS`` layers; name the ids yourself.
+    """
+    if num_layers < MIN_LAYERS:
+        raise ValueError(
+            f"target.aux_layers has no default for a target of {num_layers} layers (needs {MIN_LAYERS}); "
+            f"name ids from 0 to {num_layers - 1}"
+        )
+    return 1, num_layers // 2 - 1, num_layers - 4

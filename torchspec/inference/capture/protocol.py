@@ -22,7 +22,7 @@ import re
 import socket
 import threading
 from concurrent.futures import Future
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torchspec.contracts import FailureKind, TensorSpec
@@ -31,6 +31,8 @@ from torchspec.store.endpoint import StoreEndpoint
 
 ENVIRONMENT_VARIABLE = "TORCHSPEC_CAPTURE"
 CAPTURE_PREFIX = "capture:"
+_SHARDING = {"ulysses_size": "ulysses_size", "ring_size": "ring_size", "layout": "layout", "ttt_length": "halo"}
+"""Fields of a message to those of the formula; an EAGLE3 draft's halo is its ``ttt_length``."""
 _CAPTURE_RID = re.compile(
     rf"{CAPTURE_PREFIX}(?P<key>[^:]+):(?:(?P<ulysses>\d+)x(?P<ring>\d+)-(?P<layout>\w+)-(?P<ttt>\d+):)?"
 )
@@ -102,7 +104,7 @@ def capture_rid(key: str, sharding: ShardFormula | None = None) -> str:
     rid = f"{CAPTURE_PREFIX}{key}:"
     if sharding is None:
         return rid
-    return f"{rid}{sharding.ulysses_size}x{sharding.ring_size}-{sharding.layout}-{sharding.ttt_length}:"
+    return f"{rid}{sharding.ulysses_size}x{sharding.ring_size}-{sharding.layout}-{sharding.halo}:"
 
 
 def captured_key(rid: str) -> str | None:
@@ -130,7 +132,7 @@ def encode_captured(key: str, captured: Captured) -> Message:
         "bytes": captured.num_bytes,
         "put_seconds": captured.put_seconds,
         "usp_sharded": sharding is not None,
-        **({} if sharding is None else asdict(sharding)),
+        **({} if sharding is None else {wire: getattr(sharding, name) for wire, name in _SHARDING.items()}),
     }
 
 
@@ -142,9 +144,6 @@ def encode_failed(key: str, reason: str, kind: FailureKind = "retry") -> Message
 def decode_captured(message: Message) -> Captured:
     """Inverse of :func:`encode_captured`."""
     tensors = {name: TensorSpec(tuple(spec["shape"]), spec["dtype"]) for name, spec in message["tensors"].items()}
-    sharding = (
-        ShardFormula(**{field.name: message[field.name] for field in fields(ShardFormula)})
-        if message["usp_sharded"]
-        else None
-    )
+    named = {name: message[wire] for wire, name in _SHARDING.items()} if message["usp_sharded"] else None
+    sharding = None if named is None else ShardFormula(**named)
     return Captured(tensors, message["bytes"], message["put_seconds"], sharding)

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen3Config
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+from torchspec.drafts.draft import Batch
 from torchspec.drafts.eagle3.initialise import initialise
-from torchspec.drafts.eagle3.model import Batch, Eagle3Draft, Eagle3Spec, load_target_head
+from torchspec.drafts.eagle3.model import Eagle3Draft
+from torchspec.drafts.eagle3.spec import Eagle3Knobs, Eagle3Spec, default_layers
 from torchspec.nn.rope import rotary_table
+from torchspec.target.checkpoint import TargetCheckpoint
+from torchspec.target.head import load_target_head
 
 V, H = 20, 8
 EXPORTED = """
@@ -40,7 +43,8 @@ def write_checkpoint(folder: Path, tied: bool = False, sharded: bool = False, wi
     tensors = {name: tensor for name, tensor in checkpoint_tensors().items() if name != without}
     if tied:
         tensors.pop("lm_head.weight")
-    (folder / "config.json").write_text(json.dumps({"rms_norm_eps": 1e-6, "tie_word_embeddings": tied}))
+    sizes = {"hidden_size": H, "num_attention_heads": 2, "intermediate_size": 8, "vocab_size": V}
+    LlamaConfig(rms_norm_eps=1e-6, tie_word_embeddings=tied, **sizes).save_pretrained(folder)
     if not sharded:
         save_file(tensors, folder / "model.safetensors")
         return folder
@@ -56,7 +60,9 @@ def write_checkpoint(folder: Path, tied: bool = False, sharded: bool = False, wi
 @pytest.mark.parametrize("sharded", [False, True])
 def test_reads_only_the_pieces_it_needs(tmp_path: Path, tied: bool, sharded: bool) -> None:
     draft_ids_D = torch.tensor([1, 4, 5, 19])
-    head = load_target_head(write_checkpoint(tmp_path, tied, sharded), torch.float32, "cpu", draft_ids_D)
+    head = load_target_head(
+        TargetCheckpoint(write_checkpoint(tmp_path, tied, sharded)), torch.float32, "cpu", draft_ids_D
+    )
     tensors = checkpoint_tensors()
     full_VH = tensors["model.embed_tokens.weight" if tied else "lm_head.weight"]
     assert torch.equal(head.embedding_VH, tensors["model.embed_tokens.weight"])
@@ -67,7 +73,7 @@ def test_reads_only_the_pieces_it_needs(tmp_path: Path, tied: bool, sharded: boo
 
 
 def test_without_draft_ids_the_whole_vocabulary_is_the_drafts(tmp_path: Path) -> None:
-    head = load_target_head(write_checkpoint(tmp_path), torch.bfloat16, "cpu")
+    head = load_target_head(TargetCheckpoint(write_checkpoint(tmp_path)), torch.bfloat16, "cpu")
     assert head.draft_head_DH.shape == (V, H)
     assert head.rest_head_XH.shape == (0, H)
     assert head.embedding_VH.dtype == torch.bfloat16
@@ -78,15 +84,15 @@ def test_without_draft_ids_the_whole_vocabulary_is_the_drafts(tmp_path: Path) ->
 def test_a_missing_tensor_is_named(tmp_path: Path, sharded: bool, name: str) -> None:
     folder = write_checkpoint(tmp_path, sharded=sharded, without=name)
     with pytest.raises(ValueError, match=rf"target\.path: .*{name}"):
-        load_target_head(folder, torch.float32, "cpu")
+        load_target_head(TargetCheckpoint(folder), torch.float32, "cpu")
 
 
 def test_a_folder_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"target\.path: .*config\.json does not exist"):
-        load_target_head(tmp_path, torch.float32, "cpu")
-    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"target\.path: .* it has no config\.json"):
+        TargetCheckpoint(tmp_path)
+    LlamaConfig().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"neither model\.safetensors nor"):
-        load_target_head(tmp_path, torch.float32, "cpu")
+        load_target_head(TargetCheckpoint(tmp_path), torch.float32, "cpu")
 
 
 def test_teacher_equals_the_real_target(target_path: Path) -> None:
@@ -97,7 +103,7 @@ def test_teacher_equals_the_real_target(target_path: Path) -> None:
     with torch.no_grad():
         logits_NV = model(torch.tensor([[1, 4093, 198, 2683, 314, 260, 3575]])).logits[0]
     draft_ids_D = torch.arange(3, 49152, 7)
-    target = load_target_head(target_path, torch.float32, "cpu", draft_ids_D)
+    target = load_target_head(TargetCheckpoint(target_path), torch.float32, "cpu", draft_ids_D)
     expected_ND = logits_NV[:, draft_ids_D].softmax(-1)
     counted_N = torch.isin(logits_NV.argmax(-1), draft_ids_D)
     for state, norm_state in zip(seen, ("pre_norm", "post_norm"), strict=True):
@@ -109,45 +115,68 @@ def test_teacher_equals_the_real_target(target_path: Path) -> None:
         target.teacher(seen[0], "normed")  # type: ignore[arg-type]
 
 
-def test_config_is_derived_from_the_target(target_path: Path) -> None:
-    config = Eagle3Spec.from_target(AutoConfig.from_pretrained(target_path), draft_vocab_size=8192)
-    assert (config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim) == (576, 9, 3, 64)
-    assert (config.intermediate_size, config.vocab_size, config.draft_vocab_size) == (1536, 49152, 8192)
-    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 100000.0}
-    wide = Eagle3Spec.from_target(
-        Qwen3Config(hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=128)
-    )
-    assert wide.head_dim == 128
-    assert wide.draft_vocab_size == wide.vocab_size
+def spec_for(folder: Path, config: PretrainedConfig | None = None, **knobs: Any) -> Eagle3Spec:
+    if config is not None:
+        config.save_pretrained(folder)
+    return Eagle3Spec.of(Eagle3Knobs(**knobs), TargetCheckpoint(folder), None)
+
+
+def test_the_draft_is_derived_from_the_target(target_path: Path, tmp_path: Path) -> None:
+    spec = spec_for(target_path, vocab_size=8192)
+    target = spec.target
+    assert (target.hidden_size, target.num_heads, target.num_kv_heads, target.head_dim) == (576, 9, 3, 64)
+    assert (target.intermediate_size, target.vocab_size, spec.draft_vocab_size) == (1536, 49152, 8192)
+    assert (spec.layers, spec.vocab_size, spec.halo) == ((1, 14, 26), 8192, 7)
+    assert target.rope_parameters == {"rope_type": "default", "rope_theta": 100000.0}
+    wide = spec_for(tmp_path, Qwen3Config(hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=128))
+    assert wide.target.head_dim == 128
+    assert wide.vocab_size is None and wide.draft_vocab_size == wide.target.vocab_size
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("layers", "inputs"), [(30, (2, 15, 27)), (32, (2, 16, 29)), (36, (2, 18, 33)), (7, (2, 3, 4))]
+)
+def test_default_layers_are_the_outputs_just_before(layers: int, inputs: tuple[int, ...]) -> None:
+    assert default_layers(layers) == tuple(layer - 1 for layer in inputs)
+
+
+def test_too_few_layers_have_no_default() -> None:
+    with pytest.raises(ValueError, match="aux_layers has no default for a target of 6 layers"):
+        default_layers(6)
+
+
+@pytest.mark.parametrize(
+    ("change", "knobs", "message"),
     [
-        ({"num_layers": 2}, "num_layers=2"),
-        ({"draft_vocab_size": 50_000}, "draft.vocab_size=50000"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4}}, "rope_type among default"),
-        ({"rope_parameters": {"rope_type": "default", "rope_theta": None}}, "must hold a rope_theta"),
+        ({}, {"vocab_size": 50_000}, "draft.vocab_size=50000"),
+        (
+            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
+            {},
+            "rope_type among default",
+        ),
         (
             {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            {},
             "partial_rotary_factor=0.5",
         ),
-        ({"num_key_value_heads": 2}, "not a multiple of num_kv_heads=2"),
+        ({"num_key_value_heads": 2}, {}, "not a multiple of num_kv_heads=2"),
     ],
 )
-def test_impossible_drafts_are_refused(change: dict[str, Any], message: str, target_path: Path) -> None:
-    fields = AutoConfig.from_pretrained(target_path).to_dict()
-    arguments = {key: change[key] for key in ("num_layers", "draft_vocab_size") if key in change}
-    target = SimpleNamespace(**(fields | change))
-    target.get_text_config = lambda: target
+def test_impossible_drafts_are_refused(
+    change: dict[str, Any], knobs: dict[str, Any], message: str, target_path: Path, tmp_path: Path
+) -> None:
+    fields = json.loads((target_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | change))
     with pytest.raises(ValueError, match=message):
-        Eagle3Spec.from_target(target, **arguments)
+        spec_for(tmp_path, **knobs)
 
 
-def test_parameter_names_are_those_of_the_export() -> None:
-    config = Eagle3Spec.from_target(LlamaConfig(hidden_size=16, num_attention_heads=2, intermediate_size=8), 10)
-    draft = Eagle3Draft(config)
-    assert sorted(draft.state_dict()) == EXPORTED.split()
+def test_parameter_names_are_those_of_the_export(tmp_path: Path) -> None:
+    spec = spec_for(tmp_path, LlamaConfig(hidden_size=16, num_attention_heads=2, intermediate_size=8), vocab_size=10)
+    shapes = {name: tuple(tensor.shape) for name, tensor in Eagle3Draft(spec).state_dict().items()}
+    assert shapes == spec.hf_tensors()
+    assert sorted(shapes) == EXPORTED.split()
+    assert spec.parameters() == sum(tensor.numel() for tensor in Eagle3Draft(spec).parameters())
 
 
 ROPES: dict[str, dict[str, Any]] = {
@@ -173,10 +202,10 @@ def test_target_init_is_the_targets_last_layer(target_path: Path) -> None:
     with torch.no_grad():
         logits_SV = model(ids_BS).logits[0]
     draft_ids_D = torch.arange(0, 49152, 5)
-    config = Eagle3Spec.from_target(model.config, len(draft_ids_D))
-    head = load_target_head(target_path, torch.float32, "cpu", draft_ids_D)
-    draft = Eagle3Draft(config)
-    initialise(draft, head, "target", target_path)
+    spec = spec_for(target_path, vocab_size=len(draft_ids_D), ttt_length=1)
+    head = load_target_head(TargetCheckpoint(target_path), torch.float32, "cpu", draft_ids_D)
+    draft = Eagle3Draft(spec)
+    initialise(draft, head, "target", TargetCheckpoint(target_path))
     logits: list[Tensor] = []
     draft.norm.register_forward_hook(lambda _, args, output: logits.append(output[0] @ draft.lm_head.weight.T))
     deepest_BSH = seen["deepest"]
@@ -186,18 +215,18 @@ def test_target_init_is_the_targets_last_layer(target_path: Path) -> None:
         ids_BS=ids_BS,
         loss_mask_BS=torch.ones_like(ids_BS, dtype=torch.bool),
         lengths_B=torch.tensor([ids_BS.shape[1]]),
+        seeds_B=torch.zeros(1),
     )
-    draft(batch, head, 1, [1.0])
+    draft(batch, head)
     torch.testing.assert_close(logits[0], logits_SV[:-1, draft_ids_D], rtol=1e-3, atol=1e-3)
 
 
 def test_default_init_takes_the_output_rows_alone(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path)
-    config = Eagle3Spec.from_target(LlamaConfig(hidden_size=H, num_attention_heads=2, intermediate_size=8), 4)
-    draft = Eagle3Draft(config)
+    draft = Eagle3Draft(spec_for(folder, vocab_size=4))
     before = {name: parameter.clone() for name, parameter in draft.named_parameters()}
-    head = load_target_head(folder, torch.float32, "cpu", torch.tensor([1, 4, 5, 19]))
-    initialise(draft, head, "default", folder)
+    head = load_target_head(TargetCheckpoint(folder), torch.float32, "cpu", torch.tensor([1, 4, 5, 19]))
+    initialise(draft, head, "default", TargetCheckpoint(folder))
     changed = {name for name, parameter in draft.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {"lm_head.weight"}
     assert torch.equal(draft.lm_head.weight, head.draft_head_DH)
@@ -211,7 +240,7 @@ def test_rotary_table_equals_transformers(rope_type: str) -> None:
         max_position_embeddings=256,
         rope_parameters={"rope_type": rope_type, "rope_theta": 5e4, **ROPES[rope_type]},
     )
-    table = rotary_table(Eagle3Spec.from_target(llama), torch.arange(100), torch.float32)
+    table = rotary_table(llama.rope_parameters, 16, 256, torch.arange(100), torch.float32)
     expected = LlamaRotaryEmbedding(llama)(torch.zeros(1), torch.arange(100).unsqueeze(0))
     for got, want in zip(table, expected, strict=True):
         torch.testing.assert_close(got, want[0], rtol=0, atol=2e-5)

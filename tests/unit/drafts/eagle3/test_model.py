@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from tests.mutation import Mutation
 from tests.oracles.eagle3_cases import Case, build, relative_error, run_oracle, run_product, worst_error
+from torchspec.drafts.draft import DraftOptions
 from torchspec.drafts.eagle3 import attention
 from torchspec.drafts.eagle3 import model as eagle3
 from torchspec.drafts.eagle3 import rows as ttt_rows
-from torchspec.nn import losses
+from torchspec.nn import flash, losses
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -57,7 +58,7 @@ MUTATIONS: dict[str, tuple[Any, str, str, str]] = {
     "diagonal values left out": (attention, "merge_diagonal", "o.addcmul_(", "(o * 0).addcmul_("),
     "no output in block 0's backward": (TTT, "backward", "o_low_RQE, lse_RQ", "o_low_RQE * 0, lse_RQ"),
     "no gradient through the softmax": (attention, "merge_diagonal_backward", "- delta", "- 0 * delta"),
-    "heads mixed up": (attention, "_heads_first", "x.repeat_interleave(repeats, dim=2)", "x.repeat(1, 1, repeats, 1)"),
+    "heads mixed up": (flash, "_heads_first", "x.repeat_interleave(repeats, dim=2)", "x.repeat(1, 1, repeats, 1)"),
     "rotary offset dropped": (DRAFT, "_unroll", "rows.active_angle_R + t", "rows.active_angle_R"),
     "one token for all steps": (DRAFT, "_unroll", "rows.active_flat_R + 1 + t", "rows.active_flat_R + 1"),
     "no residual around attention": (eagle3.DecoderLayer, "forward", "residual_RH = residual_RH + ", "residual_RH = "),
@@ -86,7 +87,9 @@ def test_mutations_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize("chunk", [1, 2, 5, 1000])
 def test_chunk_size_does_not_matter(chunk: int, dtype: torch.dtype) -> None:
     step = build(Case(dtype=dtype))
-    assert worst_error(run_product(step, loss_chunk_tokens=chunk), run_product(step)) <= TOLERANCE[dtype]
+    expected = run_product(step)
+    step.draft.options = DraftOptions(loss_chunk_tokens=chunk)
+    assert worst_error(run_product(step), expected) <= TOLERANCE[dtype]
 
 
 def test_padding_does_not_matter() -> None:
@@ -122,7 +125,7 @@ def test_without_loss_tokens_every_parameter_is_reached(lengths: tuple[int, ...]
 def test_activation_checkpointing_changes_nothing() -> None:
     step = build(Case())
     expected = run_product(step)
-    step.draft.activation_checkpointing = True
+    step.draft.options = DraftOptions(loss_chunk_tokens=step.case.chunk, recompute=True)
     assert worst_error(run_product(step), expected) == 0
 
 
@@ -162,7 +165,7 @@ def test_evaluation_equals_training_and_keeps_no_graph() -> None:
     step = build(Case())
     expected = run_product(step)
     with torch.no_grad():
-        output = step.draft(step.batch, step.target, 4, [0.8**t for t in range(4)])
+        output = step.draft(step.batch, step.target)
     assert not output.total.requires_grad
     assert relative_error(output.total, expected.total) <= 1e-12
 
@@ -181,16 +184,14 @@ def test_bf16_autocast_is_close_and_sums_in_fp32() -> None:
         assert cosine > 0.98, name
 
 
-@pytest.mark.parametrize("change", ["weights", "vocabulary", "aux width"])
+@pytest.mark.parametrize("change", ["vocabulary", "aux width"])
 def test_misfits_are_named(change: str) -> None:
     step = build(Case())
-    batch, target, weights = step.batch, step.target, [1.0] * 4
-    if change == "weights":
-        weights = [1.0]
-    elif change == "vocabulary":
+    batch, target = step.batch, step.target
+    if change == "vocabulary":
         target = replace(target, draft_head_DH=target.draft_head_DH[:-1])
     else:
         batch = replace(batch, hs_BSA=batch.hs_BSA[..., :-1])
-    message = {"weights": "ttt_length", "vocabulary": "draft.vocab_size", "aux width": "aux states"}[change]
+    message = {"vocabulary": "draft.vocab_size", "aux width": "aux states"}[change]
     with pytest.raises(ValueError, match=message):
-        step.draft(batch, target, 4, weights)
+        step.draft(batch, target)

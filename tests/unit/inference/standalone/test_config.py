@@ -26,7 +26,7 @@ ENVIRONMENT = {
     "TORCHSPEC_USP_MAX_SEQ_LENGTH": "100",
     "MOONCAKE_MASTER": "store.example:50051",
 }
-SHARDING = ShardFormula(ulysses_size=4, ring_size=2, layout="zigzag", ttt_length=7)
+SHARDING = ShardFormula(ulysses_size=4, ring_size=2, layout="zigzag", halo=7)
 TENSORS = {"hs": TensorSpec((9, 12), "bfloat16"), "ids": TensorSpec((9,), "int32")}
 
 

@@ -1,0 +1,145 @@
+"""A kind of draft in numbers: the half of the seam that plans, exports and serves without a tensor in memory.
+
+Whoever must know something of a draft - which layers to capture, what a step costs, what a server is told - asks its
+:class:`DraftSpec`. Nobody above this package knows a kind by name, and nothing here needs torch or transformers:
+:meth:`DraftSpec.build` alone imports a kind's model (``drafts/draft.py`` is the other half).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+
+from torchspec.knobs import Section
+from torchspec.shards import ShardFormula
+from torchspec.target.shape import TargetShape
+
+if TYPE_CHECKING:
+    from torchspec.drafts.draft import Draft, DraftOptions
+    from torchspec.target.checkpoint import TargetCheckpoint
+    from torchspec.target.head import TargetHead
+
+
+class Work(NamedTuple):
+    """One micro-batch of a training rank, as far as memory is concerned. Every token of it has a loss."""
+
+    samples: int
+    num_tokens: int
+    """Of each sample."""
+    sharding: ShardFormula | None
+    """None: the rank has the samples for itself."""
+    gather_once: bool
+    """Where samples are shared: their keys and values are gathered once, rather than sent around in each step."""
+    dtype: str
+    """Of activations."""
+    recompute: bool
+    loss_chunk_tokens: int
+
+
+class RankBytes(NamedTuple):
+    """What the forward and backward of a draft keep in memory at their peak."""
+
+    activations: int
+    """What the forward keeps of each row for the backward."""
+    keys_values: int
+    temporaries: int
+    """Logits, gradients under way, and what the kernels take while they run."""
+
+
+class DraftKnobs(Section):
+    """Section ``draft``: each kind has a class of its own, with this one's keys and more."""
+
+    kind: str
+    """Which kind of draft is trained."""
+
+
+@dataclass(frozen=True)
+class DraftSpec(ABC):
+    """A draft of one kind for one target. A checkpoint keeps it, so that nothing else is needed to export."""
+
+    kind: ClassVar[str]
+    architecture: ClassVar[str]
+    """What ``config.json`` of an exported folder calls it."""
+    Knobs: ClassVar[type[DraftKnobs]]
+
+    target: TargetShape
+    layers: tuple[int, ...]
+    """Target layers whose outputs it reads, 0-based, increasing."""
+
+    @classmethod
+    @abstractmethod
+    def of(cls, knobs: Any, target: TargetCheckpoint, layers: Sequence[int] | None) -> Self:
+        """The draft that ``knobs`` ask for.
+
+        Args:
+            layers: ``target.aux_layers``; None for the kind's own choice.
+
+        Raises:
+            ValueError: in one line, why this target cannot have it.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Back from the ``config.json`` of an exported folder; what only training knows has its default.
+
+        Raises:
+            KeyError: a field is missing.
+        """
+
+    @property
+    @abstractmethod
+    def positions(self) -> int:
+        """K: drafted tokens that training scores. Every report has as many entries."""
+
+    @property
+    def vocab_size(self) -> int | None:
+        """Tokens of the draft's own vocabulary; None where it is the target's, so that nothing is counted."""
+        return None
+
+    @property
+    def halo(self) -> int | None:
+        """Positions behind its own rows that a shard reads; None: samples cannot be shared among ranks."""
+        return None
+
+    @abstractmethod
+    def parameters(self) -> int:
+        """Trained ones."""
+
+    @abstractmethod
+    def flops(self, tokens: int, scored: int) -> float:
+        """Operations that forward and backward of one sample need; a multiply-add counts as two."""
+
+    @abstractmethod
+    def rank_bytes(self, work: Work) -> RankBytes:
+        """Raises ValueError: its heads cannot be split as ``work.sharding`` wants it."""
+
+    @abstractmethod
+    def build(self, head: TargetHead, target: TargetCheckpoint, options: DraftOptions) -> Draft:
+        """The module with its start weights, float32 and whole, on the CPU. Random weights come from torch's generator.
+
+        Args:
+            head: the target's frozen pieces, loaded for the draft's vocabulary.
+        """
+
+    @abstractmethod
+    def hf_config(self, dtype: str) -> dict[str, Any]:
+        """``config.json`` of the exported folder."""
+
+    @abstractmethod
+    def hf_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every weight that the exported folder holds: the parameters, under the same names."""
+
+    @abstractmethod
+    def server_args(self, num_draft_tokens: int) -> dict[str, Any]:
+        """Arguments of ``sglang.Engine``, beside the draft's path, that let it draft so many tokens at a time.
+
+        Raises:
+            ValueError: this draft cannot draft as many.
+        """
+
+    @abstractmethod
+    def served_as(self) -> dict[str, tuple[str, ...]]:
+        """SGLang's parameter to the exported tensors that it is made of, one below the other."""

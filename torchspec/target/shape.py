@@ -1,0 +1,101 @@
+"""What a draft of any kind takes over from its target: sizes, and which layers it may read. Needs no library."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+"""Rotary embeddings whose frequencies do not depend on the sequence's length."""
+
+HF_NAMES = {
+    "hidden_size": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "num_kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "intermediate_size": "intermediate_size",
+    "rms_norm_eps": "rms_norm_eps",
+    "vocab_size": "vocab_size",
+    "max_position_embeddings": "max_position_embeddings",
+    "rope_parameters": "rope_parameters",
+}
+"""Our names to those of a ``config.json``."""
+TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True, slots=True)
+class TargetShape:
+    """Sizes and constants of a Llama-like target.
+
+    Raises:
+        ValueError: it has heads or a rotary embedding that a draft cannot have.
+    """
+
+    hidden_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    vocab_size: int
+    max_position_embeddings: int
+    rope_parameters: Mapping[str, Any]
+    """``rope_type``, ``rope_theta`` and what else the type asks for, as in transformers 5."""
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+        rope_type = self.rope_parameters.get("rope_type")
+        if rope_type not in ROPE_TYPES or self.rope_parameters.get("rope_theta") is None:
+            raise ValueError(
+                f"rope_parameters={dict(self.rope_parameters)} must hold a rope_theta and a rope_type among "
+                f"{', '.join(ROPE_TYPES)}"
+            )
+        if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                f"the target rotates a share of each head only (partial_rotary_factor="
+                f"{self.rope_parameters['partial_rotary_factor']}); a draft, as it is served, rotates all of it: "
+                "choose another target"
+            )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        """Back from :meth:`hf_config`; token ids may be left out. Raises KeyError: another field is missing."""
+        fields = {ours: config[theirs] for ours, theirs in HF_NAMES.items()}
+        return cls(**fields | {name: config.get(name) for name in TOKENS})
+
+    def hf_config(self) -> dict[str, Any]:
+        """The fields of a ``config.json`` that follow from the target.
+
+        RoPE is written in the form of transformers 5 (``rope_parameters``) and in the older one (``rope_theta``,
+        ``rope_scaling``), for servers that read either.
+        """
+        config = {theirs: getattr(self, ours) for ours, theirs in HF_NAMES.items()}
+        config |= {name: getattr(self, name) for name in TOKENS}
+        rope = config["rope_parameters"] = dict(self.rope_parameters)
+        config["rope_theta"] = rope["rope_theta"]
+        if rope["rope_type"] != "default":
+            config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+        return config
+
+
+def check_layers(num_layers: int, layers: Sequence[int]) -> tuple[int, ...]:
+    """``layers``, if a target of ``num_layers`` has them.
+
+    An id ``k`` is the *output* of the 0-based target layer ``k`` (SGLang's convention), that is transformers'
+    ``hidden_states[k + 1]``. An off-by-one here trains a draft that looks healthy and is useless.
+
+    Raises:
+        ValueError: an id is out of range, repeated, or out of order.
+    """
+    ids = tuple(layers)
+    if not ids or list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] >= num_layers:
+        raise ValueError(
+            f"target.aux_layers={list(ids)} must be increasing layer ids from 0 to {num_layers - 1} "
+            f"(an id is the output of that 0-based layer)"
+        )
+    return ids
