@@ -10,8 +10,8 @@ from tests.unit.cli.commands import rendered
 from torchspec.cli.tables import plan_table, summary_table
 from torchspec.config.schema import TrainingConfig
 from torchspec.data.survey import Survey
-from torchspec.driver.plan import Plan, ThreadPlan
 from torchspec.driver.memory import Split
+from torchspec.driver.plan import Plan, ThreadPlan
 
 
 def test_the_plan_warns_when_memory_is_short() -> None:

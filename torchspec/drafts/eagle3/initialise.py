@@ -7,13 +7,15 @@ silent at first and everything is trained. That is worth about half of the sampl
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from torchspec.drafts.eagle3.model import Eagle3Draft
 from torchspec.target.checkpoint import TargetCheckpoint
 from torchspec.target.head import TargetHead
+
+if TYPE_CHECKING:
+    from torchspec.drafts.eagle3.model import Eagle3Draft
 
 ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 SAME = ("self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")

@@ -24,12 +24,14 @@ from torch.utils.checkpoint import checkpoint
 
 from torchspec.drafts.draft import Batch, Draft, DraftOptions, DraftOutput
 from torchspec.drafts.eagle3.attention import Block0
+from torchspec.drafts.eagle3.initialise import initialise
 from torchspec.drafts.eagle3.sequences import FLASH, AttentionBackend, Sequences
 from torchspec.drafts.eagle3.sharded import UspBackend
 from torchspec.drafts.eagle3.spec import Eagle3Spec
 from torchspec.nn.layers import MLP, RMSNorm
 from torchspec.nn.losses import compute_dtype, fused_soft_cross_entropy
 from torchspec.nn.rope import rotary_table, rotate
+from torchspec.target.checkpoint import TargetCheckpoint
 from torchspec.target.head import TargetHead
 from torchspec.target.shape import TargetShape
 
@@ -173,3 +175,10 @@ class Eagle3Draft(Draft):
                 f"aux states are {batch.hs_BSA.shape[-1]} wide; {len(self.spec.layers)} layers of "
                 f"{self.spec.target.hidden_size} make {self.fc.in_features}"
             )
+
+
+def build(spec: Eagle3Spec, head: TargetHead, target: TargetCheckpoint, options: DraftOptions) -> Eagle3Draft:
+    """See :meth:`DraftSpec.build`."""
+    draft = Eagle3Draft(spec, options)
+    initialise(draft, head, spec.init, target)
+    return draft

@@ -111,12 +111,9 @@ class Eagle3Spec(DraftSpec):
         return costs.rank_bytes(self, work)
 
     def build(self, head: TargetHead, target: TargetCheckpoint, options: DraftOptions) -> Eagle3Draft:
-        from torchspec.drafts.eagle3.initialise import initialise
-        from torchspec.drafts.eagle3.model import Eagle3Draft
+        from torchspec.drafts.eagle3 import model
 
-        draft = Eagle3Draft(self, options)
-        initialise(draft, head, self.init, target)
-        return draft
+        return model.build(self, head, target, options)
 
     def hf_config(self, dtype: str) -> dict[str, Any]:
         return {
