@@ -30,8 +30,8 @@ from rich.table import Table
 from torchspec.contracts import TensorSpec
 from torchspec.store.client import connect, pinned
 from torchspec.store.endpoint import StoreEndpoint
+from torchspec.store.geometry import sample_tensors
 from torchspec.store.hidden_state_store import HiddenStateStore
-from torchspec.store.layout import sample_tensors
 from torchspec.store.master import MooncakeMaster
 from torchspec.store.node import StoreNode
 

@@ -22,7 +22,7 @@ from torchspec.drafts.eagle3.model import Eagle3Draft
 from torchspec.drafts.eagle3.spec import Eagle3Spec
 from torchspec.network import free_port
 from torchspec.parallel.mesh import build_mesh, join_ranks, shard_module
-from torchspec.store.usp import segment_rows
+from torchspec.store.geometry import segment_rows
 from torchspec.target.head import TargetHead
 from torchspec.target.shape import TargetShape
 from torchspec.training.learner import add_gradients, reduce_gradients

@@ -15,12 +15,10 @@ from torchspec.contracts import SampleId, SampleRef
 from torchspec.data.masks import pack_mask
 from torchspec.shards import ShardFormula
 from torchspec.store.endpoint import StoreEndpoint
-from torchspec.store.geometry import SampleGeometry
+from torchspec.store.geometry import SampleGeometry, sample_tensors
 from torchspec.store.hidden_state_store import HiddenStateStore
-from torchspec.store.layout import sample_tensors
 from torchspec.store.master import MooncakeMaster
 from torchspec.store.node import StoreNode
-from torchspec.store.usp import put_usp_shards
 from torchspec.training.fetch import SampleFetcher
 
 
@@ -77,7 +75,7 @@ def store_sample(store: HiddenStateStore, geometry: SampleGeometry, key: str, to
     for view in buffer.views.values():
         view.zero_()
     sharding = geometry.sharding
-    put = store.put(key, buffer) if sharding is None else put_usp_shards(store, key, buffer, sharding)
+    put = store.put(key, buffer, sharding)
     packed = pack_mask([True] * tokens)
     return SampleRef(SampleId(0, 0), key, tokens, packed, tensors, put.result(), "post_norm", sharding)
 

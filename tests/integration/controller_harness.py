@@ -18,9 +18,8 @@ from torchspec.data.order import epoch_order
 from torchspec.data.prompt_set import PromptSet
 from torchspec.run_folder import RunFolder
 from torchspec.store.endpoint import StoreEndpoint
-from torchspec.store.geometry import SampleGeometry
+from torchspec.store.geometry import SampleGeometry, shard_tensors
 from torchspec.store.hidden_state_store import HiddenStateStore
-from torchspec.store.usp import put_usp_shards, shard_tensors
 from torchspec.training.checkpoint import point
 
 GEOMETRY = SampleGeometry(num_aux=3, hidden_size=8, dtype="float32")
@@ -91,11 +90,7 @@ def put_sample(client: HiddenStateStore, lease: Lease) -> tuple[SampleRef, Answe
     buffer = client.allocate(tensors)
     for view in buffer.views.values():
         view.fill_(1)
-    put = (
-        client.put(lease.key, buffer)
-        if lease.sharding is None
-        else put_usp_shards(client, lease.key, buffer, lease.sharding)
-    )
+    put = client.put(lease.key, buffer, lease.sharding)
     ref = SampleRef(lease.sample, lease.key, len(ids), mask, tensors, put.result(), "post_norm", lease.sharding)
     return ref, answer
 

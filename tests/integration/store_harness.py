@@ -17,8 +17,8 @@ import torch
 
 from torchspec.contracts import TensorSpec
 from torchspec.store.endpoint import StoreEndpoint
+from torchspec.store.geometry import sample_tensors
 from torchspec.store.hidden_state_store import HiddenStateStore
-from torchspec.store.layout import sample_tensors
 from torchspec.store.master import MooncakeMaster
 from torchspec.store.node import StoreNode
 

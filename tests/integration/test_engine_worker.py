@@ -22,8 +22,8 @@ from torchspec.data.masks import pack_mask, unpack_mask
 from torchspec.inference.sglang_process import EngineConfig
 from torchspec.inference.worker import InferenceWorker
 from torchspec.shards import ShardFormula
+from torchspec.store.geometry import shard_tensors
 from torchspec.store.hidden_state_store import HiddenStateStore
-from torchspec.store.usp import shard_tensors
 
 BUFFER_BYTES = 4 << 20
 CONVERSATION = list(range(1000, 1050))

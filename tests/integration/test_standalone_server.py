@@ -22,9 +22,8 @@ from tests.integration.store_harness import RunningStore, running_store
 from torchspec.drafts.eagle3.spec import default_layers
 from torchspec.inference.capture.protocol import capture_rid, decode_captured
 from torchspec.shards import ShardFormula
+from torchspec.store.geometry import sample_tensors, shard_suffix, shard_tensors
 from torchspec.store.hidden_state_store import HiddenStateStore
-from torchspec.store.layout import sample_tensors
-from torchspec.store.usp import shard_suffix, shard_tensors
 
 AUX_LAYERS = default_layers(30)
 SHARDING = ShardFormula(ulysses_size=2, ring_size=2, layout="zigzag", halo=3)

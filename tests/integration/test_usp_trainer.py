@@ -23,7 +23,7 @@ from tests.integration.trainer_harness import (
 )
 from torchspec.drafts.eagle3.model import Batch
 from torchspec.shards import ShardFormula
-from torchspec.store.usp import shard_suffix
+from torchspec.store.geometry import shard_suffix
 from torchspec.training.fetch import SampleFetcher
 
 LENGTHS = (37, 9, 22, 5, 1, 16)

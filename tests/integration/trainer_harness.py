@@ -29,7 +29,6 @@ from torchspec.shards import ShardFormula
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
 from torchspec.store.hidden_state_store import HiddenStateStore
-from torchspec.store.usp import put_usp_shards
 from torchspec.target.checkpoint import TargetCheckpoint
 from torchspec.training.trainer import Trainer, TrainerSpec
 from torchspec.training.weights import gather_weights
@@ -127,7 +126,7 @@ def put_samples(
         buffer.views["ids"].random_(VOCAB, generator=generator)
         mask = [prompt not in unsupervised and 3 * i >= length for i in range(length)]
         key = f"{prefix}-{prompt}"
-        put = store.put(key, buffer) if sharding is None else put_usp_shards(store, key, buffer, sharding)
+        put = store.put(key, buffer, sharding)
         num_bytes, packed = put.result(timeout=60), pack_mask(mask)
         refs.append(SampleRef(SampleId(0, prompt), key, length, packed, tensors, num_bytes, "post_norm", sharding))
     return refs

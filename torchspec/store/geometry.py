@@ -1,13 +1,77 @@
-"""Shapes and bytes of this run's samples, for those who count them without holding one."""
+"""What a sample looks like in the store: tensors, shapes, shards, bytes. No torch, so that the controller can count.
+
+It lies under ``{key}_{suffix}``; one that is split, shard by shard, one for each sequence-parallel (SP) rank, under
+``{key}_usp{rank}_{suffix}``. Which rows a shard has is :class:`ShardFormula`'s to say, for writers and readers. A
+shard's segments lie one after the other in one object, so a rank reads each tensor in one go; a shard without rows has
+none.
+
+Shapes: S tokens of the sample, F target layers, H hidden size of the target.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from torchspec.contracts import TensorSpec
-from torchspec.shards import ShardFormula
-from torchspec.store.layout import sample_tensors, stored_bytes
-from torchspec.store.usp import shard_suffix, shard_tensors
+from torchspec.shards import Segment, ShardFormula
+from torchspec.store.layout import stored_bytes
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WITHOUT_HALO = ("hs",)
+"""What a rank reads of its own rows alone."""
+
+
+def shard_suffix(rank: int, suffix: str) -> str:
+    return f"usp{rank}_{suffix}"
+
+
+def segment_rows(suffix: str, segment: Segment) -> slice:
+    """Positions of the sample that a shard holds of tensor ``suffix`` for one of its segments."""
+    return slice(segment.start, segment.stop if suffix in WITHOUT_HALO else segment.halo_stop)
+
+
+def shard_tensors(
+    whole: Mapping[str, TensorSpec], sharding: ShardFormula, num_tokens: int, rank: int
+) -> dict[str, TensorSpec]:
+    """The objects of one rank's shard, by suffix, from the tensors of the whole sample."""
+    segments = sharding.segments(num_tokens, rank)
+    shard = {}
+    for suffix, spec in whole.items():
+        rows = sum(part.stop - part.start for part in (segment_rows(suffix, segment) for segment in segments))
+        if rows:
+            shard[shard_suffix(rank, suffix)] = replace(spec, shape=(rows, *spec.shape[1:]))
+    return shard
+
+
+def sample_tensors(num_tokens: int, num_aux: int, hidden: int, dtype: str) -> dict[str, TensorSpec]:
+    """The tensors of one full sample.
+
+    Returns:
+        ``hs`` [S, F*H]: auxiliary states, layers concatenated; ``lhs`` [S, H]: last hidden states;
+        ``ids`` [S] int32: token ids.
+    """
+    return {
+        "hs": TensorSpec((num_tokens, num_aux * hidden), dtype),
+        "lhs": TensorSpec((num_tokens, hidden), dtype),
+        "ids": TensorSpec((num_tokens,), "int32"),
+    }
+
+
+def shard_pieces(views: Mapping[str, Tensor], sharding: ShardFormula) -> dict[str, list[Tensor]]:
+    """Suffix of each shard's objects to the parts of the whole sample's tensors that make it up."""
+    num_tokens = len(views["ids"])
+    pieces = {}
+    for rank in range(sharding.size):
+        segments = sharding.segments(num_tokens, rank)
+        for suffix, view_S in views.items():
+            parts = [part for part in (view_S[segment_rows(suffix, segment)] for segment in segments) if len(part)]
+            if parts:
+                pieces[shard_suffix(rank, suffix)] = parts
+    return pieces
 
 
 @dataclass(frozen=True, slots=True)

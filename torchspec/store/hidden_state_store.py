@@ -20,9 +20,11 @@ from dataclasses import dataclass
 import torch
 
 from torchspec.contracts import TensorSpec
+from torchspec.shards import ShardFormula
 from torchspec.store.client import StoreClient, object_names, pinned
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.errors import SizeMismatch, error_for
+from torchspec.store.geometry import shard_pieces
 from torchspec.store.slot_pool import SlotPool, align
 
 _PUT_THREADS = 2
@@ -97,18 +99,19 @@ class HiddenStateStore(StoreClient):
         """Give the slot back; its views must not be used any more."""
         self._pool.release(buffer.offset)
 
-    def put(self, key: str, buffer: Slot, pieces: Mapping[str, Sequence[torch.Tensor]] | None = None) -> Future[int]:
-        """Store objects under ``{key}_{suffix}`` in the background, all of them or none, and release the buffer.
+    def put(self, key: str, buffer: Slot, sharding: ShardFormula | None = None) -> Future[int]:
+        """Store a sample in the background, all of its objects or none, and release the buffer.
 
         Args:
-            pieces: suffix to the contiguous parts of the buffer that make up the object, one after the other. Default:
-                the buffer's views.
+            sharding: how to split it among ranks. The store reads the segments where they are: no rank's shard is put
+                together in memory first.
 
         Returns:
             Future of the bytes stored. It raises StoreFull or StoreUnavailable.
         """
-        if pieces is None:
-            pieces = {suffix: (view,) for suffix, view in buffer.views.items()}
+        pieces: Mapping[str, Sequence[torch.Tensor]] = {suffix: (view,) for suffix, view in buffer.views.items()}
+        if sharding is not None:
+            pieces = shard_pieces(buffer.views, sharding)
         return self._executor.submit(self._put, key, buffer, pieces)
 
     def get(self, key: str, tensors: Mapping[str, TensorSpec], timeout: float | None = None) -> Slot:

@@ -1,7 +1,4 @@
-"""What a sample looks like in the store: tensor names, shapes, bytes. No torch, so that the controller can count.
-
-Legend: S tokens of the sample, F auxiliary layers, H hidden size of the target.
-"""
+"""Bytes that objects take in the store, and how many of its bytes samples may take."""
 
 from __future__ import annotations
 
@@ -18,20 +15,6 @@ From a simulation of Mooncake's allocator with lengths drawn uniformly and sampl
 
 _SMALLEST_OBJECT = 4096
 _MANTISSA_BITS = 3
-
-
-def sample_tensors(num_tokens: int, num_aux: int, hidden: int, dtype: str) -> dict[str, TensorSpec]:
-    """The tensors of one full sample.
-
-    Returns:
-        ``hs`` [S, F*H]: auxiliary states, layers concatenated; ``lhs`` [S, H]: last hidden states;
-        ``ids`` [S] int32: token ids.
-    """
-    return {
-        "hs": TensorSpec((num_tokens, num_aux * hidden), dtype),
-        "lhs": TensorSpec((num_tokens, hidden), dtype),
-        "ids": TensorSpec((num_tokens,), "int32"),
-    }
 
 
 def stored_bytes(tensors: Mapping[str, TensorSpec]) -> int:

@@ -35,9 +35,8 @@ from torchspec.drafts.draft import Batch
 from torchspec.instruments import EMPTY, observe
 from torchspec.shards import Segment
 from torchspec.store.errors import MissingObject, SizeMismatch, StoreUnavailable
-from torchspec.store.geometry import SampleGeometry
+from torchspec.store.geometry import SampleGeometry, segment_rows, shard_suffix, shard_tensors
 from torchspec.store.hidden_state_store import HiddenStateStore
-from torchspec.store.usp import segment_rows, shard_suffix, shard_tensors
 
 IDLE_TOKENS = 8
 """Length of the one all-padding row that a rank without samples trains on, to take part in the collectives."""

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torchspec.contracts import TensorSpec
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.errors import MissingObject, StoreError, StoreFull, StoreUnavailable, error_for
-from torchspec.store.layout import object_bytes, sample_tensors, stored_bytes
+from torchspec.store.geometry import sample_tensors
+from torchspec.store.layout import object_bytes, stored_bytes
 
 
 def test_shapes_of_a_sample() -> None:

@@ -19,7 +19,6 @@ from torchspec.shards import ShardFormula
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.errors import StoreError, StoreFull, StoreUnavailable
 from torchspec.store.hidden_state_store import HiddenStateStore, Slot
-from torchspec.store.usp import put_usp_shards
 
 _THREADS = 2
 """One checks a sample while the other waits for a put."""
@@ -58,10 +57,7 @@ class CaptureWriter:
         }
         started = time.perf_counter()
         try:
-            if sharding is None:
-                num_bytes = self.store.put(key, buffer).result()
-            else:
-                num_bytes = put_usp_shards(self.store, key, buffer, sharding).result()
+            num_bytes = self.store.put(key, buffer, sharding).result()
         except StoreError as error:
             return encode_failed(key, str(error), _KINDS.get(type(error), "retry"))
         return encode_captured(key, Captured(specs, num_bytes, time.perf_counter() - started, sharding))

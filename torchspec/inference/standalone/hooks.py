@@ -17,7 +17,7 @@ from torchspec.inference.capture.writer import CaptureWriter
 from torchspec.inference.sglang_patch import find_sglang
 from torchspec.inference.standalone.config import META_INFO, StandaloneConfig, reply_entry, request_metadata
 from torchspec.store.errors import StoreError
-from torchspec.store.usp import shard_suffix
+from torchspec.store.geometry import shard_suffix
 
 if TYPE_CHECKING:
     from sglang.srt.managers.io_struct import GenerateReqInput

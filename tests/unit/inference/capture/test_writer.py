@@ -34,6 +34,6 @@ def test_what_a_failed_put_calls_for(error: StoreError, kind: str) -> None:
     outcome.set_exception(error)
     views = {"hs": torch.ones(2, 8), "lhs": torch.ones(2, 8), "ids": torch.zeros(2, dtype=torch.int32)}
     writer = CaptureWriter.__new__(CaptureWriter)
-    writer.store = SimpleNamespace(put=lambda key, buffer: outcome)
+    writer.store = SimpleNamespace(put=lambda key, buffer, sharding: outcome)
     message = writer._write("k", SimpleNamespace(views=views), [1, 2], None)
     assert message == {"stored": False, "key": "k", "reason": str(error), "kind": kind}
