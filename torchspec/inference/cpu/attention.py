@@ -1,9 +1,12 @@
-"""Attention of a CPU engine: batched decode, and the forward modes of a draft chain.
+"""Attention of a CPU engine: batched decode, and the forward modes of draft chains and draft blocks.
 
 SGLang's ``torch_native`` backend knows prefill and decode, and calls SDPA once a request and layer. This subclass adds
-what speculation with ``topk = 1`` needs, and runs requests that ask equally many queries (decode, verification, draft
-steps: a few each) as one SDPA a layer, over their keys and values padded to a common length. Which KV slots those are
-is the same in every layer, so it is worked out once a forward pass. Results equal the stock backend's.
+what speculation with ``topk = 1`` needs, and runs requests that ask equally many queries (decode, verification, drafts:
+a few each) as one SDPA a layer, over their keys and values padded to a common length. Which KV slots those are is the
+same in every layer, so it is worked out once a forward pass. Results equal the stock backend's.
+
+A DFlash draft is run in the mode of a verification, too, but its layers look both ways (``ENCODER_ONLY``): at the
+whole context and at the whole block.
 
 Shapes: B requests of a group, Q new tokens of each, L key positions (padded), K KV heads, G query heads per KV head,
 D head size, T tokens of a batch.
@@ -30,7 +33,7 @@ _GROUP = 8
 """Requests that share one SDPA. More save little, pad more, and no longer fit into a core's cache."""
 
 _FEW_QUERIES = 16
-"""New tokens of a request up to which it is batched: decode and draft chains. Prefills are worth an SDPA each."""
+"""New tokens of a request up to which it is batched: decode and drafts. Prefills are worth an SDPA each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,8 +43,10 @@ class Group:
     rows: Tensor
     """[B * Q] their rows in the batch of tokens."""
     slots_BL: Tensor
-    mask_B1QL: Tensor | None
-    """True where a query may look; ``None`` for plain causal attention of a single request."""
+    causal_B1QL: Tensor | None
+    """True where a query may look back; ``None`` for plain causal attention of a single request."""
+    seen_B1QL: Tensor
+    """True wherever its request has a key: where a query may look that looks both ways."""
 
 
 class BatchedAttention(TorchNativeAttnBackend):
@@ -121,14 +126,15 @@ class BatchedAttention(TorchNativeAttnBackend):
             slots = group.slots_BL.view(-1)
             k_BKLD = keys.index_select(0, slots).view(batch, length, *keys.shape[1:]).transpose(1, 2).to(q.dtype)
             v_BKLD = values.index_select(0, slots).view(batch, length, *values.shape[1:]).transpose(1, 2).to(q.dtype)
-            out_TKGD[group.rows] = _attend(q_TKGD[group.rows], k_BKLD, v_BKLD, group.mask_B1QL, layer.scaling)
+            mask = group.seen_B1QL if layer.attn_type == AttentionType.ENCODER_ONLY else group.causal_B1QL
+            out_TKGD[group.rows] = _attend(q_TKGD[group.rows], k_BKLD, v_BKLD, mask, layer.scaling)
         return out_TKGD.view(q.shape[0], -1)
 
 
 def _is_plain(layer: RadixAttention) -> bool:
-    """Causal self-attention over all positions; the stock backend knows the rest."""
+    """Self-attention without a window; the stock backend knows the rest."""
     windowed = layer.sliding_window_size is not None and layer.sliding_window_size > -1
-    return not (layer.is_cross_attention or windowed or layer.attn_type == AttentionType.ENCODER_ONLY)
+    return not (layer.is_cross_attention or windowed)
 
 
 def _partition(seen: list[int], new: list[int]) -> list[list[int]]:
@@ -143,12 +149,13 @@ def _plan(members: list[int], table: Tensor, seen: list[int], new: list[int], st
     queries, seen_B = new[members[0]], torch.tensor([seen[m] for m in members])
     length = int(seen_B.max())
     rows = (starts[members][:, None] + torch.arange(queries)).view(-1)
-    slots_BL = table[members, :length].long()
-    if len(members) == 1 and queries in (1, length):
-        return Group(rows, slots_BL, None)
-    last_B1Q1 = (seen_B - queries)[:, None, None, None] + torch.arange(queries)[:, None]
     # Padded columns hold stale slots of the table: valid to read, never looked at.
-    return Group(rows, slots_BL, torch.arange(length) <= last_B1Q1)
+    slots_BL, columns_L = table[members, :length].long(), torch.arange(length)
+    seen_B1QL = (columns_L < seen_B[:, None, None, None]).expand(-1, -1, queries, -1)
+    if len(members) == 1 and queries in (1, length):
+        return Group(rows, slots_BL, None, seen_B1QL)
+    last_B1Q1 = (seen_B - queries)[:, None, None, None] + torch.arange(queries)[:, None]
+    return Group(rows, slots_BL, columns_L <= last_B1Q1, seen_B1QL)
 
 
 def _attend(q_RKGD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_B1QL: Tensor | None, scale: float) -> Tensor:

@@ -1,7 +1,7 @@
-"""SGLang plugin that makes a CPU engine fast enough to train with, and lets it verify EAGLE3 drafts.
+"""SGLang plugin that makes a CPU engine fast enough to train with, and lets it verify EAGLE3 and DFlash drafts.
 
-Idle on any other device. It replaces the attention backend (``cpu_attention.py``), adds the multi-step backend that
-SGLang's draft worker asks for, and makes seeded sampling affordable.
+Idle on any other device. It replaces the attention backend (``attention.py``), adds the multi-step backend that
+SGLang's EAGLE3 worker asks for, opens the way for its DFlash worker, and makes seeded sampling affordable.
 
 Shapes: B requests of a batch, V vocabulary.
 """
@@ -12,6 +12,7 @@ import hashlib
 import os
 import struct
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,10 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
+    from sglang.srt.models.dflash import DFlashAttention
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+    from sglang.srt.server_args import ServerArgs
+    from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
     from torchspec.inference.cpu.attention import BatchedAttention
@@ -34,15 +38,27 @@ def register() -> None:
     """Entry point of the group ``sglang.srt.plugins``."""
     if os.environ.get("SGLANG_USE_CPU_ENGINE") != "1":
         return
+    from sglang.srt.arg_groups.choices import add_draft_attention_backend_choices
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from torchspec.inference.cpu.attention import BatchedAttention
 
+    add_draft_attention_backend_choices(["torch_native"])
     HookRegistry.register(
         "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend", BatchedAttention, HookType.REPLACE
     )
     HookRegistry.register(
         "sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend", _create_backend, HookType.AROUND
+    )
+    HookRegistry.register("sglang.srt.arg_groups.speculative_hook._handle_dflash", _allow_dflash, HookType.AROUND)
+    HookRegistry.register(
+        "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2.forward_batch_generation",
+        _spare_stream,
+        HookType.BEFORE,
+    )
+    HookRegistry.register("sglang.srt.models.dflash.DFlashAttention.__init__", _use_no_table, HookType.AFTER)
+    HookRegistry.register(
+        "sglang.srt.model_executor.model_runner.ModelRunner._extend_forward_kwargs", _keep_dtype, HookType.AFTER
     )
     HookRegistry.register(
         "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", _add_seeds, HookType.AFTER
@@ -84,6 +100,42 @@ class DraftChain:
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
         for backend in self.attn_backends:
             backend.init_forward_metadata(forward_batch)
+
+
+def _allow_dflash(original: Callable[[ServerArgs], None], server_args: ServerArgs) -> None:
+    """Check the arguments of DFLASH as on a platform that can run it; SGLang's own list of those leaves the CPU out."""
+    from sglang.srt.arg_groups import speculative_hook
+
+    platform = SimpleNamespace(
+        is_out_of_tree=lambda: True,
+        supports_speculative_algorithm=lambda algorithm: True,
+        supports_speculative_draft_attention_backend=lambda algorithm, backend: backend == "torch_native",
+        get_default_speculative_draft_attention_backend=lambda algorithm: "torch_native",
+    )
+    real, speculative_hook.current_platform = speculative_hook.current_platform, platform
+    try:
+        original(server_args)
+    finally:
+        speculative_hook.current_platform = real
+
+
+def _spare_stream(_worker: DFlashWorkerV2, batch: ScheduleBatch, *_args: object, **_kwargs: object) -> None:
+    """SGLang's DFlash worker notes down which stream reads this tensor; a CPU has no streams, and torch refuses."""
+    batch.seq_lens.record_stream = lambda stream: None
+
+
+def _use_no_table(_none: None, attention: DFlashAttention, *_args: object, **_kwargs: object) -> None:
+    """Norm and rotate queries and keys in plain torch; SGLang has a CUDA kernel for bfloat16, and asks no device."""
+    attention.use_table_qk_norm_rope = False
+
+
+def _keep_dtype(
+    arguments: dict[str, Any], runner: ModelRunner, batch: ForwardBatch, _proxies: object
+) -> dict[str, Any]:
+    """Hand a DFlash draft the target's embeddings as they are; SGLang rounds them to bfloat16 first."""
+    if runner.is_draft_worker and batch.input_embeds is not None:
+        arguments["input_embeds"] = batch.input_embeds
+    return arguments
 
 
 def _add_seeds(info: SamplingBatchInfo, _cls: type, batch: ScheduleBatch, _vocab_size: int) -> None:
