@@ -42,8 +42,8 @@ MISTAKES: dict[str, Mutation] = {
 
 SKIPS: dict[str, Mutation] = {
     "no loss, no graph": Mutation(
-        Eagle3Draft, "_unroll", "torch.stack(scored)",
-        "torch.stack(scored if len(rows.teacher_flat_N) else [x.detach() for x in scored])"),
+        Eagle3Draft, "_unroll", "torch.stack(residuals)",
+        "torch.stack(residuals if len(rows.teacher_flat_N) else [x.detach() for x in residuals])"),
     "nothing to send, no all-to-all": Mutation(
         ulysses, "_all_to_all", "dist.all_to_all_single(", "x.any() and dist.all_to_all_single("),
     "no queries, no ring": Mutation(

@@ -1,24 +1,26 @@
-"""Soft cross-entropy of a draft's head against the target's, fused with both projections.
+"""Cross-entropy of a draft's head against a teacher, fused with the projections.
 
-For teachers n and TTT steps t the loss is the cross-entropy between p_n, the target's softmax renormalised over the
-draft vocabulary, and q_tn, the draft's softmax. One custom autograd function walks over chunks of teachers. For each
-chunk it makes the target's logits once, then the draft's logits of all steps, turns these in place into the gradient
-q - p, and takes the gradients of the hidden states and of the head from it *in the forward pass*, as Liger's fused
-linear cross-entropy does. At no time do logits exist for more than one chunk.
+A *teacher* is a position of the target: a distribution over tokens. A *student* is a row of the draft's hidden states
+that is scored against one, as the guess for the draft's position k: a teacher has as many students as guesses were made
+for its token. One custom autograd function walks over chunks of students, cut between teachers. For each chunk it makes
+the target's logits once, then the students', has a *criterion* turn these in place into the gradient of the loss, and
+takes the gradients of the hidden states and of the head from it *in the forward pass*, as Liger's fused linear
+cross-entropy does. At no time do logits exist for more than one chunk, and a head that is not trained costs nothing.
 
-A teacher counts when the target's first choice over its whole vocabulary is in the draft's. Accuracy asks whether the
-draft's first choice is the target's.
+A teacher counts when its first choice is in the draft's vocabulary. Accuracy asks whether the draft's first choice is
+the teacher's.
 
 Matmuls run in the autocast dtype where autocast is on; everything else, and every sum, in float32 (float64 for
 float64 inputs).
 
-Shapes: N teachers, n teachers of a chunk, T TTT steps, H hidden size, D draft vocabulary, V target vocabulary.
+Shapes: R rows, M students, m students of a chunk, N teachers, n teachers of a chunk, K positions, H hidden size,
+D draft vocabulary, V target vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,39 +29,111 @@ from torch.autograd.function import once_differentiable
 
 CACHE_ELEMENTS = 2**19
 """Logits worked on at once on a CPU (2 MiB), so that the passes over them stay in its cache."""
+KERNEL_ELEMENTS = 2**26
+"""The same elsewhere (256 MiB), so that a pass keeps a device busy and its operands small."""
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+"""``(z_MD, p_MD) -> loss_M``, and z becomes d loss / d z in place.
+
+``z`` are logits of students, of which the largest in each row is 0; ``p`` the probabilities of their teachers. Both are
+in the accumulating dtype.
+"""
+
+
+def soft_cross_entropy(z_MD: Tensor, p_MD: Tensor) -> Tensor:
+    """A :data:`Criterion`: the cross-entropy between ``p`` and ``softmax(z)``, whose gradient is their difference."""
+    expected_M = (p_MD * z_MD).sum(-1)
+    total_M1 = z_MD.exp_().sum(-1, keepdim=True)
+    z_MD.mul_(total_M1.reciprocal()).sub_(p_MD)
+    return total_M1.squeeze(1).log() - expected_M
 
 
 class LossSums(NamedTuple):
-    """Sums over teachers. Only ``total`` is differentiable."""
+    """Sums over students. Only ``total`` is differentiable."""
 
     total: Tensor
-    """Scalar: sum over t of ``step_weights[t] * loss_T[t]``."""
-    loss_T: Tensor
-    counted_T: Tensor
-    correct_T: Tensor
+    """Scalar: sum over k of ``weights[k] * loss_K[k]``."""
+    loss_K: Tensor
+    counted_K: Tensor
+    supervised_K: Tensor
+    """All students, whether their teachers count or not."""
+    correct_K: Tensor
 
 
-class Teacher(NamedTuple):
-    """The target's hidden states (after its final norm) and its head's rows, the draft vocabulary's apart."""
+class Students(NamedTuple):
+    """Who is scored against whom. On the CPU, where chunks are cut without a device sync."""
+
+    row_M: Tensor
+    """Which row of the hidden states it is; each at most once."""
+    teacher_M: Tensor
+    """Index of its teacher, increasing."""
+    position_M: Tensor
+
+    def chunks(self, size: int) -> Iterator[tuple[slice, slice]]:
+        """Slices of students, about ``size`` each and with all students of their teachers, and those of the teachers.
+
+        Teachers without a student make chunks larger than need be.
+        """
+        start = 0
+        while start < len(self.teacher_M):
+            stop = int(torch.searchsorted(self.teacher_M, self.teacher_M[start : start + size][-1], right=True))
+            yield slice(start, stop), slice(int(self.teacher_M[start]), int(self.teacher_M[stop - 1]) + 1)
+            start = stop
+
+
+class Targets(NamedTuple):
+    """What a chunk of teachers says."""
+
+    probabilities: Callable[[Tensor], Tensor]
+    """p_mD of the teachers with these indices."""
+    choice_n: Tensor
+    """Index of the largest probability in the draft's vocabulary."""
+    counted_n: Tensor
+
+
+class Teacher(Protocol):
+    def chunk(self, rows: slice, dtype: torch.dtype) -> Targets:
+        """Those of the N teachers. ``dtype`` is that of matmuls."""
+
+
+class SoftTeacher(NamedTuple):
+    """The target's distribution, renormalised over the draft's vocabulary."""
 
     hidden_NH: Tensor
+    """After the target's final norm."""
     draft_head_DH: Tensor
     rest_head_XH: Tensor
     """The V - D rows that are not in the draft vocabulary."""
 
-    def chunk(self, rows: slice, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-        """p_nD, the index of its largest entry choice_n1, and counted_n."""
+    def chunk(self, rows: slice, dtype: torch.dtype) -> Targets:
         hidden_nH = self.hidden_NH[rows].to(dtype)
         p_nD = accumulating(F.linear(hidden_nH, self.draft_head_DH.to(dtype)))
-        best_n1, choice_n1 = p_nD.max(-1, keepdim=True)
-        counted_n = torch.ones_like(best_n1, dtype=torch.bool).squeeze(1)
+        best_n, choice_n = p_nD.max(-1)
+        counted_n = torch.ones_like(best_n, dtype=torch.bool)
         if len(self.rest_head_XH):
             rest_nX = F.linear(hidden_nH, self.rest_head_XH.to(dtype))
-            counted_n = best_n1.squeeze(1) >= rest_nX.amax(-1)
-        for block in _row_blocks(len(p_nD), p_nD.shape[1], p_nD.device):
-            p = p_nD[block].sub_(best_n1[block]).exp_()
+            counted_n = best_n >= rest_nX.amax(-1)
+        for block in _row_blocks(p_nD):
+            p = p_nD[block].sub_(best_n[block].unsqueeze(1)).exp_()
             p.mul_(p.sum(-1, keepdim=True).reciprocal_())
-        return p_nD, choice_n1, counted_n
+        return Targets(p_nD.__getitem__, choice_n, counted_n)
+
+
+class HardTeacher(NamedTuple):
+    """The true tokens, for a draft over the target's whole vocabulary of V."""
+
+    token_N: Tensor
+    """int64."""
+    vocab_size: int
+
+    def chunk(self, rows: slice, dtype: torch.dtype) -> Targets:
+        choice_n = self.token_N[rows]
+
+        def probabilities(index_m: Tensor) -> Tensor:
+            p_mD = torch.zeros(len(index_m), self.vocab_size, device=index_m.device)
+            return p_mD.scatter_(1, choice_n[index_m].unsqueeze(1), 1.0)
+
+        return Targets(probabilities, choice_n, torch.ones_like(choice_n, dtype=torch.bool))
 
 
 def accumulating(x: Tensor) -> Tensor:
@@ -73,82 +147,82 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
 
 
-def _row_blocks(rows: int, width: int, device: torch.device) -> list[slice]:
-    """Slices of ``rows`` rows to work on one after the other: few at a time on a CPU, all at once elsewhere.
-
-    ``width`` counts the logits of one row.
-    """
-    step = max(1, CACHE_ELEMENTS // width) if device.type == "cpu" else rows
-    return [slice(start, start + step) for start in range(0, rows, step)]
+def _row_blocks(z_MD: Tensor) -> list[slice]:
+    """Slices of rows to work on one after the other."""
+    elements = CACHE_ELEMENTS if z_MD.device.type == "cpu" else KERNEL_ELEMENTS
+    step = max(1, elements // z_MD.shape[1])
+    return [slice(start, start + step) for start in range(0, len(z_MD), step)]
 
 
-def _cross_entropy_(z_TnD: Tensor, p_nD: Tensor, choice_n1: Tensor) -> tuple[Tensor, Tensor]:
-    """Turn logits ``z`` into the gradient ``softmax(z) - p`` in place.
+def _score_(z_mD: Tensor, targets: Targets, index_m: Tensor, criterion: Criterion) -> tuple[Tensor, Tensor]:
+    """Turn students' logits into the gradient of their losses, in place.
+
+    Args:
+        index_m: each student's teacher in ``targets``.
 
     Returns:
-        loss_Tn, in the accumulating dtype, and correct_Tn (bool).
+        loss_m, in the accumulating dtype, and correct_m (bool).
     """
-    steps, rows, width = z_TnD.shape
     losses, corrects = [], []
-    for block in _row_blocks(rows, steps * width, z_TnD.device):
-        z, p = z_TnD[:, block], p_nD[block]
+    for block in _row_blocks(z_mD):
+        z, index = z_mD[block], index_m[block]
         x = accumulating(z)
-        best, argmax = x.max(-1, keepdim=True)
-        corrects.append(argmax == choice_n1[block])
-        x.sub_(best)
-        expected = (p * x).sum(-1, keepdim=True)
-        total = x.exp_().sum(-1, keepdim=True)
-        losses.append(total.log() - expected)
-        x.mul_(total.reciprocal_()).sub_(p)
+        best, choice = x.max(-1, keepdim=True)
+        corrects.append(choice.squeeze(1) == targets.choice_n[index])
+        losses.append(criterion(x.sub_(best), targets.probabilities(index)))
         if x is not z:
             z.copy_(x)
-    return torch.cat(losses, 1).squeeze(2), torch.cat(corrects, 1).squeeze(2)
+    return torch.cat(losses), torch.cat(corrects)
 
 
-class FusedSoftCrossEntropy(torch.autograd.Function):
-    """See :func:`fused_soft_cross_entropy`."""
+class FusedCrossEntropy(torch.autograd.Function):
+    """See :func:`fused_cross_entropy`."""
 
     @staticmethod
     def forward(
         ctx: Any,
-        hidden_TNH: Tensor,
+        hidden_RH: Tensor,
         head_DH: Tensor,
         teacher: Teacher,
-        scored_TN: Tensor,
-        step_weights_T: Tensor,
+        students: Students,
+        weight_K: Tensor,
         chunk: int,
         dtype: torch.dtype,
-        with_grad: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        steps, teachers, _ = hidden_TNH.shape
-        sums_3T = step_weights_T.new_zeros(3, steps)
-        dhidden_TNH = torch.empty_like(hidden_TNH if with_grad else hidden_TNH[:0])
-        dhead_DH = torch.zeros_like(head_DH if with_grad else head_DH[:0], dtype=sums_3T.dtype)
+        trained: tuple[bool, bool],
+    ) -> tuple[Tensor, ...]:
+        hidden_trained, head_trained = trained
+        sums_4K = weight_K.new_zeros(4, len(weight_K))
+        dhidden_RH = torch.zeros_like(hidden_RH) if hidden_trained else None
+        dhead_DH = torch.zeros_like(head_DH, dtype=weight_K.dtype) if head_trained else None
         head = head_DH.to(dtype)
-        size = max(1, chunk // steps)
-        for rows in (slice(start, start + size) for start in range(0, teachers, size)):
-            p_nD, choice_n1, counted_n = teacher.chunk(rows, dtype)
-            hidden_TnH = hidden_TNH[:, rows].to(dtype)
-            z_TnD = F.linear(hidden_TnH, head)
-            loss_Tn, correct_Tn = _cross_entropy_(z_TnD, p_nD, choice_n1)
-            weight_Tn = (counted_n & scored_TN[:, rows]).to(loss_Tn.dtype)
-            sums_3T += torch.stack((weight_Tn * loss_Tn, weight_Tn, weight_Tn * correct_Tn)).sum(2)
-            if with_grad:
-                weight_Tn1 = (weight_Tn * step_weights_T.unsqueeze(1)).unsqueeze(2)
-                dhidden_TNH[:, rows] = (z_TnD @ head) * weight_Tn1
-                _add_outer_(dhead_DH, z_TnD.flatten(0, 1), (hidden_TnH * weight_Tn1).to(dtype).flatten(0, 1))
-        loss_T, counted_T, correct_T = sums_3T
-        ctx.mark_non_differentiable(loss_T, counted_T, correct_T)
-        ctx.save_for_backward(dhidden_TNH, dhead_DH)
+        row_M, teacher_M, position_M = (x.to(hidden_RH.device, non_blocking=True) for x in students)
+        for block, teachers in students.chunks(chunk):
+            targets = teacher.chunk(teachers, dtype)
+            row_m, index_m, position_m = row_M[block], teacher_M[block] - teachers.start, position_M[block]
+            hidden_mH = hidden_RH[row_m].to(dtype)
+            z_mD = F.linear(hidden_mH, head)
+            loss_m, correct_m = _score_(z_mD, targets, index_m, soft_cross_entropy)
+            counted_m = targets.counted_n[index_m].to(loss_m.dtype)
+            figures = counted_m * loss_m, counted_m, torch.ones_like(counted_m), counted_m * correct_m
+            sums_4K.index_add_(1, position_m, torch.stack(figures))
+            weight_m1 = (counted_m * weight_K[position_m]).unsqueeze(1)
+            if dhidden_RH is not None:
+                dhidden_RH.index_copy_(0, row_m, ((z_mD @ head) * weight_m1).to(dhidden_RH.dtype))
+            if dhead_DH is not None:
+                _add_outer_(dhead_DH, z_mD, (hidden_mH * weight_m1).to(dtype))
+        sums = sums_4K.unbind()
+        ctx.mark_non_differentiable(*sums)
+        ctx.save_for_backward(dhidden_RH, dhead_DH)
         ctx.head_dtype = head_DH.dtype
-        return loss_T @ step_weights_T, loss_T, counted_T, correct_T
+        return sums[0] @ weight_K, *sums
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dtotal: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        dhidden_TNH, dhead_DH = ctx.saved_tensors
-        dhidden_TNH = dhidden_TNH * dtotal.to(dhidden_TNH.dtype)
-        return dhidden_TNH, (dhead_DH * dtotal).to(ctx.head_dtype), None, None, None, None, None, None
+        dhidden_RH, dhead_DH = ctx.saved_tensors
+        dhidden = None if dhidden_RH is None else dhidden_RH * dtotal.to(dhidden_RH.dtype)
+        dhead = None if dhead_DH is None else (dhead_DH * dtotal).to(ctx.head_dtype)
+        return dhidden, dhead, None, None, None, None, None, None
 
 
 def _add_outer_(sum_DH: Tensor, z_mD: Tensor, hidden_mH: Tensor) -> None:
@@ -159,30 +233,24 @@ def _add_outer_(sum_DH: Tensor, z_mD: Tensor, hidden_mH: Tensor) -> None:
         sum_DH += z_mD.t() @ hidden_mH
 
 
-def fused_soft_cross_entropy(
-    hidden_TNH: Tensor,
-    head_DH: Tensor,
-    teacher: Teacher,
-    scored_TN: Tensor,
-    step_weights: Sequence[float],
-    chunk: int,
+def fused_cross_entropy(
+    hidden_RH: Tensor, head_DH: Tensor, teacher: Teacher, students: Students, weights: Sequence[float], chunk: int
 ) -> LossSums:
-    """Un-normalised EAGLE3 loss of all TTT steps, differentiable in ``hidden_TNH`` and ``head_DH``.
+    """Un-normalised loss of all students, differentiable in ``hidden_RH`` and in ``head_DH``.
 
     Args:
-        hidden_TNH: the draft's hidden states (after its norm) that step t scores against teacher n.
-        head_DH: the draft's head.
-        teacher: the target's side, for the same N.
-        scored_TN: False where step t has no student for teacher n; such a pair adds nothing.
-        step_weights: weight of each step in ``total``.
-        chunk: logits of about so many (step, teacher) pairs exist at the same time.
+        hidden_RH: the draft's hidden states (after its norm).
+        head_DH: the draft's head, or a frozen one of the target's.
+        weights: of each of the K positions in ``total``.
+        chunk: logits of about so many students exist at the same time.
 
     Without grad mode nothing is computed for a backward.
     """
-    with_grad = torch.is_grad_enabled() and (hidden_TNH.requires_grad or head_DH.requires_grad)
-    dtype = compute_dtype(hidden_TNH)
-    weights_T = torch.tensor(step_weights, dtype=accumulating(hidden_TNH[:0]).dtype, device=hidden_TNH.device)
-    with torch.autocast(hidden_TNH.device.type, enabled=False):  # autocast would take the sums in low precision
+    grad = torch.is_grad_enabled()
+    trained = grad and hidden_RH.requires_grad, grad and head_DH.requires_grad
+    dtype = compute_dtype(hidden_RH)
+    weight_K = torch.tensor(weights, dtype=accumulating(hidden_RH[:0]).dtype, device=hidden_RH.device)
+    with torch.autocast(hidden_RH.device.type, enabled=False):  # autocast would take the sums in low precision
         return LossSums(
-            *FusedSoftCrossEntropy.apply(hidden_TNH, head_DH, teacher, scored_TN, weights_T, chunk, dtype, with_grad)
+            *FusedCrossEntropy.apply(hidden_RH, head_DH, teacher, students, weight_K, chunk, dtype, trained)
         )

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchspec.contracts import NormState
-from torchspec.nn.losses import Teacher
+from torchspec.nn.losses import SoftTeacher
 from torchspec.target.checkpoint import TargetCheckpoint
 
 EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
@@ -33,7 +33,7 @@ class TargetHead:
     def embed(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.embedding_VH)
 
-    def teacher(self, lhs_NH: Tensor, norm_state: NormState) -> Teacher:
+    def teacher(self, lhs_NH: Tensor, norm_state: NormState) -> SoftTeacher:
         """The target's side of the loss, from its last hidden states; the final norm is applied exactly once.
 
         Raises:
@@ -44,7 +44,7 @@ class TargetHead:
         hidden_NH = lhs_NH.to(self.norm_H.dtype)
         if norm_state == "pre_norm":
             hidden_NH = F.rms_norm(hidden_NH, self.norm_H.shape, self.norm_H, self.norm_eps)
-        return Teacher(hidden_NH, self.draft_head_DH, self.rest_head_XH)
+        return SoftTeacher(hidden_NH, self.draft_head_DH, self.rest_head_XH)
 
 
 def load_target_head(

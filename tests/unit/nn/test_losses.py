@@ -1,4 +1,4 @@
-"""The fused projection + soft cross-entropy: exact, unaffected by chunking, and small."""
+"""The fused projections and cross-entropy: exact, unaffected by chunking, and small."""
 
 from __future__ import annotations
 
@@ -9,48 +9,60 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from torchspec.nn.losses import LossSums, Teacher, fused_soft_cross_entropy
+from torchspec.nn.losses import HardTeacher, LossSums, SoftTeacher, Students, Teacher, fused_cross_entropy
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 WEIGHTS = (1.0, 0.8, 0.64)
-N, H, D, V = 150, 16, 40, 100
+N, K, H, D, V = 150, len(WEIGHTS), 16, 40, 100
 
 
 class Problem:
+    """Each of N teachers has up to K students, which lie in any order among rows that are not scored."""
+
     def __init__(self, dtype: torch.dtype = torch.float64, scale: float = 1.0):
         generator = torch.Generator().manual_seed(0)
 
         def randn(*shape: int) -> Tensor:
             return (torch.randn(*shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
 
-        self.hidden_TNH = randn(len(WEIGHTS), N, H).requires_grad_()
+        teacher_M, position_M = (torch.rand(N, K, generator=generator) < 0.7).nonzero().unbind(1)
+        self.hidden_RH = randn(N * K, H).requires_grad_()
         self.head_DH = randn(D, H).requires_grad_()
-        self.teacher = Teacher(randn(N, H), randn(D, H), randn(V - D, H))
-        self.scored_TN = torch.rand(len(WEIGHTS), N, generator=generator) < 0.9
+        self.students = Students(torch.randperm(N * K, generator=generator)[: len(teacher_M)], teacher_M, position_M)
+        self.soft = SoftTeacher(randn(N, H), randn(D, H), randn(V - D, H))
+        self.token_N = torch.randint(D, (N,), generator=generator)
+        self.teacher: Teacher = self.soft
 
     def with_full_vocabulary(self) -> Problem:
         """The draft's vocabulary is the target's: every position counts."""
-        self.teacher = self.teacher._replace(rest_head_XH=self.teacher.rest_head_XH[:0])
+        self.teacher = self.soft = self.soft._replace(rest_head_XH=self.soft.rest_head_XH[:0])
+        return self
+
+    def with_true_tokens(self) -> Problem:
+        self.teacher = HardTeacher(self.token_N, D)
         return self
 
     def fused(self, chunk: int = 64) -> LossSums:
-        return fused_soft_cross_entropy(self.hidden_TNH, self.head_DH, self.teacher, self.scored_TN, WEIGHTS, chunk)
+        return fused_cross_entropy(self.hidden_RH, self.head_DH, self.teacher, self.students, WEIGHTS, chunk)
 
     def dense(self) -> LossSums:
         """Everything at once, and torch's own gradients."""
-        hidden_NH, draft_head_DH, rest_head_XH = self.teacher
-        draft_ND, rest_NX = hidden_NH @ draft_head_DH.T, hidden_NH @ rest_head_XH.T
-        p_ND = draft_ND.softmax(-1)
-        counted_TN = self.scored_TN & (torch.cat((rest_NX, draft_ND), 1).argmax(-1) >= V - D)
-        logits_TND = self.hidden_TNH @ self.head_DH.T
-        loss_TN = -(p_ND * logits_TND.log_softmax(-1)).sum(-1) * counted_TN
-        correct_TN = (logits_TND.argmax(-1) == p_ND.argmax(-1)) & counted_TN
-        loss_T = loss_TN.sum(1)
-        total = (loss_T * torch.tensor(WEIGHTS, dtype=loss_T.dtype)).sum()
-        return LossSums(total, loss_T, counted_TN.sum(1).to(loss_T.dtype), correct_TN.sum(1).to(loss_T.dtype))
+        row_M, teacher_M, position_M = self.students
+        if self.teacher is self.soft:
+            hidden_NH, draft_head_DH, rest_head_XH = self.soft
+            draft_ND, rest_NX = hidden_NH @ draft_head_DH.T, hidden_NH @ rest_head_XH.T
+            p_ND, counted_N = draft_ND.softmax(-1), torch.cat((rest_NX, draft_ND), 1).argmax(-1) >= len(rest_head_XH)
+        else:
+            p_ND, counted_N = torch.eye(D)[self.token_N], torch.ones(N, dtype=torch.bool)
+        logits_MD = self.hidden_RH[row_M] @ self.head_DH.T
+        loss_M = -(p_ND[teacher_M] * logits_MD.log_softmax(-1)).sum(-1) * counted_N[teacher_M]
+        correct_M = (logits_MD.argmax(-1) == p_ND.argmax(-1)[teacher_M]) & counted_N[teacher_M]
+        figures = loss_M, counted_N[teacher_M], torch.ones_like(loss_M), correct_M
+        sums = [torch.stack([x[position_M == k].sum() for k in range(K)]).to(loss_M.dtype) for x in figures]
+        return LossSums((sums[0] * torch.tensor(WEIGHTS, dtype=loss_M.dtype)).sum(), *sums)
 
     def gradients(self, sums: LossSums) -> tuple[Tensor, ...]:
-        return torch.autograd.grad(sums.total, (self.hidden_TNH, self.head_DH))
+        return torch.autograd.grad(sums.total, (self.hidden_RH, self.head_DH))
 
 
 def assert_same(actual: Any, expected: Any, tolerance: float) -> None:
@@ -64,9 +76,41 @@ def assert_same(actual: Any, expected: Any, tolerance: float) -> None:
 def test_equals_the_dense_loss(chunk: int, dtype: torch.dtype) -> None:
     problem = Problem(dtype)
     actual, expected = problem.fused(chunk), problem.dense()
-    assert 0 < expected.correct_T.sum() < expected.counted_T.sum() < problem.scored_TN.sum()
+    assert 0 < expected.correct_K.sum() < expected.counted_K.sum() < expected.supervised_K.sum()
     assert_same(actual, expected, TOLERANCE[dtype])
     assert_same(problem.gradients(actual), problem.gradients(expected), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("chunk", [1, 7, 4 * N])
+def test_true_tokens_equal_the_dense_loss(chunk: int, dtype: torch.dtype) -> None:
+    problem = Problem(dtype).with_true_tokens()
+    actual, expected = problem.fused(chunk), problem.dense()
+    assert 0 < expected.correct_K.sum() < expected.counted_K.sum() == expected.supervised_K.sum()
+    assert_same(actual, expected, TOLERANCE[dtype])
+    assert_same(problem.gradients(actual), problem.gradients(expected), TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 64, 10 * N])
+def test_chunks_keep_the_students_of_a_teacher_together(chunk: int) -> None:
+    students = Problem().students
+    stop = 0
+    for block, teachers in students.chunks(chunk):
+        inside = students.teacher_M[block]
+        assert block.start == stop and chunk <= len(inside) + (block.stop == len(students.row_M)) * chunk
+        assert len(inside) < chunk + K
+        assert (int(inside[0]), int(inside[-1]) + 1) == (teachers.start, teachers.stop)
+        assert ((students.teacher_M >= teachers.start) & (students.teacher_M < teachers.stop)).sum() == len(inside)
+        stop = block.stop
+    assert stop == len(students.row_M)
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    problem = Problem()
+    expected, _ = problem.gradients(problem.fused())
+    problem.head_DH.requires_grad_(False)
+    sums = problem.fused()
+    assert_same(torch.autograd.grad(sums.total, problem.hidden_RH), (expected,), 1e-12)
 
 
 def test_huge_logits_stay_finite() -> None:
@@ -87,20 +131,17 @@ def test_gradient_is_scaled_by_what_comes_from_above() -> None:
 def test_full_vocabulary_counts_every_position() -> None:
     problem = Problem().with_full_vocabulary()
     sums = problem.fused()
-    assert torch.equal(sums.counted_T, problem.scored_TN.sum(1).double())
+    assert torch.equal(sums.counted_K, problem.students.position_M.bincount().double())
 
 
-def test_no_teachers_give_a_zero_loss_with_gradients() -> None:
+def test_no_students_give_a_zero_loss_with_gradients() -> None:
     problem = Problem()
-    problem.hidden_TNH = problem.hidden_TNH.detach()[:, :0].requires_grad_()
-    problem.teacher = problem.teacher._replace(hidden_NH=problem.teacher.hidden_NH[:0])
-    problem.scored_TN = problem.scored_TN[:, :0]
+    problem.students = Students(*(x[:0] for x in problem.students))
     sums = problem.fused()
-    dhidden_TNH, dhead_DH = problem.gradients(sums)
+    dhidden_RH, dhead_DH = problem.gradients(sums)
     assert sums.total == 0
-    assert dhidden_TNH.shape == (len(WEIGHTS), 0, H)
-    assert dhead_DH.shape == (D, H)
-    assert dhead_DH.abs().max() == 0
+    assert (dhidden_RH.shape, dhidden_RH.abs().max()) == ((N * K, H), 0)
+    assert (dhead_DH.shape, dhead_DH.abs().max()) == ((D, H), 0)
 
 
 def test_autocast_multiplies_in_bf16_and_sums_in_fp32() -> None:
@@ -109,7 +150,7 @@ def test_autocast_multiplies_in_bf16_and_sums_in_fp32() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         actual = problem.fused()
     assert all(x.dtype == torch.float32 for x in actual)
-    assert_same([actual.loss_T, *problem.gradients(actual)], [expected.loss_T, *problem.gradients(expected)], 0.05)
+    assert_same([actual.loss_K, *problem.gradients(actual)], [expected.loss_K, *problem.gradients(expected)], 0.05)
 
 
 class LargestTensor(TorchDispatchMode):
@@ -125,15 +166,16 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.parametrize("hard", [True, False])
 @pytest.mark.parametrize("with_grad", [True, False])
-def test_no_tensor_is_larger_than_one_chunk_of_logits(with_grad: bool) -> None:
-    """Nothing of size N x V or T x N x D: the largest tensor is one chunk's logits, or as large as an input."""
-    problem = Problem()
+def test_no_tensor_is_larger_than_one_chunk_of_logits(with_grad: bool, hard: bool) -> None:
+    """Nothing of size N x V or M x D: the largest tensor is one chunk's logits, or as large as an input."""
+    problem = Problem().with_true_tokens() if hard else Problem()
     chunk = 8
     with torch.set_grad_enabled(with_grad), LargestTensor() as largest:
         problem.fused(chunk)
-    allowed = max(chunk * V, D * H, problem.hidden_TNH.numel())
-    assert 0 < largest.numel <= allowed < min(N * V, len(WEIGHTS) * N * D)
+    allowed = max((chunk + K) * V, D * H, problem.hidden_RH.numel())
+    assert 0 < largest.numel <= allowed < min(N * V, len(problem.students.row_M) * D)
 
 
 def test_without_grad_mode_no_gradient_is_made() -> None:

@@ -6,11 +6,11 @@
 
 The parameters carry exactly the names that servers load. The target's embedding, final norm and head stay outside
 (:class:`TargetHead`). Which rows each step needs is decided by :class:`TTTRows`, where the alignment is spelled out;
-the attention is :func:`ttt_attention`, the loss :func:`fused_soft_cross_entropy`. Whether samples are whole or shared
+the attention is :func:`ttt_attention`, the loss :func:`fused_cross_entropy`. Whether samples are whole or shared
 by several ranks is the business of an :class:`AttentionBackend`: all else is row-wise and does not see the difference.
 
 Shapes: B batch, S padded length, A aux states concatenated (num_aux * H), H hidden size, C context rows, R active rows,
-N teachers, T TTT steps, Q query heads, K key/value heads, E head dimension.
+T TTT steps, Q query heads, K key/value heads, E head dimension.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torchspec.drafts.eagle3.sequences import FLASH, AttentionBackend, Sequences
 from torchspec.drafts.eagle3.sharded import UspBackend
 from torchspec.drafts.eagle3.spec import Eagle3Spec
 from torchspec.nn.layers import MLP, RMSNorm
-from torchspec.nn.losses import compute_dtype, fused_soft_cross_entropy
+from torchspec.nn.losses import compute_dtype, fused_cross_entropy
 from torchspec.nn.rope import rotary_table, rotate
 from torchspec.target.checkpoint import TargetCheckpoint
 from torchspec.target.head import TargetHead
@@ -118,21 +118,20 @@ class Eagle3Draft(Draft):
         sequences = self.attention_backend.plan(batch.loss_mask_BS, batch.lengths_B, self.spec.ttt_length, device)
         rows = sequences.rows
         assert batch.ids_BS.shape == sequences.shape_BS, "the batch does not hold the windows that the backend expects"
-        hidden_TNH = self.norm(self._unroll(batch, head, sequences))
+        hidden_TRH = self.norm(self._unroll(batch, head, sequences))
         teacher = head.teacher(batch.lhs_BSH.flatten(0, 1)[rows.teacher_flat_N], batch.norm_state)
-        sums = fused_soft_cross_entropy(
-            hidden_TNH,
+        sums = fused_cross_entropy(
+            hidden_TRH.flatten(0, 1),
             self.lm_head.weight,
             teacher,
-            rows.scored_TN,
+            rows.students,
             self.spec.step_weights,
             self.options.loss_chunk_tokens,
         )
-        supervised_T = rows.scored_TN.sum(1).to(sums.counted_T.dtype)
-        return DraftOutput(sums.total, sums.counted_T[0], sums.loss_T, sums.counted_T, supervised_T, sums.correct_T)
+        return DraftOutput(sums.total, sums.counted_K[0], *sums[1:])
 
     def _unroll(self, batch: Batch, head: TargetHead, sequences: Sequences) -> Tensor:
-        """Residual stream after each TTT step at the rows that it scores, [T, N, H]."""
+        """Residual stream of the active rows after each TTT step, [T, R, H]."""
         layer, rows, target = self.midlayer, sequences.rows, self.spec.target
         dtype = compute_dtype(self.fc.weight)
         cos_PE, sin_PE = rotary_table(
@@ -152,7 +151,7 @@ class Eagle3Draft(Draft):
         residual_RH, x_RX = residual_CH[rows.active_in_context_R], x_CX[rows.active_in_context_R]
         keys: list[Tensor] = []
         values: list[Tensor] = []
-        scored = []
+        residuals = []
         for t in range(self.spec.ttt_length):
             angles = rotary(rows.active_angle_R + t)
             if t > 0:
@@ -161,8 +160,8 @@ class Eagle3Draft(Draft):
                 keys, values = [*keys, k], [*values, v]
             inputs = (residual_RH, x_RX, angles, sequences, block0, keys, values)
             residual_RH = checkpoint(layer, *inputs, use_reentrant=False) if self.options.recompute else layer(*inputs)
-            scored.append(residual_RH[rows.student_TN[t]])
-        return torch.stack(scored)
+            residuals.append(residual_RH)
+        return torch.stack(residuals)
 
     def _check(self, batch: Batch, head: TargetHead) -> None:
         if head.draft_head_DH.shape != self.lm_head.weight.shape:

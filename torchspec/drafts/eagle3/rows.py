@@ -19,15 +19,19 @@ The plan is made on *windows*: rows of a padded batch that each hold a run of po
 whole, a window is a sample. Where they are sharded, it is a segment and its halo (``shards.py``): the columns
 of the halo are read as tokens and teachers, but are neither context nor active, which another rank sees to.
 
-Shapes: B windows, S columns, C context rows, R active rows (a subset of C), N teachers, T steps, P angles.
+Shapes: B windows, S columns, C context rows, R active rows (a subset of C), N teachers, T steps, M pairs of a step and
+a teacher, P angles.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from torchspec.nn.losses import Students
 
 
 def active_rows(loss_mask_BS: Tensor, ttt_length: int) -> Tensor:
@@ -58,10 +62,8 @@ class TTTRows:
     """Index of each active row's position into ``position_P``; that of the position t further on is greater by t."""
     teacher_flat_N: Tensor
     """Loss-masked positions with at least one student."""
-    student_TN: Tensor
-    """Active row that step t scores against teacher n; 0 where there is none."""
-    scored_TN: Tensor
-    """Whether step t has a student for teacher n (p >= 1 + t, and the student is here)."""
+    students: Students
+    """What is scored: row ``t * R + r`` is active row r after step t, position t. Stays on the CPU."""
     position_P: Tensor
     """Positions whose rotary angles the rows use."""
 
@@ -95,9 +97,11 @@ class TTTRows:
         teacher_flat_N = teacher_mask_BS.flatten().nonzero().squeeze(1)
         context_rank_BS = context_BS.flatten().cumsum(0) - 1
         active_rank_BS = active_BS.flatten().cumsum(0) - 1
-        shift_T1 = 1 + torch.arange(ttt_length).unsqueeze(1)
-        student_flat_TN = (teacher_flat_N - shift_T1).clamp(min=0)
-        scored_TN = (teacher_flat_N % length >= shift_T1) & active_BS.flatten()[student_flat_TN]
+        shift_T = 1 + torch.arange(ttt_length)
+        student_flat_NT = (teacher_flat_N.unsqueeze(1) - shift_T).clamp(min=0)
+        scored_NT = (teacher_flat_N.unsqueeze(1) % length >= shift_T) & active_BS.flatten()[student_flat_NT]
+        teacher_M, step_M = scored_NT.nonzero().unbind(1)
+        row_M = step_M * len(active_flat_R) + active_rank_BS[student_flat_NT[scored_NT]]
 
         table_start, table_B = start_B.unique(return_inverse=True)  # windows that start together share their angles
         width = length + ttt_length
@@ -109,10 +113,11 @@ class TTTRows:
             active_in_context_R=context_rank_BS[active_flat_R],
             active_angle_R=angle_BS.flatten()[active_flat_R],
             teacher_flat_N=teacher_flat_N,
-            student_TN=active_rank_BS[student_flat_TN].where(scored_TN, 0),
-            scored_TN=scored_TN,
+            students=Students(row_M, teacher_M, step_M),
             position_P=(table_start.unsqueeze(1) + torch.arange(width)).flatten(),
         )
 
     def to(self, device: torch.device) -> TTTRows:
-        return TTTRows(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
+        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved |= {name: x.to(device, non_blocking=True) for name, x in moved.items() if isinstance(x, Tensor)}
+        return TTTRows(**moved)

@@ -107,10 +107,10 @@ def test_teacher_equals_the_real_target(target_path: Path) -> None:
     expected_ND = logits_NV[:, draft_ids_D].softmax(-1)
     counted_N = torch.isin(logits_NV.argmax(-1), draft_ids_D)
     for state, norm_state in zip(seen, ("pre_norm", "post_norm"), strict=True):
-        p_ND, choice_N1, counted = target.teacher(state[0], norm_state).chunk(slice(0, 7), torch.float32)
-        torch.testing.assert_close(p_ND, expected_ND, rtol=1e-3, atol=1e-5)
-        assert torch.equal(choice_N1.squeeze(1), expected_ND.argmax(-1))
-        assert torch.equal(counted, counted_N)
+        targets = target.teacher(state[0], norm_state).chunk(slice(0, 7), torch.float32)
+        torch.testing.assert_close(targets.probabilities(torch.arange(7)), expected_ND, rtol=1e-3, atol=1e-5)
+        assert torch.equal(targets.choice_n, expected_ND.argmax(-1))
+        assert torch.equal(targets.counted_n, counted_N)
     with pytest.raises(ValueError, match="norm_state='normed' must be"):
         target.teacher(seen[0], "normed")  # type: ignore[arg-type]
 

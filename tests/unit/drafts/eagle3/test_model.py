@@ -51,7 +51,7 @@ def test_cases_are_not_trivial() -> None:
     assert all(gradient.abs().max() > 1e-3 for gradient in result.gradients.values())
 
 
-DRAFT, PLAN, TEACHER, LOSS = eagle3.Eagle3Draft, ttt_rows.TTTRows, losses.Teacher, losses.FusedSoftCrossEntropy
+DRAFT, PLAN, TEACHER, LOSS = eagle3.Eagle3Draft, ttt_rows.TTTRows, losses.SoftTeacher, losses.FusedCrossEntropy
 TTT = attention.TTTAttention
 MUTATIONS: dict[str, tuple[Any, str, str, str]] = {
     "zero attention": (TTT, "forward", "return o_RQE.to(q_RQE.dtype)", "return q_RQE * 0"),
@@ -65,10 +65,10 @@ MUTATIONS: dict[str, tuple[Any, str, str, str]] = {
     "mask of the predicted token": (PLAN, "of_windows", "loss_mask_BS.clone()", "loss_mask_BS.roll(-1, 1)"),
     "mask of the aux state's token": (PLAN, "of_windows", "loss_mask_BS.clone()", "loss_mask_BS.roll(1, 1)"),
     "students shifted": (PLAN, "of_windows", "1 + torch.arange", "0 + torch.arange"),
-    "samples run into each other": (PLAN, "of_windows", "teacher_flat_N % length >=", "teacher_flat_N >="),
-    "out-of-vocabulary targets counted": (TEACHER, "chunk", "best_n1.squeeze(1) >=", "float('inf') >="),
+    "samples run into each other": (PLAN, "of_windows", "unsqueeze(1) % length >=", "unsqueeze(1) >="),
+    "out-of-vocabulary targets counted": (TEACHER, "chunk", "best_n >=", "float('inf') >="),
     "teacher not normalised": (TEACHER, "chunk", "p.sum(-1, keepdim=True)", "p.sum(-1, keepdim=True).add(1)"),
-    "head gradient unweighted": (LOSS, "forward", "(hidden_TnH * weight_Tn1)", "(hidden_TnH)"),
+    "head gradient unweighted": (LOSS, "forward", "(hidden_mH * weight_m1)", "(hidden_mH)"),
 }  # fmt: skip
 
 
