@@ -226,7 +226,7 @@ class RankBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What rank 0 measured in one optimizer step. Lists have one entry per TTT step."""
+    """What rank 0 measured in one optimizer step. Tuples have one entry for each position that is scored."""
 
     step: int
     loss: float

@@ -231,7 +231,7 @@ def _training(shares: _Shares) -> Verdict:
     advice = [f"have {_count(more, 'more training rank')} or so: torchspec scale RUN --dp D"] if more > 0 else []
     if spare > 0:
         advice.append(f"or give up {_count(spare, 'inference worker')}: {enough} would do")
-    advice.append("or make steps cheaper: training.compile, a smaller draft.vocab_size, a lower draft.ttt_length")
+    advice.append("or make steps cheaper: training.compile, a smaller draft (the keys of section draft)")
     verdict = Verdict("steady", "training", idle, "training is the bottleneck", text, tuple(advice))
     return replace(verdict, possible_samples_per_s=shares.samples_per_s / max(1 - idle, 0.05))
 

@@ -206,8 +206,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("rank_mfu_ratio", "rank", "mfu", "gauge", "ratio",
            "Model FLOPs utilisation of the whole time; left out where the device's peak is not known", _REPORTS),
     # ---- the draft ----
-    Metric("loss", "draft", "loss", "gauge", "", "Loss, TTT steps weighted as they are trained", _RANK),
-    Metric("position_loss", "draft", "loss_per_position", "gauge", "", "Loss of each TTT step", _RANK),
+    Metric("loss", "draft", "loss", "gauge", "", "Loss, positions weighted as they are trained", _RANK),
+    Metric("position_loss", "draft", "loss_per_position", "gauge", "", "Loss of each drafted position", _RANK),
     Metric("accuracy_ratio", "draft", "accuracy", "gauge", "ratio",
            "Right first choices where the target's lies in the draft's vocabulary", _RANK),
     Metric("full_accuracy_ratio", "draft", "full_accuracy", "gauge", "ratio",
