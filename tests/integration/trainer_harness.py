@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,11 +15,11 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tests.integration.scripted_controller import ScriptedController, Step
 from tests.integration.store_harness import running_store
 from torchspec.config.load import parse_config
 from torchspec.config.schema import Config
-from torchspec.contracts import RankBatch, RankId, RankReport, SampleId, SampleRef, StepReport
-from torchspec.controller.steps import split_batch
+from torchspec.contracts import RankReport, SampleId, SampleRef, StepReport
 from torchspec.data.masks import pack_mask
 from torchspec.drafts.registry import KINDS
 from torchspec.drafts.spec import DraftSpec
@@ -130,82 +129,6 @@ def put_samples(
         num_bytes, packed = put.result(timeout=60), pack_mask(mask)
         refs.append(SampleRef(SampleId(0, prompt), key, length, packed, tensors, num_bytes, "post_norm", sharding))
     return refs
-
-
-@dataclass(frozen=True)
-class Step:
-    """One scripted step."""
-
-    refs: Sequence[SampleRef]
-    checkpoint: bool = False
-    evaluate: bool = False
-    replacement: Sequence[SampleRef] | None = None
-    """Handed out when a rank misses a sample of ``refs``."""
-
-
-class ScriptedController:
-    """Hands out a fixed script of steps and records what it is told."""
-
-    def __init__(self, steps: Sequence[Step], world: int, first_step: int, heldout: Sequence[SampleRef], sp: int = 1):
-        self.world, self.sp, self.heldout = world, sp, heldout
-        self.steps = dict(enumerate(steps, start=first_step))
-        self.next_step = [first_step] * world
-        self.rounds: dict[int, list[set[SampleId]]] = {}
-        self.decisions: dict[int, asyncio.Event] = {}
-        self.log: list[tuple[Any, ...]] = []
-        self.reports: list[StepReport] = []
-        self.ranks: dict[int, RankReport] = {}
-
-    def _batch(self, rank: int, number: int, refs: Sequence[SampleRef]) -> RankBatch:
-        step = self.steps[number]
-        micro_batches = split_batch(refs, self.world // self.sp, micro_batch_size=2)[rank // self.sp]
-        return RankBatch(number, micro_batches, step.checkpoint, step.evaluate)
-
-    async def next_batch(self, member: RankId) -> RankBatch | None:
-        rank = member.rank
-        number = self.next_step[rank]
-        self.next_step[rank] += 1
-        return self._batch(rank, number, self.steps[number].refs) if number in self.steps else None
-
-    async def fetched(self, member: RankId, step: int, missing: tuple[SampleId, ...]) -> RankBatch | None:
-        rank = member.rank
-        self.log.append(("fetched", rank, step, missing))
-        reports = self.rounds.setdefault(step, [])
-        decision = self.decisions.setdefault(step, asyncio.Event())
-        reports.append(set(missing))
-        if len(reports) == self.world:
-            del self.rounds[step], self.decisions[step]
-            decision.set()
-        await decision.wait()
-        replacement = self.steps[step].replacement
-        return self._batch(rank, step, replacement) if any(reports) and replacement is not None else None
-
-    async def step_done(self, member: RankId, step: int, report: StepReport | None) -> None:
-        self.log.append(("done", member.rank, step))
-        self.reports += [report] if report is not None else []
-
-    async def ledger_snapshot(self, _: RankId, step: int) -> str:
-        return f'{{"step": {step}}}'
-
-    async def committed(self, _: RankId, step: int, folder: str, best: bool) -> None:
-        self.log.append(("committed", step, Path(folder).name, best))
-
-    async def heldout_batches(self, member: RankId) -> tuple[tuple[SampleRef, ...], ...]:
-        rank = member.rank
-        return split_batch(self.heldout, self.world // self.sp, micro_batch_size=2)[rank // self.sp]
-
-    async def heldout_fetched(self, member: RankId, missing: tuple[SampleId, ...]) -> bool:
-        self.log.append(("heldout", member.rank, missing))
-        return not missing
-
-    async def heldout_done(self, _: RankId, report: StepReport) -> None:
-        self.reports.append(report)
-
-    async def rank_report(self, _: RankId, report: RankReport) -> None:
-        self.ranks[report.rank] = report
-
-    async def told(self) -> tuple[list[tuple[Any, ...]], list[StepReport], dict[int, RankReport]]:
-        return self.log, self.reports, self.ranks
 
 
 class Rank(Trainer):
