@@ -28,7 +28,7 @@ quickstart: setup
 	$(BIN)/torchspec quickstart $(ARGS)
 
 check: lint
-	OMP_NUM_THREADS=1 $(PYTEST) tests/unit $(ARGS)
+	$(PYTEST) tests/unit $(ARGS)
 
 test: tools lint
 	$(PYTEST) $(ARGS)

@@ -12,6 +12,9 @@ import pytest
 
 pytest_plugins = ["tests.skips"]
 os.environ["RAY_AUTH_MODE"] = "token"  # as the command does, before anybody imports Ray
+# Before anybody imports torch: its threads wait by spinning, and two test processes with two threads each on two cores
+# spend nine tenths of a small oracle's time on that.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

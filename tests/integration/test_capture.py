@@ -51,12 +51,14 @@ def cached_engine(store: RunningStore, target_path: Path) -> Iterator[LiveEngine
 
 
 @pytest.fixture(scope="module")
-def reference(target_path: Path):  # type: ignore[no-untyped-def]
-    """Token ids and dtype to all hidden states [L + 1, S, H] in fp32, the last one after the final norm."""
+def model(target_path: Path):  # type: ignore[no-untyped-def]
+    """Dtype to transformers' model."""
+    return cache(lambda dtype: AutoModelForCausalLM.from_pretrained(target_path, dtype=dtype).eval())
 
-    @cache
-    def model(dtype: torch.dtype):  # type: ignore[no-untyped-def]
-        return AutoModelForCausalLM.from_pretrained(target_path, dtype=dtype).eval()
+
+@pytest.fixture(scope="module")
+def reference(model):  # type: ignore[no-untyped-def]
+    """Token ids and dtype to all hidden states [L + 1, S, H] in fp32, the last one after the final norm."""
 
     @torch.inference_mode()
     def states(input_ids: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
@@ -158,6 +160,7 @@ def test_states_of_an_answer_are_captured_while_it_is_written(engine, client, re
     check_answers(answered, prompts, client, reference)
 
 
+@pytest.mark.slow  # an engine of its own
 def test_an_answer_that_was_retracted_is_captured_whole(store, target_path, client, reference) -> None:  # type: ignore[no-untyped-def]
     """A KV pool for half of what the answers come to: SGLang takes requests back and prefills them again."""
     hasty = {"schedule_conservativeness": 0.05, "page_size": 1}
@@ -176,17 +179,17 @@ def test_a_prompt_whose_prefix_came_from_a_cache_is_refused(cached_engine, clien
     assert not any(client.exists("hit", [suffix]) for suffix in SUFFIXES)
 
 
-def test_answers_of_a_batch_equal_transformers_greedy_text(engine, target_path) -> None:  # type: ignore[no-untyped-def]
+def test_answers_of_a_batch_equal_transformers_greedy_text(engine, model) -> None:  # type: ignore[no-untyped-def]
     """Requests of different lengths share a decode step; none may look at another's keys or at padding."""
     prompts = [prompt(length, 100 + length) for length in (3, 17, 40, 90, 150, 260, 12, 33, 5, 71)]
     answers = engine.greedy(prompts, 12)
-    model = AutoModelForCausalLM.from_pretrained(target_path, dtype=torch.float32).eval()
+    exact = model(torch.float32)
     for input_ids, answer in zip(prompts, answers, strict=True):
         with torch.inference_mode():
-            logits = model(torch.tensor([input_ids + answer])).logits[0, len(input_ids) - 1 : -1]
+            logits = exact(torch.tensor([input_ids + answer])).logits[0, len(input_ids) - 1 : -1]
         chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
         assert (logits.max(-1).values - chosen).max() < 1e-3  # a tie at most
-        assert len(answer) == 12 or answer[-1] == model.config.eos_token_id
+        assert len(answer) == 12 or answer[-1] == exact.config.eos_token_id
 
 
 def test_sampled_answers_depend_on_the_seed_and_not_on_the_batch(engine) -> None:  # type: ignore[no-untyped-def]

@@ -111,10 +111,8 @@ def test_the_run_is_not_started_over_by_mistake(run, target_path):
     assert "torchspec resume" in again.text and "Traceback" not in again.text
 
 
-@pytest.mark.parametrize(
-    ("ulysses", "ring"),
-    [(1, 2), pytest.param(1, 4, marks=pytest.mark.slow), pytest.param(3, 1, marks=pytest.mark.slow)],
-)
+@pytest.mark.slow  # tests/faults/test_run_scaling.py ends with ranks that share samples, and compares its losses, too
+@pytest.mark.parametrize(("ulysses", "ring"), [(1, 2), (1, 4), (3, 1)])
 def test_ranks_that_share_every_sample_train_the_same_draft(run, target_path, ulysses, ring):
     """Ranks of which each fetches its own shards follow the loss curve of one rank that has everything."""
     run_dir, _, _ = run

@@ -148,7 +148,12 @@ def test_what_cannot_be_stored_is_refused_or_said(server, client) -> None:  # ty
 @pytest.mark.parametrize(
     ("variables", "arguments", "named"),
     [
-        ({"TORCHSPEC_USP_RING_SIZE": "3"}, ARGUMENTS, "TORCHSPEC_USP_RING_SIZE=3 must divide TORCHSPEC_USP_SP_SIZE=4"),
+        pytest.param(  # the words of every other variable: tests/unit/inference/standalone/test_config.py
+            {"TORCHSPEC_USP_RING_SIZE": "3"},
+            ARGUMENTS,
+            "TORCHSPEC_USP_RING_SIZE=3 must divide TORCHSPEC_USP_SP_SIZE=4",
+            marks=pytest.mark.slow,
+        ),
         ({}, [a for a in ARGUMENTS if a != "--disable-radix-cache"], "--disable-radix-cache"),
     ],
 )

@@ -87,11 +87,19 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
         yield group
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=["fp64", "fp32"])
-def test_a_step_equals_the_dense_oracle(ranks: Ranks, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "every"),
+    [
+        pytest.param(torch.float64, 1, id="fp64"),
+        pytest.param(torch.float32, 5, id="fp32"),
+        pytest.param(torch.float32, 1, id="fp32-all", marks=pytest.mark.slow),
+    ],
+)
+def test_a_step_equals_the_dense_oracle(ranks: Ranks, dtype: torch.dtype, every: int) -> None:
+    """The mathematics is the same in both dtypes, so every fifth run shows that float32 is not computed otherwise."""
     errors = {
         (setup, case): step_error(ranks, setup, replace(case, dtype=dtype))
-        for world, setup, case in RUNS
+        for world, setup, case in RUNS[::every]
         if world == ranks.size
     }
     wrong = {run: error for run, error in errors.items() if not error <= TOLERANCE[dtype]}
