@@ -6,8 +6,14 @@ RUN/
   answers.jsonl            what the target wrote, for later epochs and other runs
   draft_vocab.json         the draft's vocabulary
   ledger.jsonl             the journal, from which ``torchspec verify`` proves that nothing was lost
-  metrics.jsonl            a line a step and a held-out evaluation
-  metrics/                 latest.json, history|entities|events|evaluations|samples.jsonl (monitor/snapshot.py)
+  metrics.jsonl            one line a step and a held-out evaluation: a StepReport and its time
+  metrics/                 what a run measures about itself (monitor/snapshot.py)
+    latest.json            the newest Snapshot: everything that is known, each worker and rank by itself
+    history.jsonl          one HistoryPoint a line: totals over the pools, the whole run (monitor/series.py)
+    entities.jsonl         one EntityPoint a line, fewer of them: a few counters of each worker and each rank
+    events.jsonl           faults, scaling, checkpoints, rejections: an Event a line
+    evaluations.jsonl      what ``torchspec eval`` measured of the run's drafts
+    samples.jsonl          how single samples went through the system (monitor/record/timeline.py)
   checkpoints/             step_000123/, and the links latest and best (training/checkpoint.py)
   export/                  the newest draft, as servers load it
   exports/step_000123/     the draft of a checkpoint (``torchspec export``)
@@ -38,28 +44,17 @@ class RunFolder:
     """The files of the run in ``path``, whether they are there or not."""
 
     def __init__(self, path: Path):
-        self.path = path
-        self.config = path / "config.yaml"
-        self.rejected = path / "rejected.jsonl"
-        self.answers = path / "answers.jsonl"
-        self.draft_vocab = path / "draft_vocab.json"
-        self.journal = path / "ledger.jsonl"
-        self.steps = path / "metrics.jsonl"
-        self.latest = path / "metrics" / "latest.json"
-        self.history = path / "metrics" / "history.jsonl"
-        self.entities = path / "metrics" / "entities.jsonl"
-        self.events = path / "metrics" / "events.jsonl"
-        self.evaluations = path / "metrics" / "evaluations.jsonl"
-        self.samples = path / "metrics" / "samples.jsonl"
-        self.checkpoints = path / "checkpoints"
-        self.export = path / "export"
-        self.exports = path / "exports"
-        self.curves = path / "curves.png"
-        self.evaluation = path / "evaluation.json"
-        self.trace = path / "trace.json"
-        self.handle = path / "handle.json"
-        self.lock = path / "driver.lock"
-        self.token = path / "ui_token"
+        self.path, metrics = path, path / "metrics"
+        self.config, self.handle = path / "config.yaml", path / "handle.json"
+        self.lock, self.token = path / "driver.lock", path / "ui_token"
+        self.journal, self.rejected = path / "ledger.jsonl", path / "rejected.jsonl"
+        self.answers, self.draft_vocab = path / "answers.jsonl", path / "draft_vocab.json"
+        self.steps, self.latest = path / "metrics.jsonl", metrics / "latest.json"
+        self.history, self.entities = metrics / "history.jsonl", metrics / "entities.jsonl"
+        self.events, self.evaluations = metrics / "events.jsonl", metrics / "evaluations.jsonl"
+        self.samples, self.trace = metrics / "samples.jsonl", path / "trace.json"
+        self.curves, self.evaluation = path / "curves.png", path / "evaluation.json"
+        self.checkpoints, self.export, self.exports = path / "checkpoints", path / "export", path / "exports"
 
     @classmethod
     def around(cls, path: Path) -> RunFolder | None:

@@ -54,7 +54,8 @@ class LiveEngine:
     def answer(
         self, prompt: list[int], tokens: int, temperature: float = 0.0, seed: int = 0, key: str | None = None
     ) -> Coroutine[Any, Any, Answered]:
-        return self.engine.answer(key or next(self._keys), prompt, tokens, temperature, 1.0, seed)
+        sampling = {"max_new_tokens": tokens, "temperature": temperature, "sampling_seed": seed}
+        return self.engine.answer(key or next(self._keys), prompt, sampling)
 
     def close(self) -> None:
         self.engine.stop()

@@ -23,6 +23,7 @@ import numpy as np
 
 from torchspec.contracts import HELDOUT_EPOCH, SampleId
 from torchspec.data.order import epoch_order
+from torchspec.run_folder import LEDGER_FILE, RunFolder
 
 OPEN, TRAINED, REJECTED, REJECTED_BEFORE = range(4)
 """What is known of a position; the last: rejected after the checkpoint that the run went back to."""
@@ -65,10 +66,10 @@ class Proof:
 
 def verify_run(run_dir: Path) -> Proof:
     """Verify ``ledger.jsonl`` of ``run_dir`` against the ledger in its latest checkpoint."""
-    checkpoint = run_dir / "checkpoints" / "latest" / "ledger.json"  # read first: a running run only adds to both
-    snapshot = checkpoint.read_text() if checkpoint.exists() else None
-    journal = run_dir / "ledger.jsonl"
-    return verify(journal.read_text().splitlines(keepends=True) if journal.exists() else [], snapshot)
+    run = RunFolder(run_dir)
+    checkpoint = run.newest_checkpoint()  # read first: a running run only adds to both
+    snapshot = None if checkpoint is None else (checkpoint / LEDGER_FILE).read_text()
+    return verify(run.journal.read_text().splitlines(keepends=True) if run.journal.exists() else [], snapshot)
 
 
 def verify(lines: Sequence[str], snapshot: str | None = None) -> Proof:

@@ -125,7 +125,7 @@ class ActorFactory:
         pooled = with_values(self._config, {"inference.workers": pool})
         fair = plan_threads(pooled, prepared.plan.cores, resolved.on_gpu)
         engine = EngineConfig(
-            model_path=str(resolved.target.path),
+            model_path=self._config.target.path,
             dtype=self._config.target.dtype,
             device="cuda" if resolved.on_gpu else "cpu",
             threads=min(fair.inference, prepared.plan.threads.inference),
@@ -141,21 +141,9 @@ class ActorFactory:
             extra_args=inference.engine_args,
         )
         gpus = inference.tp_size if resolved.on_gpu else 0
-        actor = self._start(
-            InferenceWorker,
-            name,
-            engine.threads,
-            gpus,
-            name,
-            controller,
-            engine,
-            self._endpoint,
-            self._config.inference,
-            self._config.answer,
-            self._config.monitor.history_seconds,
-            **self._placement.worker(),
-        )
-        return name, actor
+        often = self._config.monitor.history_seconds
+        told = name, controller, engine, self._endpoint, inference, self._config.answer, often
+        return name, self._start(InferenceWorker, name, engine.threads, gpus, *told, **self._placement.worker())
 
     def rank_slots(self, plan: GroupPlan) -> RankSlots:
         """Ask for the slots of a generation."""

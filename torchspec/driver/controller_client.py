@@ -80,7 +80,14 @@ class ControllerClient:
             silence += clock.elapsed()
             if silence >= (patience or self._patience):
                 raise ControllerLost("hangs", hung=True)
-        return _get(ref)
+        try:
+            return ray.get(ref)
+        except ray.exceptions.RayActorError:
+            raise ControllerLost("died") from None
+        except ray.exceptions.RayTaskError as error:
+            if isinstance(error.cause, NotBegun):
+                raise ControllerLost("died") from None
+            raise RunFailed(f"the controller failed: {root_cause(error)}") from None
 
     def revive(self, lost: ControllerLost, running: int) -> None:
         """Wait until the actor has started anew, and let it take up the run.
@@ -106,14 +113,3 @@ class ControllerClient:
                     raise RunFailed(f"the controller has not started again in {self._start:.0f} s") from None
                 time.sleep(_PAUSE_SECONDS)
         self.result(self.send("begin", running), self._start)
-
-
-def _get(ref: ray.ObjectRef) -> Any:
-    try:
-        return ray.get(ref)
-    except ray.exceptions.RayActorError:
-        raise ControllerLost("died") from None
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, NotBegun):
-            raise ControllerLost("died") from None
-        raise RunFailed(f"the controller failed: {root_cause(error)}") from None

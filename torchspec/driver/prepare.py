@@ -12,7 +12,6 @@ from torchspec.config.schema import Config
 from torchspec.controller.ledger_snapshot import LedgerSnapshot, ledger_shape
 from torchspec.data.prompt_set import PromptSet, TokenizeOptions
 from torchspec.data.survey import Survey, survey
-from torchspec.driver.cluster import namespace
 from torchspec.driver.plan import Plan, make_plan, total_steps
 from torchspec.driver.resolve import Resolved, resolve
 from torchspec.inference.sglang_patch import check_patched
@@ -36,10 +35,6 @@ class Prepared:
     @property
     def config(self) -> Config:
         return self.resolved.config
-
-    @property
-    def namespace(self) -> str:
-        return namespace(self.folder.path)
 
     @property
     def total_steps(self) -> int:

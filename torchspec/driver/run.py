@@ -24,7 +24,7 @@ from torchspec.config.load import save_config
 from torchspec.config.schema import Config
 from torchspec.contracts import RunStatus, StepReport
 from torchspec.driver.actors import ActorFactory
-from torchspec.driver.cluster import Cluster, start_cluster
+from torchspec.driver.cluster import Cluster, namespace, start_cluster
 from torchspec.driver.console import Interrupts, View
 from torchspec.driver.controller_client import ControllerClient
 from torchspec.driver.nodes import check_nodes
@@ -143,7 +143,7 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
         stack.callback(folder.handle.unlink, missing_ok=True)
         handle = {
             "address": cluster.address,
-            "namespace": prepared.namespace,
+            "namespace": namespace(folder.path),
             "machine": cluster.only_machine,
             "store_metrics": master.endpoint.metrics,
             **this_process(),

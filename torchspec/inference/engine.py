@@ -20,7 +20,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -52,6 +52,7 @@ from torchspec.store.slot_pool import align
 from torchspec.target.shape import check_layers
 
 T = TypeVar("T")
+Sampling = Mapping[str, Any]
 
 CAPTURES_WHILE_ANSWERING = 2
 """SGLang prefers prefill to decode: without this bound, samples that only need a prefill would starve the answers that
@@ -147,19 +148,13 @@ class TargetEngine:
         return Produced(ref, answer, SampleTiming(queued, *worked))
 
     async def answer(
-        self,
-        key: str,
-        input_ids: Sequence[int],
-        max_new_tokens: int,
-        temperature: float,
-        top_p: float,
-        seed: int,
-        sharding: ShardFormula | None = None,
+        self, key: str, input_ids: Sequence[int], sampling: Sampling, sharding: ShardFormula | None = None
     ) -> Answered:
         """Let the target continue ``input_ids``, and store the states of all tokens but the last under ``key``.
 
         Args:
             key: unique.
+            sampling: SGLang's ``sampling_params``, ``max_new_tokens`` among them.
             sharding: how to split the sample among the ranks that share it; None: store it whole.
 
         Raises:
@@ -167,8 +162,7 @@ class TargetEngine:
                 up, the states are bad, or the store did not take them.
             EngineDied: the engine is gone.
         """
-        sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "sampling_seed": seed}
-        tensors = self._geometry.tensors(len(input_ids) + max_new_tokens)
+        tensors = self._geometry.tensors(len(input_ids) + sampling["max_new_tokens"])
         size = sum(align(spec.num_bytes) for spec in tensors.values())
         async with self._budget.taken(size):
             stored = self._captures[key] = asyncio.get_running_loop().create_future()
@@ -186,13 +180,10 @@ class TargetEngine:
 
     async def capture(self, key: str, input_ids: Sequence[int], sharding: ShardFormula | None = None) -> Captured:
         """Store the states of ``input_ids`` under ``key``. See :meth:`answer`."""
-        return (await self.answer(key, input_ids, 1, 0.0, 1.0, 0, sharding)).captured
+        return (await self.answer(key, input_ids, {"max_new_tokens": 1, "temperature": 0.0}, sharding)).captured
 
     def stop(self) -> None:
-        """End the engine's processes and remove what they leave behind.
-
-        Await your captures first: one that is under way is lost.
-        """
+        """End the engine's processes and remove what they leave behind. A request that is under way is lost."""
         for task in self._tasks:
             task.cancel()
         self._socket.close()
@@ -200,22 +191,24 @@ class TargetEngine:
 
     async def _answer_lease(self, lease: Lease, input_ids: list[int]) -> tuple[Answer, Captured]:
         """The target's answer, with the token that ends the turn if it came to one, and its states."""
-        temperature, top_p = self._answering.temperature, self._answering.top_p
-        answered = await self.answer(
-            lease.key, input_ids, lease.max_new_tokens, temperature, top_p, lease.seed, lease.sharding
-        )
+        sampling = {
+            "max_new_tokens": lease.max_new_tokens,
+            "temperature": self._answering.temperature,
+            "top_p": self._answering.top_p,
+            "sampling_seed": lease.seed,
+        }
+        answered = await self.answer(lease.key, input_ids, sampling, lease.sharding)
         ids, reason = answered.token_ids, answered.finish_reason
         text = self._tokenizer.decode(ids, skip_special_tokens=True)
         if not text.strip():
             raise SourceFailed("final", f"the target's answer is empty ({len(ids)} tokens, {reason})")
         return Answer(lease.sample.prompt, tuple(ids), text, reason), answered.captured
 
-    async def _generate(self, rid: str, input_ids: Sequence[int], sampling: dict[str, Any]) -> dict[str, Any]:
+    async def _generate(self, rid: str, input_ids: Sequence[int], sampling: Sampling) -> dict[str, Any]:
         self._watch()
+        request = self._engine.async_generate(input_ids=list(input_ids), sampling_params=dict(sampling), rid=rid)
         try:
-            reply = await self._or_death(
-                self._engine.async_generate(input_ids=list(input_ids), sampling_params=sampling, rid=rid)
-            )
+            reply = await self._or_death(request)
         except asyncio.CancelledError:
             self._engine.tokenizer_manager.abort_request(rid)
             raise
@@ -268,14 +261,11 @@ class TargetEngine:
         task = asyncio.ensure_future(work)
         try:
             await asyncio.wait((task, self._death), return_when=asyncio.FIRST_COMPLETED)
-        except asyncio.CancelledError:
-            task.cancel()
-            raise
-        if task.done():
+            if not task.done():
+                self._death.result()  # raises
             return task.result()
-        task.cancel()
-        self._death.result()  # raises
-        raise AssertionError
+        finally:
+            task.cancel()  # does nothing to one that is done
 
     async def _listen(self) -> None:
         """Resolve captures as the plugin reports them."""

@@ -159,7 +159,7 @@ def main() -> None:
         if action == "check":
             print(f"sglang {SUPPORTED_VERSION} is patched ({check_patched()} files)")
         else:
-            edits = load_edits(PATCHES / f"v{SUPPORTED_VERSION}")
+            edits = our_edits()
             changed = switch(find_sglang(), edits, "patched" if action == "apply" else "released")
             print(f"sglang {SUPPORTED_VERSION}: {action}: {len(changed)} of {len(edits)} files changed")
     except PatchError as error:

@@ -113,18 +113,15 @@ class InferenceWorker:
     async def _serve(self, lease: Lease) -> None:
         """Turn one lease into a published sample, or into a failure with a reason."""
         with self._busy:
-            await self._serve_one(lease)
-
-    async def _serve_one(self, lease: Lease) -> None:
-        try:
-            produced = await self._source.produce(lease)
-            self._count_sample(produced)
-            await self._insist("publish", produced.ref, produced.answer, produced.timing)
-        except SourceFailed as error:
-            self._count(failures=1)
-            await self._insist("fail", lease.sample, lease.key, str(error), error.kind)
-        finally:
-            self._held.discard(lease.key)
+            try:
+                produced = await self._source.produce(lease)
+                self._count_sample(produced)
+                await self._insist("publish", produced.ref, produced.answer, produced.timing)
+            except SourceFailed as error:
+                self._count(failures=1)
+                await self._insist("fail", lease.sample, lease.key, str(error), error.kind)
+            finally:
+                self._held.discard(lease.key)
 
     async def _insist(self, method: str, *args: Any) -> Any:
         """Call the controller, again and again while it is being restarted.

@@ -1,15 +1,8 @@
 """What a run writes about itself every two seconds, and what every view reads: the run's folder is the only source.
 
-    metrics.jsonl            one line a step and a held-out evaluation: a StepReport and its time
-    metrics/latest.json      the newest Snapshot: everything that is known, each worker and rank by itself
-    metrics/history.jsonl    one HistoryPoint a line: totals over the pools, the whole run (monitor/series.py)
-    metrics/entities.jsonl   one EntityPoint a line, fewer of them: a few counters of each worker and each rank
-    metrics/events.jsonl     faults, scaling, checkpoints, rejections: an Event a line
-    metrics/evaluations.jsonl  what ``torchspec eval`` measured of the run's drafts
-    metrics/samples.jsonl    how single samples went through the system (monitor/record/timeline.py)
-
-What these numbers mean stands in ``monitor/metrics.py``. Times are seconds since the epoch, on the controller's clock.
-Counters start at 0 with each controller, so a smaller value than before marks a restart.
+Which record lies in which file stands in ``run_folder.py``, what these numbers mean in
+``monitor/metrics.py``. Times are seconds since the epoch, on the controller's clock. Counters start at 0 with each
+controller, so a smaller value than before marks a restart.
 """
 
 from __future__ import annotations
