@@ -51,7 +51,7 @@ POOLS = (1, 4, 16, 64)
 PROMPTS, TOKENS, VOCAB = 20_000, 256, 32_000
 BATCH_PER_RANK = 4
 WARM_UP_STEPS, LEAST_STEPS = 3, 20
-IN_HAND = 8
+HELD = 8
 """Samples that one engine works on at a time."""
 GEOMETRY = SampleGeometry(num_aux=3, hidden_size=4096, dtype="bfloat16")
 
@@ -88,9 +88,9 @@ class Engines:
 
     async def _worker(self, controller: Any, name: str) -> None:
         under_way: set[asyncio.Task[None]] = set()
-        while leases := await controller.lease.remote(name, IN_HAND - len(under_way), WorkerReport(name)):
+        while leases := await controller.lease.remote(name, HELD - len(under_way), WorkerReport(name)):
             under_way |= {asyncio.create_task(self._publish(controller, name, lease)) for lease in leases}
-            if len(under_way) == IN_HAND:
+            if len(under_way) == HELD:
                 _, under_way = await asyncio.wait(under_way, return_when=asyncio.FIRST_COMPLETED)
 
     async def _publish(self, controller: Any, name: str, lease: Lease) -> None:
@@ -296,7 +296,7 @@ def main() -> None:
         for pool in args.pools:
             times = {
                 "saturated": (0.0, 0.0),
-                "loaded": (IN_HAND * pool / args.load / 1.5, BATCH_PER_RANK * pool / args.load),
+                "loaded": (HELD * pool / args.load / 1.5, BATCH_PER_RANK * pool / args.load),
             }
             for mode, (sample_seconds, step_seconds) in times.items():
                 rows[mode][pool] = measure(master.endpoint, data, pool, sample_seconds, step_seconds, args.seconds)

@@ -34,7 +34,7 @@ from torchspec.store.node import StoreNode
 
 RESULTS = Path(__file__).parent / "results" / "monitor_overhead.json"
 GEOMETRY = SampleGeometry(num_aux=3, hidden_size=576, dtype="bfloat16")
-TOKENS, BATCH, IN_HAND = 256, 8, 8
+TOKENS, BATCH, HELD = 256, 8, 8
 POOLS = {"2 workers, 1 rank": (2, 1), "8 workers, 4 ranks": (8, 4), "64 workers, 64 ranks": (64, 64)}
 
 
@@ -70,7 +70,7 @@ async def work(controller: Controller, name: str) -> None:
     """An engine that needs no time."""
     tensors = GEOMETRY.tensors(TOKENS)
     samples = 0
-    while leases := await controller.lease(name, IN_HAND, WorkerReport(name, samples=samples)):
+    while leases := await controller.lease(name, HELD, WorkerReport(name, samples=samples)):
         for lease in leases:
             ref = SampleRef(lease.sample, lease.key, TOKENS, lease.loss_mask, tensors, 1 << 20, "post_norm")
             await controller.publish(name, ref, None, SampleTiming(0.1, 0.5, 0.01, 0.02))

@@ -158,7 +158,7 @@ class WorkerReport:
     put_seconds: float = 0.0
     """Of all puts; they overlap each other and the engine's work."""
     busy_seconds: float = 0.0
-    """With at least one lease in hand."""
+    """Holding at least one lease."""
     seconds: float = 0.0
     """Since it began. ``seconds - busy_seconds`` was spent waiting for a lease with empty hands."""
     engine_seconds: float = 0.0
@@ -166,7 +166,7 @@ class WorkerReport:
     failures: int = 0
     """Leases that came to nothing."""
     leases: int = 0
-    """In hand now."""
+    """That it holds now."""
     put_histogram: Histogram = EMPTY
     """Latencies of puts (``instruments.py``)."""
 

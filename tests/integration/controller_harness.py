@@ -142,7 +142,7 @@ async def rank(controller: Controller, client: HiddenStateStore, number: int, se
 
 async def save(controller: Controller, me: RankId, step: int, tell: bool = True) -> None:
     """What a checkpoint is to the controller."""
-    folder = RunFolder(controller._run_dir).checkpoint(step)
+    folder = controller._folder.checkpoint(step)
     folder.mkdir(parents=True)
     (folder / "ledger.json").write_text(await controller.ledger_snapshot(me, step))
     point(folder.parent, "latest", folder)

@@ -32,7 +32,7 @@ class Setup:
     workers: int = 2
     engine_seconds: float = 0.2
     put_seconds: float = 0.01
-    in_hand: int = 8
+    held: int = 8
     """Samples that one worker works on at a time."""
     ranks: int = 2
     batch: int = 8
@@ -98,7 +98,7 @@ class Worker:
         return len(self.engine) + len(self.putting) + self.puts
 
     def ask(self) -> None:
-        while self.ready and self.alive and self.leases < self.sim.setup.in_hand:
+        while self.ready and self.alive and self.leases < self.sim.setup.held:
             position = self.sim.grant()
             if position is None:
                 break
@@ -159,7 +159,7 @@ class Worker:
             self.sim.telemetry.worker_report(self.report)
 
     def die(self) -> list[int]:
-        """What it had in hand."""
+        """What it held."""
         self.alive = False
         held, self.puts = [*self.engine, *self.putting], 0
         return held

@@ -68,7 +68,7 @@ WORKERS = (
     Column("samples/s", lambda w: w.samples_per_s, lambda w: human_rate(w.samples_per_s)),
     Column("tokens/s", lambda w: w.tokens_per_s, lambda w: human_rate(w.tokens_per_s)),
     Column("waiting", lambda w: w.wait_share, _share(lambda w: w.wait_share)),
-    Column("in hand", lambda w: w.report.leases, lambda w: human_count(w.report.leases)),
+    Column("leases", lambda w: w.report.leases, lambda w: human_count(w.report.leases)),
     Column("put p99", lambda w: w.put_p99_seconds or 0.0, lambda w: _latency(w.put_p99_seconds)),
     Column("samples", lambda w: w.report.samples, lambda w: human_count(w.report.samples)),
     Column("failed", lambda w: w.report.failures, lambda w: human_count(w.report.failures)),

@@ -103,22 +103,21 @@ class SampleBuffer:
     """See the module's docstring."""
 
     def __init__(self, spec: ControllerSpec, observer: Observer, changed: Callable[[], None]):
-        config, run_dir, heldout = spec.config, spec.run_dir, len(spec.heldout) if spec.heldout else 0
-        self._run_dir, self._run, self._observer, self._changed = run_dir, config.run.name, observer, changed
+        config, heldout = spec.config, len(spec.heldout) if spec.heldout else 0
+        self._folder, self._run, self._halo = RunFolder(spec.run_dir), config.run.name, spec.halo
+        self._observer, self._changed = observer, changed
         window, attempts = config.controller.reorder_window, config.controller.max_attempts
         shape, max_steps = ledger_shape(config, spec.train), config.training.max_steps
         self.ledger = Ledger(shape, window, attempts, max_steps, moved=observer.moved)
-        one_batch = max(1, heldout)
-        shape = LedgerShape(spec.heldout.content_hash if spec.heldout else "", heldout, 1, one_batch, config.run.seed)
+        content, one_batch = spec.heldout.content_hash if spec.heldout else "", max(1, heldout)
+        shape = LedgerShape(content, heldout, 1, one_batch, config.run.seed)
         self.heldout = Ledger(shape, one_batch, attempts, first_epoch=HELDOUT_EPOCH, moved=observer.moved)
-        folder = RunFolder(run_dir)
-        self._journal, self._rejections = JsonLines(folder.journal), JsonLines(folder.rejected)
-        self.prompts = Prompts(spec.train, spec.heldout, folder.answers, config.answer.reuse, config.run.seed)
+        self._journal, self._rejections = JsonLines(self._folder.journal), JsonLines(self._folder.rejected)
+        self.prompts = Prompts(spec.train, spec.heldout, self._folder.answers, config.answer.reuse, config.run.seed)
         self.credits, self._objects = Credits(spec.credit_bytes), StoredObjects(spec.endpoint)
         self._making_room = False
         self.store_away = False
         """Nothing is leased, and nothing that fails is held against a sample."""
-        self.halo = spec.halo
         self.geometry = spec.geometry
         """Of the samples that are leased from now on, but for those of steps that are formed."""
         self._formed_sharding: ShardFormula | None = spec.geometry.sharding
@@ -141,8 +140,8 @@ class SampleBuffer:
         Raises:
             ValueError: the checkpoint is of other data, another seed or another batch size.
         """
-        self.geometry = replace(self.geometry, sharding=config.training.shard_formula(self.halo))
-        events = count_events(RunFolder(self._run_dir).journal)
+        self.geometry = replace(self.geometry, sharding=config.training.shard_formula(self._halo))
+        events = count_events(self._folder.journal)
         incarnation, self.generation = events["started"] + 1, events["group"]
         self._key_prefix = f"{self._run}/{incarnation}"
         self.ledger.rewind(self._newest_snapshot())
@@ -164,11 +163,10 @@ class SampleBuffer:
     def open_group(self, training: TrainingConfig) -> None:
         """A new generation of ranks goes on from the newest checkpoint."""
         self.generation += 1
-        self._formed_sharding = training.shard_formula(self.halo)
+        self._formed_sharding = training.shard_formula(self._halo)
+        group = {"generation": self.generation, "step": self.ledger.committed_step}
         sizes = {"dp_size": training.dp_size, "sp_size": training.sp_size}
-        step = self.ledger.committed_step
-        self._journal.write({"event": "group", "generation": self.generation, "step": step, **sizes})
-        self._changed()
+        self._journal.write({"event": "group", **group, **sizes})
 
     # ---- pending -> leased -> stored ----
 
@@ -246,13 +244,11 @@ class SampleBuffer:
         Leases are given out from the front, so nothing behind holds credits that the front needs; but after a rewind
         the front has lost its own.
         """
-        trained = ledger is self.ledger
-        if self._making_room or (trained and not record.attempts):
+        if self._making_room or (ledger is self.ledger and not record.attempts):
             return
-        victim = self.ledger.furthest_behind(
-            record.position if trained else -1,
-            lambda r: r.state in ("stored", "pending") and r.sample in self.credits.held,
-        )
+        behind = record.position if ledger is self.ledger else -1
+        holds = self.credits.held.__contains__
+        victim = self.ledger.furthest_behind(behind, lambda r: r.state in ("stored", "pending") and holds(r.sample))
         if victim is None:
             return
 
@@ -313,8 +309,9 @@ class SampleBuffer:
 
     # ---- and back again ----
 
-    def split(self, sharding: ShardFormula | None) -> None:
-        """From now on, store samples split like this; those that are stored otherwise are captured again."""
+    def split(self, training: TrainingConfig) -> None:
+        """From now on, store samples as groups of this size read them; others are captured again."""
+        sharding = training.shard_formula(self._halo)
         if sharding == self.geometry.sharding:
             return
         self.geometry = replace(self.geometry, sharding=sharding)
@@ -391,7 +388,7 @@ class SampleBuffer:
         self._objects.remove_soon([key for _, key in keys], gone)
 
     def _newest_snapshot(self) -> str | None:
-        folder = RunFolder(self._run_dir).newest_checkpoint()
+        folder = self._folder.newest_checkpoint()
         return None if folder is None else (folder / LEDGER_FILE).read_text()
 
     def _journal_rejection(self, rejection: Rejection) -> dict[str, Any]:

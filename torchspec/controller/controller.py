@@ -78,7 +78,7 @@ class Controller:
     """See the module's docstring. Methods named like verbs of workers and ranks are called by them over Ray."""
 
     def __init__(self, spec: ControllerSpec):
-        self.config, self._run_dir = spec.config, spec.run_dir
+        self.config, self._folder = spec.config, RunFolder(spec.run_dir)
         self.observer = Observer(spec.run_dir, spec.config.monitor.history_seconds)
         self.buffer = SampleBuffer(spec, self.observer, self._advance)
         self.leases = Leases(self.buffer, self.observer)
@@ -104,7 +104,7 @@ class Controller:
         if self._begun.is_set():  # it was only out of reach for a while
             return
         if running is not None:
-            self.config = load_config(RunFolder(self._run_dir).config)
+            self.config = load_config(self._folder.config)
             self.pool = InferencePool(self.config, running)
         await self.buffer.open(self.config)
         self._advance()
@@ -259,7 +259,7 @@ class Controller:
         self._group = TrainingGroup(buffer, self.config, self._stopping)
         self.observer.trainer_started(buffer.generation, training.dp_size, training.sp_size)
         self._advance()
-        return GroupPlan(buffer.generation, training, RunFolder(self._run_dir).newest_checkpoint())
+        return GroupPlan(buffer.generation, training, self._folder.newest_checkpoint())
 
     @after_begin
     async def training_over(self) -> bool:
@@ -285,7 +285,7 @@ class Controller:
         training = self.config.training
         message = f"training goes on with dp_size {training.dp_size} and sp_size {training.sp_size}"
         self.observer.note(message, "scaled", dp_size=training.dp_size, sp_size=training.sp_size)
-        self.buffer.split(training.shard_formula(self.buffer.halo))
+        self.buffer.split(training)
         if self._group is not None:
             self._group.close()
 
@@ -293,7 +293,7 @@ class Controller:
         """What is asked for is kept before it is acted on, so that a controller or a resume after this one goes on
         with it."""
         self.config = with_values(self.config, values)
-        save_config(self.config, RunFolder(self._run_dir).config)
+        save_config(self.config, self._folder.config)
 
     @after_begin
     async def wanted(self, seen: int | None) -> int:

@@ -122,10 +122,8 @@ class Ledger:
             return next((self.records[p] for p in self._retries if self.records[p].step), None)
         if self._retries:
             return self.records[self._retries[0]]
-        if self._parked:
-            return None
         window_end = self.trained_cursor + self.reorder_window + self._rejected_ahead
-        if self._frontier >= min(self.end, window_end) or self.exhausted:
+        if self._parked or self._frontier >= min(self.end, window_end) or self.exhausted:
             return None
         return Record(self._frontier, self.sample_at(self._frontier))
 

@@ -14,7 +14,7 @@ VERSION = 1
 
 @dataclass(frozen=True, slots=True)
 class LedgerShape:
-    """What the line of positions is made of. Two ledgers with equal shapes have equal batches."""
+    """What the order of positions is made of. Two ledgers with equal shapes have equal batches."""
 
     dataset: str
     """Content hash of the prompt set."""

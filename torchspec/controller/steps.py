@@ -101,6 +101,7 @@ class TrainingGroup:
     def advance(self) -> None:
         """Form every step that can be formed, complete every round that waits for lost samples, and tell the ranks of
         that: of a sample alone nobody is told, there may be many ranks."""
+        assert not self._over, "steps of a group that has ended would reach nobody"
         news = self._ledger.trained_step != self._seen or self._ledger.exhausted
         self._seen = self._ledger.trained_step
         if not self.closing:  # some ranks may already have been told that there will be no held-out batches

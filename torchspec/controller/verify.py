@@ -1,6 +1,6 @@
 """Proves from a run's journal alone that nothing was lost, nothing trained twice, and every batch was the seeded one.
 
-    started      the shape of the line of positions (``ledger.py``): data, epochs, batch size, seed
+    started      the shape of the order of positions (``ledger.py``): data, epochs, batch size, seed
     resumed      a checkpoint's step: later steps were undone; a sample rejected later may be tried again, or not
     trained      a step's samples in order, and ``end``, the position after the last that it considered
     rejected     a sample that no step will have
@@ -264,7 +264,7 @@ class _Replay:
         self.violations.append(f"line {self._line}: {what}")
 
     def _position(self, sample: SampleId) -> int | None:
-        """Where the sample stands in the line; None, and a violation, if it is none of the run's."""
+        """Where the sample stands in the order; None, and a violation, if it is none of the run's."""
         assert self.shape is not None
         epoch, prompt = sample
         if not (0 <= epoch < self.shape["epochs"] and 0 <= prompt < self.shape["prompts"]):

@@ -26,13 +26,24 @@ TOKENIZER_SUFFIXES = {".json", ".jinja", ".model", ".txt", ".tiktoken", ".py"}
 
 def load_or_build(
     source: str,
-    tokenizer: Path,
+    tokenizer: Path | str,
     options: TokenizeOptions,
     cache_dir: Path,
-    knob: str,
-    progress: Callable[[int], None],
+    knob: str = "data.train",
+    progress: Callable[[int], None] = lambda done: None,
 ) -> PromptSet:
-    """See :meth:`PromptSet.load_or_build`."""
+    """Tokenise ``source`` (path, glob or ``builtin:`` name), or read what an earlier run has made of it.
+
+    Args:
+        tokenizer: folder of the target checkpoint.
+        cache_dir: the result is kept in ``{cache_dir}/prompts``.
+        knob: the setting that holds ``source``, for messages.
+        progress: called with the number of conversations done so far.
+
+    Raises:
+        ValueError: nothing at ``source``, bad lines with ``on_error="stop"``, no usable tokenizer or template.
+    """
+    tokenizer = Path(tokenizer)
     files = find_files(source, cache_dir, knob)
     options = replace(options, chat_template=read_template(options.chat_template))
     content_hash = _hash_inputs(files, tokenizer, options)

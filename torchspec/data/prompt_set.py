@@ -11,7 +11,6 @@ in silence.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -76,33 +75,6 @@ class PromptSet:
     def _mask_offsets(self) -> np.ndarray:
         sizes = np.where(self.max_answer_tokens > 0, 0, (np.diff(self.offsets) + 7) // 8)
         return np.concatenate([[0], np.cumsum(sizes)])
-
-    @classmethod
-    def load_or_build(
-        cls,
-        source: str,
-        tokenizer_path: Path | str,
-        options: TokenizeOptions,
-        cache_dir: Path,
-        *,
-        knob: str = "data.train",
-        progress: Callable[[int], None] | None = None,
-    ) -> PromptSet:
-        """Tokenise ``source`` (path, glob or ``builtin:`` name), or read what an earlier run has made of it.
-
-        Args:
-            tokenizer_path: folder of the target checkpoint.
-            cache_dir: the result is kept in ``{cache_dir}/prompts``.
-            knob: the setting that holds ``source``, for messages.
-            progress: called with the number of conversations done so far.
-
-        Raises:
-            ValueError: nothing at ``source``, bad lines with ``on_error="stop"``, no usable tokenizer or template.
-        """
-        # Here, because whoever only reads prompt sets (the controller) can do without transformers.
-        from torchspec.data.prompt_builder import load_or_build
-
-        return load_or_build(source, Path(tokenizer_path), options, cache_dir, knob, progress or (lambda done: None))
 
     def save(self, path: Path) -> None:
         """Write an npz without pickle, complete or not at all."""

@@ -31,7 +31,7 @@ class Survey:
 
 
 def survey(source: str, tokenizer_path: Path, options: TokenizeOptions, cache_dir: Path, knob: str) -> Survey:
-    """Look through ``source``; the arguments are those of :meth:`PromptSet.load_or_build`.
+    """Look through ``source``; the arguments are those of :func:`load_or_build`.
 
     Raises:
         ValueError: nothing at ``source``, bad lines with ``on_error="stop"``, no usable tokenizer or template.

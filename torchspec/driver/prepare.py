@@ -10,6 +10,7 @@ from pathlib import Path
 
 from torchspec.config.schema import Config
 from torchspec.controller.ledger_snapshot import LedgerSnapshot, ledger_shape
+from torchspec.data.prompt_builder import load_or_build
 from torchspec.data.prompt_set import PromptSet, TokenizeOptions
 from torchspec.data.survey import Survey, survey
 from torchspec.driver.plan import Plan, make_plan, total_steps
@@ -119,7 +120,7 @@ def _check_folder(folder: RunFolder, resume: bool) -> Path | None:
 
 def _prompts(config: Config, knob: str, source: str, limit: int | None) -> PromptSet:
     options = _tokenize_options(config, limit)
-    return PromptSet.load_or_build(source, config.target.path, options, config.data.cache_dir, knob=knob)
+    return load_or_build(source, config.target.path, options, config.data.cache_dir, knob=knob)
 
 
 def _tokenize_options(config: Config, limit: int | None) -> TokenizeOptions:

@@ -114,7 +114,7 @@ class WorkerState:
     put_p50_seconds: float | None = None
     put_p99_seconds: float | None = None
     wait_share: float = 0.0
-    """Of the time, without a lease in hand."""
+    """Of the time, holding no lease."""
 
     @property
     def alive(self) -> bool:

@@ -191,13 +191,20 @@ def test_resume_refuses_other_data():
 def test_nothing_is_lost_and_nothing_comes_twice(seed: int, prompts: int, epochs: int, batch: int, extra: int):
     """Random completion order, failures, dead workers, lost objects and restarts from checkpoints."""
     chance = random.Random(seed)
-    book = Ledger(shape(prompts, epochs, batch, seed % 1000), batch + extra, max_attempts=10_000)
+    told: dict[SampleId, str] = {}
+
+    def moved(sample: SampleId, before: str, state: str, why: str) -> None:
+        assert told.get(sample, "pending") == before != state
+        told[sample] = state
+
+    book = Ledger(shape(prompts, epochs, batch, seed % 1000), batch + extra, max_attempts=10_000, moved=moved)
     trained: dict[int, list[SampleId]] = {}
     saved = book.snapshot(0)
     for _ in range(100_000):
         if book.exhausted and book.trained_step == max(book.steps, default=book.trained_step):
             break
         assert nonzero(book) == counted(book)
+        assert all(told[record.sample] == record.state for record in book.records.values())
         leased = [r for r in book.records.values() if r.state == "leased"]
         action = chance.choice(
             [
@@ -245,7 +252,8 @@ def test_nothing_is_lost_and_nothing_comes_twice(seed: int, prompts: int, epochs
             saved = book.snapshot(book.trained_step)
             book.commit(book.trained_step)
         elif action == "crash" and chance.random() < 0.05:
-            book = Ledger(book.shape, book.reorder_window, 10_000)
+            told.clear()
+            book = Ledger(book.shape, book.reorder_window, 10_000, moved=moved)
             book.rewind(saved)
             trained = {s: b for s, b in trained.items() if s <= book.committed_step}
     assert [sample for step in sorted(trained) for sample in trained[step]] == seeded_line(book.shape)

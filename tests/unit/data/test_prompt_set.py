@@ -14,6 +14,7 @@ import pytest
 
 from torchspec.data.conversations import read_conversations
 from torchspec.data.masks import unpack_mask
+from torchspec.data.prompt_builder import load_or_build
 from torchspec.data.prompt_set import PromptSet, TokenizeOptions
 from torchspec.data.tokenize import ChatTokenizer
 
@@ -34,7 +35,7 @@ OPTIONS = TokenizeOptions(
 @pytest.fixture
 def build(target_path, tmp_path):
     def build(source: str = CHATS, **changes) -> PromptSet:
-        return PromptSet.load_or_build(source, target_path, replace(OPTIONS, **changes), tmp_path / "cache")
+        return load_or_build(source, target_path, replace(OPTIONS, **changes), tmp_path / "cache")
 
     return build
 
@@ -141,7 +142,7 @@ def test_the_hash_follows_files_tokenizer_and_options(build, target_path, tmp_pa
         shutil.copy(target_path / name, tokenizer / name)
     config = json.loads((tokenizer / "tokenizer_config.json").read_text())
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(config | {"pad_token": "<|endoftext|>"}))
-    hashes.add(PromptSet.load_or_build(CHATS, tokenizer, OPTIONS, tmp_path / "cache").content_hash)
+    hashes.add(load_or_build(CHATS, tokenizer, OPTIONS, tmp_path / "cache").content_hash)
     assert len(hashes) == 7
     same = tmp_path / "moved" / "chats.jsonl"
     same.parent.mkdir()
@@ -153,7 +154,7 @@ def test_many_batches_report_progress(target_path, tmp_path):
     file = tmp_path / "many.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"Count to {n}."}) + "\n" for n in range(1200)))
     seen: list[int] = []
-    prompts = PromptSet.load_or_build(str(file), target_path, OPTIONS, tmp_path, progress=seen.append)
+    prompts = load_or_build(str(file), target_path, OPTIONS, tmp_path, progress=seen.append)
     assert seen == [512, 1024, 1200]
     assert prompts.ids == [f"many:{n}" for n in range(1, 1201)]
     tokenizer = ChatTokenizer(target_path).tokenizer
@@ -163,7 +164,7 @@ def test_many_batches_report_progress(target_path, tmp_path):
 
 def test_a_missing_file_names_the_knob(target_path, tmp_path):
     with pytest.raises(ValueError, match=r"evaluation\.heldout nowhere\.jsonl: no such file"):
-        PromptSet.load_or_build("nowhere.jsonl", target_path, OPTIONS, tmp_path, knob="evaluation.heldout")
+        load_or_build("nowhere.jsonl", target_path, OPTIONS, tmp_path, knob="evaluation.heldout")
 
 
 def test_reading_a_set_needs_neither_torch_nor_transformers():

@@ -7,7 +7,8 @@ import json
 import pytest
 
 from torchspec.data import survey as module
-from torchspec.data.prompt_set import PromptSet, TokenizeOptions
+from torchspec.data.prompt_builder import load_or_build
+from torchspec.data.prompt_set import TokenizeOptions
 from torchspec.data.survey import survey
 
 OPTIONS = TokenizeOptions(
@@ -29,7 +30,7 @@ def both(target_path, tmp_path):
     rows = [{"prompt": "word " * (90 if i % 15 == 14 else i % 13 + 1)} for i in range(300)]
     path.write_text("".join("{\n" if i % 100 == 99 else json.dumps(row) + "\n" for i, row in enumerate(rows)))
     arguments = (str(path), target_path, OPTIONS, tmp_path / "cache")
-    return lambda: (survey(*arguments, knob="data.train"), PromptSet.load_or_build(*arguments))
+    return lambda: (survey(*arguments, knob="data.train"), load_or_build(*arguments))
 
 
 def test_a_small_file_is_counted_exactly(both):

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from torchspec.data.masks import unpack_mask
-from torchspec.data.prompt_set import PromptSet, TokenizeOptions
+from torchspec.data.prompt_builder import load_or_build
+from torchspec.data.prompt_set import TokenizeOptions
 from torchspec.data.vocabulary import DraftVocab, VocabCounter, load_or_count
 
 CHATS = Path(__file__).parents[2] / "fixtures" / "data" / "chats.jsonl"
@@ -91,7 +92,7 @@ def test_saved_and_read_back(tmp_path):
 
 def test_an_answered_set_is_counted_on_its_loss_tokens_and_kept(target_path, tmp_path):
     options = TokenizeOptions(None, 256, 1, False, 32, "stop", 2, False)
-    prompts = PromptSet.load_or_build(str(CHATS), target_path, options, tmp_path)
+    prompts = load_or_build(str(CHATS), target_path, options, tmp_path)
     expected = Counter[int]()
     for row in range(len(prompts)):
         ids = prompts.input_ids(row).tolist()

@@ -29,7 +29,7 @@ class Pool:
         self.workers.resize(1)
 
     def dies(self, leases: int, made: int = 0) -> None:
-        """The worker dies with so many leases in hand, after it has made so many samples."""
+        """The worker dies while it holds so many leases, after it has made so many samples."""
         self.leases, self.made = leases, made
         (future,) = self.workers.futures
         self.workers.ended(future)

@@ -57,7 +57,7 @@ export class Workers {
         column("tokens/s", "tokens_per_s", rate),
         curve(this, "inference"),
         column("waiting", "wait_share", percent),
-        column("in hand", "leases", count),
+        column("leases", "leases", count),
         column("put", "put_bytes_per_s", bandwidth),
         column("put p50", "put_p50_seconds", duration),
         column("put p99", "put_p99_seconds", duration),

@@ -86,21 +86,18 @@ class Timelines:
         self._open: dict[SampleId, _Open] = {}
         self._due = clock() if per_second else float("inf")
 
-    def leased(self, sample: SampleId, worker: str) -> None:
-        """Follow ``sample`` from here on, if it is time for another one. Held-out samples are not followed."""
-        if sample.epoch == HELDOUT_EPOCH:
-            return
-        now = self._clock()
-        followed = self._open.get(sample)
-        if followed is not None:
-            followed.attempts += 1
-            followed.worker = worker
-        elif now >= self._due:
-            self._due = now + self._spacing
-            followed = self._open[sample] = _Open([], worker)
-        else:
-            return
-        followed.timeline.append(("leased", now, worker))
+    def moved(self, sample: SampleId, before: str, state: str, why: str) -> None:
+        """It has gone from state to state of the ledger. What has gone back for no fault of anybody's says nothing."""
+        if state == "leased":
+            self._leased(sample, why)
+        elif state == "rejected":
+            self._open.pop(sample, None)
+        elif state == "assigned" and before == "stored":
+            self.mark([sample], "assigned", why)
+        elif state == "trained":
+            self.mark([sample], "trained")
+        elif state == "pending" and why:
+            self.mark([sample], "failed" if before == "leased" else "lost", why)
 
     def published(self, sample: SampleId, timing: SampleTiming | None) -> None:
         """It is in the store. What its worker measured is laid out backwards from now."""
@@ -115,19 +112,6 @@ class Timelines:
             moments += [("computed", computed), ("putting", putting)]
             followed.timeline += [(moment, at, "") for moment, at in moments]
         followed.timeline.append(("stored", now, ""))
-
-    def moved(self, sample: SampleId, before: str, state: str, why: str) -> None:
-        """It has gone from state to state of the ledger. What has gone back for no fault of anybody's says nothing."""
-        if state == "leased":
-            self.leased(sample, why)
-        elif state == "rejected":
-            self._open.pop(sample, None)
-        elif state == "assigned" and before == "stored":
-            self.mark([sample], "assigned", why)
-        elif state == "trained":
-            self.mark([sample], "trained")
-        elif state == "pending" and why:
-            self.mark([sample], "failed" if before == "leased" else "lost", why)
 
     def mark(self, samples: Iterable[SampleId], moment: Moment, detail: str = "") -> None:
         """The same happened to all of ``samples``."""
@@ -158,3 +142,19 @@ class Timelines:
             loss_mask=b64encode(ref.loss_mask[: TOKENS_KEPT // 8]).decode(),
         )
         self._file.append(to_line(record))
+
+    def _leased(self, sample: SampleId, worker: str) -> None:
+        """Follow ``sample`` from here on, if it is time for another one. Held-out samples are not followed."""
+        if sample.epoch == HELDOUT_EPOCH:
+            return
+        now = self._clock()
+        followed = self._open.get(sample)
+        if followed is not None:
+            followed.attempts += 1
+            followed.worker = worker
+        elif now >= self._due:
+            self._due = now + self._spacing
+            followed = self._open[sample] = _Open([], worker)
+        else:
+            return
+        followed.timeline.append(("leased", now, worker))

@@ -184,15 +184,19 @@ def ref(sample: SampleId) -> SampleRef:
 def test_a_timeline_is_followed_through_a_failure_to_its_end(tmp_path: Path, clock: Clock) -> None:
     timelines = Timelines(tmp_path, 1.0, clock)
     sample, other = SampleId(0, 4), SampleId(0, 5)
-    timelines.leased(sample, "w0")
-    timelines.leased(other, "w0")
+    timelines.moved(sample, "pending", "leased", "w0")
+    timelines.moved(other, "pending", "leased", "w0")
     assert timelines.follows(sample) and not timelines.follows(other), "one a second"
     clock.now += 3
-    timelines.mark([sample, other], "failed", "w0 died")
-    timelines.leased(sample, "w1")
+    for gone in (sample, other):
+        timelines.moved(gone, "leased", "pending", "w0 died")
+    timelines.moved(sample, "pending", "leased", "w1")
     clock.now += 5
     timelines.published(sample, SampleTiming(queue_seconds=1, compute_seconds=2, hold_seconds=0.5, put_seconds=0.25))
-    timelines.mark([sample, other], "assigned", "step 2")
+    timelines.moved(sample, "leased", "stored", "")
+    timelines.moved(sample, "stored", "assigned", "step 2")
+    timelines.mark([sample, other], "fetched")
+    timelines.moved(sample, "assigned", "trained", "")
     clock.now += 1
     timelines.finish(ref(sample), "chat-4", 2, b"\1\0\0\0" * 3, 1)
     (record,) = read_series(RunFolder(tmp_path).samples)
@@ -207,23 +211,44 @@ def test_a_timeline_is_followed_through_a_failure_to_its_end(tmp_path: Path, clo
         ("putting", 7.75),
         ("stored", 8),
         ("assigned", 8),
+        ("fetched", 8),
+        ("trained", 8),
         ("freed", 9),
     ]
     assert not timelines.follows(sample)
 
 
+def test_what_goes_back_is_marked_with_the_reason_and_what_is_rejected_is_forgotten(
+    tmp_path: Path, clock: Clock
+) -> None:
+    timelines, sample = Timelines(tmp_path, 1.0, clock), SampleId(0, 4)
+    timelines.moved(sample, "pending", "leased", "w0")
+    timelines.moved(sample, "leased", "pending", "")  # nobody's fault
+    timelines.moved(sample, "pending", "leased", "w1")
+    timelines.moved(sample, "leased", "assigned", "")  # to its step
+    timelines.moved(sample, "assigned", "pending", "not in the store")
+    timelines.finish(ref(sample), "chat-4", 2, b"\1\0\0\0" * 3, 1)
+    (record,) = read_series(RunFolder(tmp_path).samples)
+    moments = [(moment, detail) for moment, _, detail in record["timeline"]]
+    assert moments == [("leased", "w0"), ("leased", "w1"), ("lost", "not in the store"), ("freed", "")]
+    clock.now += 1
+    timelines.moved(sample, "pending", "leased", "w0")
+    timelines.moved(sample, "leased", "rejected", "bad")
+    assert not timelines.follows(sample)
+
+
 def test_held_out_samples_and_samples_of_an_unmonitored_run_are_not_followed(tmp_path: Path, clock: Clock) -> None:
     timelines = Timelines(tmp_path, 1.0, clock)
-    timelines.leased(SampleId(-1, 0), "w0")
+    timelines.moved(SampleId(-1, 0), "pending", "leased", "w0")
     assert not timelines.follows(SampleId(-1, 0))
     off = Timelines(tmp_path, 0, clock)
-    off.leased(SampleId(0, 0), "w0")
+    off.moved(SampleId(0, 0), "pending", "leased", "w0")
     assert not off.follows(SampleId(0, 0))
 
 
 def test_of_a_long_sample_only_the_beginning_is_kept(tmp_path: Path, clock: Clock) -> None:
     timelines, sample, long = Timelines(tmp_path, 1000.0, clock), SampleId(0, 4), TOKENS_KEPT + 100
-    timelines.leased(sample, "w0")
+    timelines.moved(sample, "pending", "leased", "w0")
     mask = pack_mask([True] * long)
     whole = SampleRef(sample, "key", long, mask, {}, 100, "post_norm")
     timelines.finish(whole, "chat-4", 2, b"\1\0\0\0" * long, None)
