@@ -64,7 +64,7 @@ def _draw_both(ax: Axes, title: str, name: str, train: Series, heldout: Series) 
 
 
 def _draw_accuracy(ax: Axes, train: Series, heldout: Series) -> None:
-    """One line for each drafted position, from dark (the first token) to light; held-out as points in the same colour."""
+    """One line a drafted position, from dark (the first token) to light; held-out as points in the same colour."""
     from matplotlib import colormaps
 
     ax.set_title("Accuracy per position (lines: train, points: held-out)", loc="left", fontsize=11)
