@@ -4,8 +4,8 @@ On a CPU and on CUDA these are torch's own flash kernels, called below autograd.
 is merged from the blocks' outputs and log-sum-exps, and a block's backward is the kernel's, called with the *merged*
 output and log-sum-exp.
 
-Shapes: B batch, S length, Q query heads, K key/value heads (Q % K == 0), E head dimension. Log-sum-exps are float32, or
-float64 for float64 inputs.
+Shapes: B batch, S length, L rows, Q query heads, K key/value heads (Q % K == 0), E head dimension. Log-sum-exps are
+float32, or float64 for float64 inputs.
 """
 
 from __future__ import annotations
@@ -83,6 +83,13 @@ def block_attention_backward(
     batch, length, kv_heads, width = k_BSKE.shape
     dk, dv = (g.transpose(1, 2).reshape(batch, length, kv_heads, -1, width).sum(3) for g in (dk, dv))
     return dq.transpose(1, 2), dk, dv
+
+
+def merge_(o_LQE: Tensor, lse_LQ: Tensor, part_o_LQE: Tensor, part_lse_LQ: Tensor) -> None:
+    """Add another part of the same softmax, in place. An empty softmax has ``lse`` -inf; the part is never empty."""
+    share_LQ = torch.sigmoid(part_lse_LQ - lse_LQ)
+    o_LQE.lerp_(part_o_LQE.to(o_LQE.dtype), share_LQ.unsqueeze(-1))
+    torch.logaddexp(lse_LQ, part_lse_LQ, out=lse_LQ)
 
 
 def _heads_first(q_BSQE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor) -> tuple[Tensor, Tensor, Tensor]:

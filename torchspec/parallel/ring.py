@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from torchspec.nn.flash import block_attention, block_attention_backward
+from torchspec.nn.flash import block_attention, block_attention_backward, merge_
 from torchspec.nn.losses import accumulating
 
 
@@ -130,13 +130,6 @@ class RingKernel:
             yield kv_GKX
             kv_GKX = transfer.wait()
         yield kv_GKX
-
-
-def merge_(o_LQE: Tensor, lse_LQ: Tensor, part_o_LQE: Tensor, part_lse_LQ: Tensor) -> None:
-    """Add another part of the same softmax, in place. An empty softmax has ``lse`` -inf; the part is never empty."""
-    share_LQ = torch.sigmoid(part_lse_LQ - lse_LQ)
-    o_LQE.lerp_(part_o_LQE.to(o_LQE.dtype), share_LQ.unsqueeze(-1))
-    torch.logaddexp(lse_LQ, part_lse_LQ, out=lse_LQ)
 
 
 class _Transfer:

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from torchspec.nn.flash import block_attention
-from torchspec.parallel.ring import Run, merge_, tiles
+from torchspec.nn.flash import block_attention, merge_
+from torchspec.parallel.ring import Run, tiles
 from torchspec.shards import ShardFormula, key_value_repeats
 
 
