@@ -1,6 +1,6 @@
 # Two commands do everything on a fresh Debian or Ubuntu machine with Python 3.11 or 3.12:
 #
-#   make quickstart    set up, train an EAGLE3 draft online for a 135M LLM, measure it in a real SGLang server
+#   make quickstart    set up, train a draft online for a 135M LLM, measure it in a real SGLang server
 #   make test          set up, run the linters and the tests (ARGS="-m slow": more of the same)
 #
 # and one is for all day: make check, the linters and the unit tests, in under two minutes.
@@ -8,12 +8,14 @@
 # Variables:
 #   TORCH_INDEX_URL    package index for torch, where the default index would bring the CUDA build:
 #                      make quickstart TORCH_INDEX_URL=https://download.pytorch.org/whl/cpu
+#   KIND               kind of draft that quickstart trains (eagle3): make quickstart KIND=dflash
 #   PYTHON             interpreter for the virtual environment (python3)
 #   ARGS               more arguments: config overrides for quickstart, pytest arguments for test
 
 PYTHON ?= python3
 TORCH_INDEX_URL ?=
 ARGS ?=
+KIND ?=
 BIN := .venv/bin
 SGLANG := sglang==0.5.23
 TORCH := torch==2.13.0
@@ -25,7 +27,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 .DEFAULT_GOAL := setup
 
 quickstart: setup
-	$(BIN)/torchspec quickstart $(ARGS)
+	$(BIN)/torchspec quickstart $(if $(KIND),--kind $(KIND)) $(ARGS)
 
 check: lint
 	$(PYTEST) tests/unit $(ARGS)

@@ -41,7 +41,10 @@ def evaluate(
     prompts: Annotated[
         str, typer.Option(help="builtin:heldout, builtin:mtbench, builtin:humaneval, a JSONL path or a glob.")
     ] = "builtin:heldout",
-    tokens: Annotated[int, typer.Option(help="Tokens drafted for each verify step.")] = 3,
+    tokens: Annotated[
+        int | None,
+        typer.Option(help="Tokens drafted for each verify step. Default: as suits its kind.", show_default=False),
+    ] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 100,
     concurrency: Annotated[int, typer.Option(help="Requests that the server answers at a time.")] = 32,
     limit: Annotated[int | None, typer.Option(help="Use the first so many prompts.", show_default=False)] = None,
@@ -51,10 +54,13 @@ def evaluate(
     ] = None,
 ) -> None:
     """Measure a draft's accept length and speed in a real SGLang server."""
+    from torchspec.drafts.export import read_spec
     from torchspec.evaluation.result import EvaluationSettings
 
+    target = target or target_of(draft)
+    tokens = read_spec(draft).draft_tokens if tokens is None else tokens
     settings = EvaluationSettings(num_draft_tokens=tokens, max_tokens=max_tokens, concurrency=concurrency, dtype=dtype)
-    show_evaluation(draft, target or target_of(draft), prompts, settings, limit, json_file)
+    show_evaluation(draft, target, prompts, settings, limit, json_file)
 
 
 def show_evaluation(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
 
 from torchspec.cli.arguments import Overrides
 from torchspec.cli.drafts import show_evaluation
@@ -13,20 +15,32 @@ from torchspec.run_folder import RunFolder
 if TYPE_CHECKING:
     from torchspec.config.schema import Config
 
-RECIPE = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+RECIPES = Path(__file__).parents[2] / "configs"
+"""``quickstart.yaml`` is for the default kind of draft, ``quickstart_KIND.yaml`` for another."""
 
 
-def quickstart(overrides: Overrides = None) -> None:
+def quickstart(
+    overrides: Overrides = None,
+    kind: Annotated[
+        str | None, typer.Option(help="Kind of draft; `torchspec config` names them.", show_default=False)
+    ] = None,
+) -> None:
     """Train a draft for a 135M LLM on this machine, then measure it in a real SGLang server."""
     from torchspec.config.load import load_config
+    from torchspec.drafts.export import read_spec
+    from torchspec.drafts.registry import DEFAULT, KINDS
     from torchspec.evaluation.result import EvaluationSettings
 
-    config = load_config(RECIPE, overrides or [])
+    if kind not in (None, *KINDS):
+        raise ValueError(f"--kind {kind} must be one of {', '.join(KINDS)}")
+    recipe = "quickstart.yaml" if kind in (None, DEFAULT) else f"quickstart_{kind}.yaml"
+    config = load_config(RECIPES / recipe, overrides or [])
     config.run.name = unused_name(config)
     summary = run_training(config, resume=False)
     if summary.stopped or summary.export is None:
         return
-    settings = EvaluationSettings(num_draft_tokens=3, max_tokens=config.answer.max_tokens)
+    tokens = read_spec(summary.export).draft_tokens
+    settings = EvaluationSettings(num_draft_tokens=tokens, max_tokens=config.answer.max_tokens)
     target = str(Path(config.target.path).expanduser())
     show_evaluation(summary.export, target, "builtin:heldout", settings, None, RunFolder(summary.run_dir).evaluation)
 

@@ -95,6 +95,11 @@ class DraftSpec(ABC):
         """K: drafted tokens that training scores. Every report has as many entries."""
 
     @property
+    @abstractmethod
+    def draft_tokens(self) -> int:
+        """Tokens that a server is asked to draft at a time, unless its user wants another number."""
+
+    @property
     def vocab_size(self) -> int | None:
         """Tokens of the draft's own vocabulary; None where it is the target's, so that nothing is counted."""
         return None

@@ -88,6 +88,11 @@ class Eagle3Spec(DraftSpec):
         return self.ttt_length
 
     @property
+    def draft_tokens(self) -> int:
+        """Every one costs a pass of the draft, so a few."""
+        return 3
+
+    @property
     def step_weights(self) -> list[float]:
         """Of each TTT step in the loss."""
         return [self.step_decay**t for t in range(self.ttt_length)]
