@@ -18,9 +18,8 @@ from tests.integration.store_harness import SAMPLES_PER_PRODUCER, Peer, RunningS
 from torchspec.contracts import TensorSpec
 from torchspec.store.client import ReplicateConfig
 from torchspec.store.errors import MissingObject, SizeMismatch, StoreFull
-from torchspec.store.geometry import sample_tensors
+from torchspec.store.geometry import USABLE_SHARE, object_bytes, sample_tensors, stored_bytes
 from torchspec.store.hidden_state_store import HiddenStateStore
-from torchspec.store.layout import USABLE_SHARE, object_bytes, stored_bytes
 
 SEGMENT = 32 << 20
 MIB = 1 << 20

@@ -11,7 +11,7 @@ import torch
 from torchspec.config.schema import Config, TrainingConfig
 from torchspec.driver.memory import MemoryBudget, Split, possible_splits
 from torchspec.driver.resolve import Resolved
-from torchspec.store.layout import USABLE_SHARE, stored_bytes
+from torchspec.store.geometry import USABLE_SHARE, stored_bytes
 
 ENGINE_OVERHEAD_BYTES = 3 << 29
 """Measured on a CPU: both processes of one engine, beside weights and KV cache."""

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from torchspec.contracts import TensorSpec
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.errors import MissingObject, StoreError, StoreFull, StoreUnavailable, error_for
-from torchspec.store.geometry import sample_tensors
-from torchspec.store.layout import object_bytes, stored_bytes
+from torchspec.store.geometry import object_bytes, sample_tensors, stored_bytes
 
 
 def test_shapes_of_a_sample() -> None:
@@ -57,7 +56,7 @@ def test_codes_become_our_errors() -> None:
 
 def test_counting_bytes_needs_neither_torch_nor_mooncake() -> None:
     code = (
-        "import sys, torchspec.store.layout, torchspec.store.endpoint, torchspec.store.usage\n"
+        "import sys, torchspec.store.geometry, torchspec.store.endpoint, torchspec.store.usage\n"
         "assert not {'torch', 'mooncake', 'ray'} & set(sys.modules), sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
