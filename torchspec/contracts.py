@@ -69,6 +69,11 @@ class Lease:
     sharding: ShardFormula | None = None
     """How to split what is stored among ranks that share the sample; None: whole."""
 
+    @property
+    def max_tokens(self) -> int:
+        """That the sample can have."""
+        return len(self.input_ids) // 4 + self.max_new_tokens
+
 
 ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4}
 """The dtypes that the store carries, by torch's names, and the bytes of one element."""

@@ -173,8 +173,8 @@ class SampleBuffer:
     def offer(self, record: Record) -> Lease:
         """The lease that a sample would have, without a key."""
         geometry = replace(self.geometry, sharding=self._sharding(record))
-        tokens, lease = self.prompts.describe(record.sample)
-        return replace(lease, credit_bytes=geometry.stored_bytes(tokens), sharding=geometry.sharding)
+        lease = self.prompts.describe(record.sample)
+        return replace(lease, credit_bytes=geometry.stored_bytes(lease.max_tokens), sharding=geometry.sharding)
 
     def lease(self, ledger: Ledger, record: Record, worker: str) -> Lease | None:
         """Lease a sample, if the credits reach."""

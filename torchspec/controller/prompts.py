@@ -46,8 +46,8 @@ class Prompts:
             return False
         return any(is_leased(sample._replace(epoch=epoch)) for epoch in range(sample.epoch))
 
-    def describe(self, sample: SampleId) -> tuple[int, Lease]:
-        """Most tokens the sample can have, and its lease without a key yet."""
+    def describe(self, sample: SampleId) -> Lease:
+        """Its lease, without key and credits yet."""
         prompts, row = self._prompts(sample), sample.prompt
         ids, mask, max_answer = prompts.input_ids(row), prompts.loss_mask(row), int(prompts.max_answer_tokens[row])
         if mask is None:
@@ -56,7 +56,7 @@ class Prompts:
                 read = answer[:-1]  # as when it was written: the last token is not read
                 mask = pack_mask([False] * len(ids) + [True] * len(read))
                 ids = np.concatenate([ids, read])
-        lease = Lease(
+        return Lease(
             sample=sample,
             key="",
             input_ids=np.ascontiguousarray(ids, dtype="<i4").tobytes(),
@@ -65,17 +65,15 @@ class Prompts:
             seed=sample_seed(self._seed, *sample),
             credit_bytes=0,
         )
-        return len(ids) + lease.max_new_tokens, lease
 
     def tokens(self, sample: SampleId) -> tuple[bytes, int | None]:
         """All token ids of a captured sample, packed little-endian int32, and how many are the answered prompt's.
 
         None where the conversation came with its answers.
         """
-        _, lease = self.describe(sample)
-        prompts = self._prompts(sample)
+        prompts, ids = self._prompts(sample), self.describe(sample).input_ids
         answered = prompts.loss_mask(sample.prompt) is None
-        return lease.input_ids, len(prompts.input_ids(sample.prompt)) if answered else None
+        return ids, len(prompts.input_ids(sample.prompt)) if answered else None
 
     def _prompts(self, sample: SampleId) -> PromptSet:
         prompts = self._heldout if sample.epoch == HELDOUT_EPOCH else self._train

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchspec.data.masks import unpack_mask
@@ -59,6 +59,7 @@ def test_sizes_that_do_not_fit(size):
         counter([3]).build(size, always=(1,))
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 49), min_size=1, max_size=300), st.integers(1, 50), st.randoms())
 def test_maps_and_order_of_counting(ids, size, random):
     vocab = counter(ids, 50).build(size)

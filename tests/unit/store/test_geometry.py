@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchspec.contracts import TensorSpec
@@ -34,6 +34,7 @@ def test_an_unknown_dtype_is_refused_by_name() -> None:
         _ = TensorSpec((4,), "float8_e4m3fn").num_bytes
 
 
+@settings(deadline=None)
 @given(st.integers(1, 1 << 42))
 def test_rounding_is_an_upper_bound_within_an_eighth(size: int) -> None:
     rounded = object_bytes(size)

@@ -7,12 +7,13 @@ import threading
 import time
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from torchspec.store.slot_pool import ALIGNMENT, SlotPool, align
 
 
+@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(1, 900), st.booleans(), st.integers(0, 99)), max_size=60))
 def test_slots_never_overlap_and_all_room_comes_back(requests: list[tuple[int, bool, int]]) -> None:
     pool = SlotPool(4096)
