@@ -25,11 +25,13 @@ def block_attention(
         causal: query i sees the keys 0..i; there must be as many keys as queries. Else it sees all of them.
 
     Returns:
-        o_BSQE and lse_BSQ.
+        o_BSQE and lse_BSQ; nothing for an empty batch, which the kernels refuse.
 
     Raises:
         ValueError: a CUDA tensor that is neither bfloat16 nor float16 (the flash kernels know no other type).
     """
+    if len(q_BSQE) == 0:
+        return q_BSQE, q_BSQE[..., 0]
     q, k, v = _heads_first(q_BSQE, k_BSKE, v_BSKE)
     if q.is_cuda:
         if q.dtype not in CUDA_DTYPES:
@@ -55,6 +57,8 @@ def block_attention_backward(
     Returns:
         dq_BSQE, dk_BSKE, dv_BSKE.
     """
+    if len(q_BSQE) == 0:
+        return q_BSQE, k_BSKE, v_BSKE
     q, k, v = _heads_first(q_BSQE, k_BSKE, v_BSKE)
     do, o, lse = do_BSQE.transpose(1, 2), o_BSQE.transpose(1, 2), lse_BSQ.transpose(1, 2)
     if q.is_cuda:
