@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -22,11 +22,11 @@ from tests.oracles.speculation import Draft, right_drafts
 from torchspec.drafts.draft import Batch
 from torchspec.drafts.eagle3.model import Eagle3Draft
 from torchspec.drafts.eagle3.spec import Eagle3Knobs, Eagle3Spec, default_layers
-from torchspec.drafts.export import WEIGHTS, export_draft, read_spec, validate_export
+from torchspec.drafts.export import CONFIG, WEIGHTS, export_draft, read_spec, validate_export
 from torchspec.evaluation.evaluate import run_evaluation
 from torchspec.evaluation.prompts import EvaluationPrompt, load_prompts
 from torchspec.evaluation.result import EvaluationResult, EvaluationSettings
-from torchspec.evaluation.serving import Job, ServingError, serve
+from torchspec.evaluation.serving import Job, Reply, ServingError, serve
 from torchspec.target.checkpoint import TargetCheckpoint
 from torchspec.target.head import load_target_head
 
@@ -72,13 +72,19 @@ def prompts(target_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 def exported(
     target: Target, target_path: Path, prompts: list[EvaluationPrompt], tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A draft that has learnt the answers to all prompts but the last."""
+    return learnt_by_heart(target, target_path, prompts, tmp_path_factory.mktemp("export") / "draft")
+
+
+def learnt_by_heart(
+    target: Target, target_path: Path, prompts: list[EvaluationPrompt], folder: Path, **norms: bool
+) -> Path:
+    """An exported draft that has learnt the answers to all prompts but the last."""
     texts = [target.go_on(torch.tensor(prompt.input_ids), ANSWER_TOKENS) for prompt in prompts[:-1]]
     answers = torch.cat([text[-ANSWER_TOKENS:] for text in texts])
     draft_ids = torch.cat([answers, torch.arange(0, 49152, 97)]).unique()
     checkpoint = TargetCheckpoint(target_path)
     head = load_target_head(checkpoint, torch.float32, "cpu", draft_ids)
-    knobs = Eagle3Knobs(vocab_size=len(draft_ids), ttt_length=DRAFT_TOKENS, step_decay=1.0)
+    knobs = Eagle3Knobs(vocab_size=len(draft_ids), ttt_length=DRAFT_TOKENS, step_decay=1.0, **norms)
     spec = Eagle3Spec.of(knobs, checkpoint, AUX_LAYERS)
     torch.manual_seed(0)
     draft = Eagle3Draft(spec)
@@ -91,7 +97,6 @@ def exported(
         (output.total / output.denominator).backward()
         optimizer.step()
     assert (output.correct_K / output.counted_K).min() > 0.8, "the draft has not learnt its texts"
-    folder = tmp_path_factory.mktemp("export") / "draft"
     return export_draft(spec, draft.state_dict(), draft_ids, folder, "float32")
 
 
@@ -135,16 +140,37 @@ def test_speculation_changes_no_answer(result: EvaluationResult) -> None:
 def test_every_verify_step_is_as_simulated(
     result: EvaluationResult, exported: Path, target: Target, prompts: list[EvaluationPrompt]
 ) -> None:
+    replies = [Reply(prompt.output_ids, prompt.histogram) for prompt in result.prompts]
+    require_as_simulated(simulated(exported, target), target, prompts, replies)
+
+
+def test_with_the_norms_of_eagle_3_1_too(
+    target: Target, target_path: Path, prompts: list[EvaluationPrompt], tmp_path: Path
+) -> None:
+    folder = learnt_by_heart(target, target_path, prompts, tmp_path / "draft", fc_norm=True, norm_output=True)
+    speculation, ids = read_spec(folder).server_args(DRAFT_TOKENS), [list(prompt.input_ids) for prompt in prompts]
+    served = serve(Job(str(target_path), ids, ANSWER_TOKENS, "float32", "cpu", 1, 3, str(folder), speculation))
+    draft = simulated(folder, target)
+    require_as_simulated(draft, target, prompts, served.replies)
+    with pytest.raises(AssertionError, match="other drafts are right"):
+        require_as_simulated(replace(draft, norm_output=False), target, prompts, served.replies)
+
+
+def simulated(folder: Path, target: Target) -> Draft:
     config = target.model.config
-    draft = Draft(
-        weights=load_file(exported / WEIGHTS),
+    return Draft(
+        weights=load_file(folder / WEIGHTS),
         embedding=target.model.get_input_embeddings().weight.detach(),
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
         theta=config.rope_parameters["rope_theta"],
         eps=config.rms_norm_eps,
+        norm_output=json.loads((folder / CONFIG).read_text())["norm_output"],
     )
-    for prompt, served in zip(prompts, result.prompts, strict=True):
+
+
+def require_as_simulated(draft: Draft, target: Target, prompts: list[EvaluationPrompt], replies: list[Reply]) -> None:
+    for prompt, served in zip(prompts, replies, strict=True):
         answered = torch.tensor([*prompt.input_ids, *served.output_ids])
         text = target.go_on(torch.tensor(prompt.input_ids), len(served.output_ids) + DRAFT_TOKENS)
         assert torch.equal(text[: len(answered)], answered), "SGLang's greedy answer is not transformers'"
@@ -152,7 +178,7 @@ def test_every_verify_step_is_as_simulated(
             draft, target.states(text)[0], text, len(prompt.input_ids), len(served.output_ids), DRAFT_TOKENS
         )
         histogram = served.histogram + [0] * (DRAFT_TOKENS + 1 - len(served.histogram))
-        assert histogram == expected, prompt.id
+        assert histogram == expected, f"{prompt.id}: other drafts are right"
 
 
 @pytest.mark.slow

@@ -34,6 +34,9 @@ class Case:
     draft_vocab: int = 30
     mask_rate: float = 0.6
     chunk: int = 7
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
 
 
 @dataclass
@@ -74,7 +77,15 @@ def build(case: Case) -> Step:
         max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": THETA},
     )
-    spec = Eagle3Spec(shape, layers=(1, 2, 3), draft_vocab_size=case.draft_vocab, ttt_length=case.ttt_length)
+    spec = Eagle3Spec(
+        shape,
+        layers=(1, 2, 3),
+        draft_vocab_size=case.draft_vocab,
+        ttt_length=case.ttt_length,
+        norm_before_fc=case.norm_before_fc,
+        fc_norm=case.fc_norm,
+        norm_output=case.norm_output,
+    )
     draft = Eagle3Draft(spec, DraftOptions(loss_chunk_tokens=case.chunk)).to(case.dtype)
     with torch.no_grad():
         for parameter in draft.parameters():
@@ -131,6 +142,7 @@ def run_oracle(step: Step) -> Result:
         kv_heads=case.kv_heads,
         theta=THETA,
         eps=EPS,
+        norm_output=case.norm_output,
     )
     if dense.total.requires_grad:  # it does not where nothing is counted
         dense.total.backward()

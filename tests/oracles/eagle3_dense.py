@@ -12,6 +12,9 @@ The statement it makes, for a sample of tokens x_0 .. x_{n-1} and TTT step t = 0
   target likes best there belongs to the draft vocabulary;
 - the loss is the sum over t of weight_t times the summed cross-entropies of the counted rows, between the target's
   softmax over the draft vocabulary and the draft's.
+
+Norms: g_i is normed as one vector where there is an ``input_norm``, and each of its layers by itself where there are
+``fc_norm``s. With ``norm_output``, step t + 1 starts from what the head has read in step t.
 """
 
 from __future__ import annotations
@@ -34,6 +37,17 @@ class DenseResult:
 
 def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
+
+
+def normed_aux(weights: dict[str, Tensor], aux: Tensor, eps: float) -> Tensor:
+    """Aux states [S, A] after the norms that the draft has, if it has any."""
+    if "input_norm.weight" in weights:
+        aux = rms(aux, weights["input_norm.weight"], eps)
+    if "fc_norm.0.weight" in weights:
+        size = len(weights["fc_norm.0.weight"])
+        parts = [aux[:, start : start + size] for start in range(0, aux.shape[1], size)]
+        aux = torch.cat([rms(part, weights[f"fc_norm.{i}.weight"], eps) for i, part in enumerate(parts)], dim=1)
+    return aux
 
 
 def turn(x: Tensor, positions: Tensor, theta: float) -> Tensor:
@@ -78,6 +92,7 @@ def dense_sample(
     kv_heads: int,
     theta: float,
     eps: float,
+    norm_output: bool = False,
 ) -> DenseResult:
     """One sample without padding: aux [S, A], last [S, H] (after the target's final norm), ids [S], loss_mask [S]."""
     length, steps = len(ids), len(step_weights)
@@ -86,7 +101,7 @@ def dense_sample(
     in_vocabulary = torch.isin(target_logits.argmax(-1), draft_ids)
     target_probabilities = torch.softmax(target_logits[:, draft_ids], dim=-1)
     result = DenseResult(aux.new_zeros(()), [], [], [], [])
-    h = aux @ w["fc"].T
+    h = normed_aux(weights, aux, eps) @ w["fc"].T
     keys, values = [], []
     for t in range(steps):
         token = torch.tensor([ids[i + 1 + t] if i + 1 + t < length else 0 for i in range(length)], dtype=torch.long)
@@ -98,7 +113,9 @@ def dense_sample(
         h = h + attend(q, keys, values).flatten(1) @ w["o_proj"].T
         y = rms(h, w["post_attention_layernorm"], eps)
         h = h + (torch.nn.functional.silu(y @ w["gate_proj"].T) * (y @ w["up_proj"].T)) @ w["down_proj"].T
-        logits = rms(h, w["norm"], eps) @ w["lm_head"].T
+        read = rms(h, w["norm"], eps)
+        logits = read @ w["lm_head"].T
+        h = read if norm_output else h
 
         supervised = [i for i in range(length) if i + 1 + t < length and loss_mask[i + 1 + t]]
         counted = [i for i in supervised if in_vocabulary[i + 1 + t]]

@@ -4,8 +4,8 @@ It shares no code with the product or with SGLang. Nothing is cached: for every 
 rows that it has seen.
 
 Row ``i`` of the draft reads the target's aux state of token ``i`` (rows that the target has verified) or the draft's
-own last hidden state (rows of tokens that it drafts itself), and the embedding of token ``i + 1``; its output names
-token ``i + 2``.
+own last hidden state (rows of tokens that it drafts itself; after its last norm with ``norm_output``), and the
+embedding of token ``i + 1``; its output names token ``i + 2``.
 
 Shapes: S rows, H hidden size, Q and K heads, E head dimension.
 """
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention, silu
 
-from tests.oracles.eagle3_dense import rms, turn
+from tests.oracles.eagle3_dense import normed_aux, rms, turn
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Draft:
     kv_heads: int
     theta: float
     eps: float
+    norm_output: bool = False
 
     def __post_init__(self) -> None:
         self.w = {name.removesuffix(".weight").split(".")[-1]: t for name, t in self.weights.items()}
@@ -54,11 +55,13 @@ class Draft:
 
     def propose(self, aux: Tensor, tokens: Tensor, count: int) -> list[int]:
         """Draft ``count`` tokens after ``tokens`` [n + 1], given the aux states of the first n of them."""
-        states_SH, read, drafted = aux @ self.w["fc"].T, tokens[1:], []
+        states_SH, read, drafted = normed_aux(self.weights, aux, self.eps) @ self.w["fc"].T, tokens[1:], []
         for _ in range(count):
             last_H = self.forward(states_SH, read)[-1]
-            drafted.append(int(self.target_ids[(rms(last_H, self.w["norm"], self.eps) @ self.w["lm_head"].T).argmax()]))
-            states_SH, read = torch.cat([states_SH, last_H[None]]), torch.cat([read, torch.tensor(drafted[-1:])])
+            normed_H = rms(last_H, self.w["norm"], self.eps)
+            drafted.append(int(self.target_ids[(normed_H @ self.w["lm_head"].T).argmax()]))
+            next_H = normed_H if self.norm_output else last_H
+            states_SH, read = torch.cat([states_SH, next_H[None]]), torch.cat([read, torch.tensor(drafted[-1:])])
         return drafted
 
 

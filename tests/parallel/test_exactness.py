@@ -133,6 +133,13 @@ def test_masks_that_leave_ranks_without_loss(ranks: Ranks, setup: Setup) -> None
         assert step_error(ranks, setup, case, mask) <= TOLERANCE[torch.float64]
 
 
+def test_norms_change_nothing(ranks: Ranks) -> None:
+    """They are of rows, and rows are never split."""
+    for setup in (Setup(2, ranks.size // 2, "zigzag", sharding="fsdp2"), Setup(1, ranks.size, gather_once=False)):
+        for norms in ({"fc_norm": True}, {"norm_before_fc": True}):
+            assert step_error(ranks, setup, fitted(Case(norm_output=True, **norms), setup)) <= TOLERANCE[torch.float64]
+
+
 def test_activation_checkpointing_changes_nothing(ranks: Ranks) -> None:
     for setup in (Setup(ranks.size, 1), Setup(1, ranks.size, "zigzag"), Setup(1, ranks.size, gather_once=False)):
         setup = replace(setup, activation_checkpointing=True)

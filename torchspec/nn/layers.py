@@ -19,6 +19,16 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
+class PartNorms(nn.ModuleList):
+    """An :class:`RMSNorm` of its own for each of ``parts`` equal parts of the last dimension."""
+
+    def __init__(self, parts: int, size: int, eps: float):
+        super().__init__(RMSNorm(size, eps) for _ in range(parts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([norm(part) for norm, part in zip(self, x.chunk(len(self), dim=-1), strict=True)], dim=-1)
+
+
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202)."""
 

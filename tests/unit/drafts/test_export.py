@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoConfig, LlamaConfig
 
 from torchspec.drafts import export as hf
 from torchspec.drafts.eagle3.model import Eagle3Draft
-from torchspec.drafts.eagle3.spec import Eagle3Knobs, Eagle3Spec
+from torchspec.drafts.eagle3.spec import NORMS, Eagle3Knobs, Eagle3Spec
 from torchspec.drafts.export import export_draft, validate_export
 from torchspec.target.checkpoint import TargetCheckpoint
 
@@ -137,6 +138,35 @@ def test_a_draft_over_the_whole_vocabulary_has_no_mapping(target: Path, tmp_path
     folder = export_draft(spec_of(target, 64), make_state(target, 64), torch.arange(64), tmp_path / "draft")
     assert load_file(folder / hf.WEIGHTS).keys() == SHAPES.keys()
     assert validate_export(folder).spec.vocab_size is None
+
+
+@pytest.mark.parametrize(
+    ("knobs", "shapes"),
+    [
+        ({"fc_norm": True, "norm_output": True}, {f"fc_norm.{i}.weight": (32,) for i in range(3)}),
+        ({"norm_before_fc": True}, {"input_norm.weight": (96,)}),
+    ],
+)
+def test_norms_of_eagle_3_1_are_told_to_servers_and_read_back(
+    target: Path, tmp_path: Path, knobs: dict[str, bool], shapes: dict[str, tuple[int, ...]]
+) -> None:
+    spec = replace(spec_of(target), **knobs)
+    folder = export_draft(spec, Eagle3Draft(spec).state_dict(), DRAFT_IDS, tmp_path / "draft")
+    written = load_file(folder / hf.WEIGHTS)
+    assert {name: tuple(t.shape) for name, t in written.items()} == SHAPES | shapes | {"d2t": (32,), "t2d": (64,)}
+    config = json.loads((folder / hf.CONFIG).read_text())
+    assert {name for name in NORMS if config[name]} == knobs.keys()
+    assert validate_export(folder).spec == spec
+    assert {f"model.{name}" for name in shapes} < spec.served_as().keys()
+    assert spec.parameters() == sum(t.numel() for t in written.values() if t.is_floating_point())
+    _edit_config(folder, **dict.fromkeys(knobs, False))
+    with pytest.raises(ValueError, match=f"unknown tensors {min(shapes)}"):
+        validate_export(folder)
+
+
+def test_one_norm_before_fc_excludes_the_others(target: Path) -> None:
+    with pytest.raises(ValueError, match=r"draft\.fc_norm and draft\.norm_before_fc exclude each other"):
+        Eagle3Spec.of(Eagle3Knobs(fc_norm=True, norm_before_fc=True), TargetCheckpoint(target), AUX_LAYERS)
 
 
 def test_whoever_may_read_the_config_may_read_the_weights(folder: Path) -> None:

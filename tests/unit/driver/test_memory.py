@@ -29,6 +29,7 @@ TARGET = TargetShape(
     rope_parameters={"rope_type": "default", "rope_theta": 1e4},
 )
 DRAFT = Eagle3Spec(TARGET, layers=(1, 2, 3), draft_vocab_size=200, ttt_length=3)
+NORMS = {"norm_before_fc": True, "norm_output": True}
 TOKENS = 960
 """A multiple of every number of chunks below."""
 
@@ -75,10 +76,12 @@ def kept_by_a_forward(spec: Eagle3Spec, training: TrainingConfig, lengths: list[
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("ttt_length", [1, 7])
-def test_activations_are_what_a_forward_keeps(ttt_length: int, dtype: str) -> None:
+@pytest.mark.parametrize(
+    "changes", [{"ttt_length": 1}, {"ttt_length": 1, "fc_norm": True}, {"ttt_length": 7}, {"ttt_length": 7, **NORMS}]
+)
+def test_activations_are_what_a_forward_keeps(changes: dict[str, Any], dtype: str) -> None:
     training = training_of(dtype=dtype, batch_size=2, micro_batch_size=2)
-    spec = replace(DRAFT, ttt_length=ttt_length)
+    spec = replace(DRAFT, **changes)
     memory = rank_memory(spec, training, TOKENS, "bfloat16")
     kept = kept_by_a_forward(spec, training, [TOKENS, TOKENS])
     assert 0.98 * kept < memory.activations + memory.keys_values < 1.1 * kept

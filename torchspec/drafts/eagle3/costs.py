@@ -39,9 +39,10 @@ def parameters(spec: Eagle3Spec) -> int:
     """Trained ones."""
     hidden, queries, keys = spec.target.hidden_size, *_widths(spec)
     attention = 2 * hidden * (queries + 2 * keys) + queries * hidden
-    norms = 4 * hidden
+    aux = len(spec.layers) * hidden
+    norms = 4 * hidden + (aux if spec.norms_aux else 0)
     mlp, head = 3 * hidden * spec.target.intermediate_size, spec.draft_vocab_size * hidden
-    return len(spec.layers) * hidden**2 + attention + mlp + head + norms
+    return aux * hidden + attention + mlp + head + norms
 
 
 def flops(spec: Eagle3Spec, tokens: int, scored: int) -> float:
@@ -96,7 +97,9 @@ class _RowBytes(NamedTuple):
     def of(cls, spec: Eagle3Spec, work: Work) -> _RowBytes:
         target, item, steps = spec.target, ITEM_BYTES[work.dtype], spec.ttt_length
         hidden, width, (queries, keys) = target.hidden_size, target.head_dim, _widths(spec)
-        context = item * ((len(spec.layers) + 3) * hidden + 2 * width - 2 * keys)  # no diagonal keys in step 0
+        aux = len(spec.layers) * hidden
+        context = item * (aux + 3 * hidden + 2 * width - 2 * keys)  # no diagonal keys in step 0
+        context += MASTER * aux if spec.norms_aux else 0
         entry = item * (2 * hidden + 2 * keys + 2 * width) + MASTER * 3 * hidden
         diagonal = MASTER * target.num_heads * (steps + 3) // 2  # log-sum-exp, and the weights of on average so many
         attention = item * 2 * queries + diagonal + (MASTER * queries if item != MASTER else 0)  # o unrounded, too

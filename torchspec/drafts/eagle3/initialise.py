@@ -2,7 +2,8 @@
 
 The output rows always come from the target's head. ``default`` leaves the rest as torch makes it. ``target`` starts as
 the target's own last decoder layer, fed with the deepest aux state: the new input, the next token's embedding, is
-silent at first and everything is trained. That is worth about half of the samples in runs of minutes.
+silent at first and everything is trained. That is worth about half of the samples in runs of minutes. A norm before
+``fc`` takes that state's scale away: then it is the target's layer up to that.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """EAGLE3's draft and its training-time-test (TTT) forward (arXiv 2503.01840).
 
-    aux states g_i --fc--> h ---------------------------+--> midlayer --> h of the next TTT step (pre-norm, unshifted)
+    aux states g_i --fc--> h ---------------------------+--> midlayer --> h of the next TTT step (unshifted; pre-norm,
     target embedding of x_{i+1+t} --input_layernorm--> [cat] -> q, k, v      |
-                             h ------hidden_norm------>                      +--> norm --> lm_head --> loss
+                             h ------hidden_norm------>                      |       or with norm_output post-norm)
+                                                                             +--> norm --> lm_head --> loss
 
 The parameters carry exactly the names that servers load. The target's embedding, final norm and head stay outside
 (:class:`TargetHead`). Which rows each step needs is decided by :class:`TTTRows`, where the alignment is spelled out;
@@ -28,7 +29,7 @@ from torchspec.drafts.eagle3.initialise import initialise
 from torchspec.drafts.eagle3.sequences import FLASH, AttentionBackend, Sequences
 from torchspec.drafts.eagle3.sharded import UspBackend
 from torchspec.drafts.eagle3.spec import Eagle3Spec
-from torchspec.nn.layers import MLP, RMSNorm
+from torchspec.nn.layers import MLP, PartNorms, RMSNorm
 from torchspec.nn.losses import compute_dtype, fused_cross_entropy
 from torchspec.nn.rope import rotary_table, rotate
 from torchspec.target.checkpoint import TargetCheckpoint
@@ -99,9 +100,12 @@ class Eagle3Draft(Draft):
         target = spec.target
         if options.sharing is not None:
             self.attention_backend = UspBackend.on(options.sharing, target.num_heads, target.num_kv_heads)
-        self.fc = nn.Linear(len(spec.layers) * target.hidden_size, target.hidden_size, bias=False)
+        aux_size, eps = len(spec.layers) * target.hidden_size, target.rms_norm_eps
+        self.input_norm = RMSNorm(aux_size, eps) if spec.norm_before_fc else nn.Identity()
+        self.fc_norm = PartNorms(len(spec.layers), target.hidden_size, eps) if spec.fc_norm else nn.Identity()
+        self.fc = nn.Linear(aux_size, target.hidden_size, bias=False)
         self.midlayer = DecoderLayer(target)
-        self.norm = RMSNorm(target.hidden_size, target.rms_norm_eps)
+        self.norm = RMSNorm(target.hidden_size, eps)
         self.lm_head = nn.Linear(target.hidden_size, spec.draft_vocab_size, bias=False)
 
     def compile(self) -> None:
@@ -118,7 +122,9 @@ class Eagle3Draft(Draft):
         sequences = self.attention_backend.plan(batch.loss_mask_BS, batch.lengths_B, self.spec.ttt_length, device)
         rows = sequences.rows
         assert batch.ids_BS.shape == sequences.shape_BS, "the batch does not hold the windows that the backend expects"
-        hidden_TRH = self.norm(self._unroll(batch, head, sequences))
+        hidden_TRH = self._unroll(batch, head, sequences)
+        if not self.spec.norm_output:  # else every step has seen to it
+            hidden_TRH = self.norm(hidden_TRH)
         teacher = head.teacher(batch.lhs_BSH.flatten(0, 1)[rows.teacher_flat_N], batch.norm_state)
         sums = fused_cross_entropy(
             hidden_TRH.flatten(0, 1),
@@ -131,7 +137,7 @@ class Eagle3Draft(Draft):
         return DraftOutput(sums.total, sums.counted_K[0], *sums[1:])
 
     def _unroll(self, batch: Batch, head: TargetHead, sequences: Sequences) -> Tensor:
-        """Residual stream of the active rows after each TTT step, [T, R, H]."""
+        """What each TTT step leaves of the active rows, and the next one starts from, [T, R, H]."""
         layer, rows, target = self.midlayer, sequences.rows, self.spec.target
         dtype = compute_dtype(self.fc.weight)
         cos_PE, sin_PE = rotary_table(
@@ -144,7 +150,8 @@ class Eagle3Draft(Draft):
         def embedding(flat: Tensor) -> Tensor:
             return head.embed(batch.ids_BS.flatten()[flat.clamp(max=batch.ids_BS.numel() - 1)]).to(dtype)
 
-        residual_CH = self.fc(batch.hs_BSA.flatten(0, 1)[rows.context_flat_C].to(dtype))
+        aux_CA = batch.hs_BSA.flatten(0, 1)[rows.context_flat_C].to(dtype)
+        residual_CH = self.fc(self.fc_norm(self.input_norm(aux_CA)))
         x_CX = layer.attention_input(embedding(rows.context_flat_C + 1), residual_CH)
         block0 = sequences.block0(*layer.self_attn.keys_values(x_CX, *rotary(rows.context_angle_C)))
 
@@ -160,6 +167,8 @@ class Eagle3Draft(Draft):
                 keys, values = [*keys, k], [*values, v]
             inputs = (residual_RH, x_RX, angles, sequences, block0, keys, values)
             residual_RH = checkpoint(layer, *inputs, use_reentrant=False) if self.options.recompute else layer(*inputs)
+            if self.spec.norm_output:
+                residual_RH = self.norm(residual_RH)
             residuals.append(residual_RH)
         return torch.stack(residuals)
 

@@ -6,6 +6,10 @@ Both servers load the same folder although they number layers differently. With 
 - SGLang 0.5.23 reads ``eagle_config.eagle_aux_hidden_state_layer_ids`` and adds one itself: it wants ``k``.
 - vLLM 0.32 reads the top-level ``eagle_aux_hidden_state_layer_ids`` first and takes it as it is: it wants ``k + 1``.
 
+EAGLE-3.1 (2026) adds norms against a drift of the attention from step to step: ``fc_norm`` before ``fc``, and
+``norm_output`` behind the layer. ``norm_before_fc`` is an older variant of the first. A server is told by keys of the
+same names, and takes each for off where it is missing.
+
 A draft over the target's whole vocabulary has no ``d2t`` and ``t2d``: SGLang needs none, and vLLM refuses them.
 
 Shapes: H hidden size (draft and target), F aux layers, Q query heads times head_dim, K key heads times head_dim,
@@ -33,6 +37,9 @@ if TYPE_CHECKING:
 MIN_LAYERS = 7
 """Fewest target layers for which the default ids are distinct and in order."""
 
+NORMS = ("fc_norm", "norm_before_fc", "norm_output")
+"""Knobs, and keys of ``config.json``."""
+
 
 class Eagle3Knobs(DraftKnobs):
     kind: Literal["eagle3"] = "eagle3"
@@ -45,6 +52,12 @@ class Eagle3Knobs(DraftKnobs):
     """Training-time-test steps: how many tokens ahead the draft learns to go."""
     step_decay: float = Field(default=0.8, gt=0, le=1)
     """TTT step t weighs ``step_decay ** t`` in the loss."""
+    fc_norm: bool = False
+    """EAGLE-3.1: norm each of the target's states by itself before they are mixed."""
+    norm_before_fc: bool = False
+    """Norm the target's states together, as one vector, before they are mixed; excludes ``fc_norm``."""
+    norm_output: bool = False
+    """EAGLE-3.1: the next TTT step starts from the draft's output after its final norm."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +71,13 @@ class Eagle3Spec(DraftSpec):
     ttt_length: int = Eagle3Knobs.model_fields["ttt_length"].default
     step_decay: float = Eagle3Knobs.model_fields["step_decay"].default
     init: Literal["default", "target"] = "default"
+    fc_norm: bool = False
+    norm_before_fc: bool = False
+    norm_output: bool = False
 
     def __post_init__(self) -> None:
+        if self.fc_norm and self.norm_before_fc:
+            raise ValueError("draft.fc_norm and draft.norm_before_fc exclude each other: set one of them, or none")
         if not 0 < self.draft_vocab_size <= self.target.vocab_size:
             raise ValueError(f"draft.vocab_size={self.draft_vocab_size} must be from 1 to {self.target.vocab_size}")
 
@@ -73,6 +91,7 @@ class Eagle3Spec(DraftSpec):
             ttt_length=knobs.ttt_length,
             step_decay=knobs.step_decay,
             init=knobs.init,
+            **{name: getattr(knobs, name) for name in NORMS},
         )
 
     @classmethod
@@ -81,6 +100,7 @@ class Eagle3Spec(DraftSpec):
             target=TargetShape.from_config(config),
             layers=tuple(config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]),
             draft_vocab_size=config["draft_vocab_size"],
+            **{name: config.get(name, False) for name in NORMS},
         )
 
     @property
@@ -100,6 +120,11 @@ class Eagle3Spec(DraftSpec):
     @property
     def vocab_size(self) -> int | None:
         return self.draft_vocab_size if self.draft_vocab_size < self.target.vocab_size else None
+
+    @property
+    def norms_aux(self) -> bool:
+        """Whether aux states are normed before ``fc``, together or each by itself."""
+        return self.fc_norm or self.norm_before_fc
 
     @property
     def halo(self) -> int:
@@ -136,13 +161,19 @@ class Eagle3Spec(DraftSpec):
             "num_aux_hidden_states": len(self.layers),
             "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(self.layers), "use_aux_hidden_state": True},
             "eagle_aux_hidden_state_layer_ids": [k + 1 for k in self.layers],
+            **{name: getattr(self, name) for name in NORMS},
         }
 
     def hf_tensors(self) -> dict[str, tuple[int, ...]]:
         target = self.target
         H, F, M, D = target.hidden_size, len(self.layers), target.intermediate_size, self.draft_vocab_size
         Q, K = target.num_heads * target.head_dim, target.num_kv_heads * target.head_dim
-        return {
+        norms: dict[str, tuple[int, ...]] = {}
+        if self.norm_before_fc:
+            norms["input_norm.weight"] = (F * H,)
+        if self.fc_norm:
+            norms |= {f"fc_norm.{i}.weight": (H,) for i in range(F)}
+        return norms | {
             "fc.weight": (H, F * H),
             "midlayer.input_layernorm.weight": (H,),
             "midlayer.hidden_norm.weight": (H,),

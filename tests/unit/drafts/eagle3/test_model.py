@@ -16,7 +16,7 @@ from torchspec.drafts.draft import DraftOptions
 from torchspec.drafts.eagle3 import attention
 from torchspec.drafts.eagle3 import model as eagle3
 from torchspec.drafts.eagle3 import rows as ttt_rows
-from torchspec.nn import flash, losses
+from torchspec.nn import flash, layers, losses
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -32,7 +32,13 @@ cases = st.builds(
     draft_vocab=st.integers(2, 50),
     mask_rate=st.sampled_from([0.0, 0.1, 0.6, 1.0]),
     chunk=st.integers(1, 90),
-)
+    fc_norm=st.booleans(),
+    norm_before_fc=st.booleans(),
+    norm_output=st.booleans(),
+).filter(lambda case: not (case.fc_norm and case.norm_before_fc))
+
+NORMED = Case(fc_norm=True, norm_output=True)
+"""EAGLE-3.1."""
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -43,9 +49,10 @@ def test_equals_dense_oracle(dtype: torch.dtype, case: Case) -> None:
     assert worst_error(run_product(step), run_oracle(step)) <= TOLERANCE[dtype]
 
 
-def test_cases_are_not_trivial() -> None:
-    """The default case has positions of every kind, and gradients everywhere: zeros cannot pass."""
-    result = run_oracle(build(Case()))
+@pytest.mark.parametrize("case", [Case(), NORMED, Case(norm_before_fc=True)])
+def test_cases_are_not_trivial(case: Case) -> None:
+    """The cases have positions of every kind, and gradients everywhere: zeros cannot pass."""
+    result = run_oracle(build(case))
     supervised, counted, correct = (result.sums[name].sum() for name in ("supervised", "counted", "correct"))
     assert supervised > counted > correct > 0
     assert all(gradient.abs().max() > 1e-3 for gradient in result.gradients.values())
@@ -70,13 +77,21 @@ MUTATIONS: dict[str, tuple[Any, str, str, str]] = {
     "teacher not normalised": (TEACHER, "chunk", "p.sum(-1, keepdim=True)", "p.sum(-1, keepdim=True).add(1)"),
     "head gradient unweighted": (LOSS, "forward", "(hidden_mH * weight_m1)", "(hidden_mH)"),
 }  # fmt: skip
+NORM_MUTATIONS: dict[str, tuple[Any, str, str, str]] = {
+    "aux norms swapped": (layers.PartNorms, "forward", "zip(self,", "zip(reversed(self),"),
+    "aux states not normed": (DRAFT, "_unroll", "self.fc(self", "self.fc(aux_CA + 0 * self"),
+    "pre-norm state fed back": (
+        DRAFT, "_unroll", "residual_RH = self.norm(residual_RH)", "residuals.append(self.norm(residual_RH)); continue"),
+    "normed twice": (DRAFT, "forward", "if not self.spec.norm_output", "if True"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name", MUTATIONS)
+@pytest.mark.parametrize("name", [*MUTATIONS, *NORM_MUTATIONS])
 def test_mutations_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each mistake, written into the product's own source, breaks the comparison with the oracle."""
-    mutation = Mutation(*MUTATIONS[name])
-    step = build(Case(padding=0))  # so that a sample's last row lies next to another's first
+    mutation = Mutation(*(MUTATIONS | NORM_MUTATIONS)[name])
+    case = NORMED if name in NORM_MUTATIONS else Case()
+    step = build(replace(case, padding=0))  # so that a sample's last row lies next to another's first
     expected = run_oracle(step)
     assert worst_error(run_product(step), expected) <= 1e-12
     monkeypatch.setattr(mutation.owner, mutation.function, mutation.written())
@@ -122,8 +137,9 @@ def test_without_loss_tokens_every_parameter_is_reached(lengths: tuple[int, ...]
     assert all(sums.tolist() == [0.0] * step.case.ttt_length for sums in result.sums.values())
 
 
-def test_activation_checkpointing_changes_nothing() -> None:
-    step = build(Case())
+@pytest.mark.parametrize("case", [Case(), NORMED])
+def test_activation_checkpointing_changes_nothing(case: Case) -> None:
+    step = build(case)
     expected = run_product(step)
     step.draft.options = DraftOptions(loss_chunk_tokens=step.case.chunk, recompute=True)
     assert worst_error(run_product(step), expected) == 0
