@@ -1,4 +1,4 @@
-"""What a request waits for before it goes to SGLang: room in the plugin's buffer, and its turn."""
+"""What a request waits for: bytes of the plugin's buffer, its turn, and the engine while it lives."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import AbstractAsyncContextManager
 
 import pytest
 
-from torchspec.inference.engine import CAPTURES_WHILE_ANSWERING, _Budget, _Turns
+from torchspec.inference.engine import CAPTURES_WHILE_ANSWERING, EngineDied, TargetEngine, _Budget, _Turns
 from torchspec.inference.source import SourceFailed
 
 
@@ -91,5 +91,36 @@ def test_bytes_are_given_out_in_order_and_a_large_request_is_not_overtaken() -> 
             async with budget.taken(11):
                 pass
         assert failed.value.kind == "final"
+
+    run(scenario)
+
+
+@pytest.mark.parametrize("how", ["dies", "answers", "is given up"])
+def test_who_waits_for_an_engine_hears_of_its_death_and_leaves_nothing_behind(how: str) -> None:
+    async def scenario(_held: Held) -> None:
+        engine, ended = TargetEngine.__new__(TargetEngine), asyncio.Event()
+        engine._death = asyncio.get_running_loop().create_future()
+
+        async def work() -> str:
+            try:
+                await asyncio.sleep(0 if how == "answers" else 600)
+                return "answered"
+            finally:
+                ended.set()
+
+        waiting = asyncio.create_task(engine._or_death(work()))
+        await settled()
+        if how == "answers":
+            assert await waiting == "answered"
+        elif how == "dies":
+            engine._declare_dead("killed")
+            with pytest.raises(EngineDied, match="killed"):
+                await waiting
+        else:
+            waiting.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await waiting
+        await settled()
+        assert ended.is_set()
 
     run(scenario)
