@@ -206,7 +206,7 @@ class RankReport:
     """Steps fetched and waiting for the step loop."""
     doing: Literal["waiting", "training", "paused"] = "waiting"
     flops: float = 0.0
-    """Floating-point operations of the draft, forward and backward (``training/flops.py``)."""
+    """Floating-point operations of the draft, forward and backward (``DraftSpec.flops``)."""
     peak_flops: float | None = None
     """A second, of its device; None where it is not known."""
 

@@ -1,4 +1,4 @@
-"""Every knob of a run, its default, its unit and what it is for.
+"""Every knob of a run but those of a kind of draft (``drafts/KIND/spec.py``): default, unit, and what it is for.
 
 One pydantic model a section. Unknown keys are refused (``config/load.py`` names the nearest valid one). The resolved
 config is saved with the run; it holds no secrets.
@@ -125,7 +125,7 @@ class ControllerConfig(Section):
     reorder_window: int = Field(default=256, ge=1)
     """How many samples beyond the oldest untrained one may be in the making. Bounds what a slow prompt holds up."""
     max_attempts: int = Field(default=3, ge=1)
-    """A sample that failed so many times is rejected, by name."""
+    """A sample that has failed so often, or been in so many deaths of workers (the last one alone), is rejected."""
     prefetch_steps: int = Field(default=2, ge=1)
     """Batches handed to a rank before it has finished the current one, that one included."""
 

@@ -1,1 +1,1 @@
-"""The controller of a run: ledger, credits, rank queues. Metadata only, never a tensor."""
+"""The controller of a run: ledger, credits, the steps of the ranks. Metadata only, never a tensor."""

@@ -37,7 +37,7 @@ class EngineConfig:
 
     model_path: str
     aux_layers: tuple[int, ...]
-    """Layers whose outputs are captured (``target/layers.py``)."""
+    """Layers whose outputs are captured (``target/shape.py``)."""
     device: Literal["cpu", "cuda"] = "cpu"
     dtype: str = "bfloat16"
     threads: int = 1
