@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from torchspec.drafts.dflash.spec import DFlashSpec
 from torchspec.drafts.eagle3.spec import Eagle3Spec
 from torchspec.drafts.spec import DraftSpec
 
 KINDS: dict[str, type[DraftSpec]] = {
     "eagle3": Eagle3Spec,
+    "dflash": DFlashSpec,
 }
 """The first one is the default."""
 

@@ -210,6 +210,7 @@ class FusedCrossEntropy(torch.autograd.Function):
                 dhidden_RH.index_copy_(0, row_m, ((z_mD @ head) * weight_m1).to(dhidden_RH.dtype))
             if dhead_DH is not None:
                 _add_outer_(dhead_DH, z_mD, (hidden_mH * weight_m1).to(dtype))
+            del z_mD, targets  # before the next chunk's are made
         sums = sums_4K.unbind()
         ctx.mark_non_differentiable(*sums)
         ctx.save_for_backward(dhidden_RH, dhead_DH)

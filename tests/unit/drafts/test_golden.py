@@ -7,35 +7,47 @@ the commit says why. Plain SGD, because Adam makes a step of what is rounding no
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
+from torch import Tensor
 
-from tests.oracles import eagle3_cases
+from tests.oracles import dflash_cases, eagle3_cases
 
 FOLDER = Path(__file__).parents[2] / "golden"
 STEPS, BATCHES = 20, 4
 
 
-def eagle3_losses() -> list[float]:
-    """Loss of each step, in float64, on a few batches in turn."""
-    first = eagle3_cases.build(eagle3_cases.Case())
+def losses_of(kind: ModuleType, denominator: Callable[[dict[str, Tensor]], Tensor]) -> list[float]:
+    """Loss of each step, in float64, on a few batches in turn.
+
+    Args:
+        kind: the module with its random cases.
+        denominator: out of a step's sums, by name.
+    """
+    first = kind.build(kind.Case())
     optimizer = torch.optim.SGD(first.draft.parameters(), lr=0.03)
-    batches = [eagle3_cases.build(eagle3_cases.Case(seed=100 + number)).batch for number in range(BATCHES)]
+    batches = [kind.build(kind.Case(seed=100 + number)).batch for number in range(BATCHES)]
     losses = []
     for number in range(STEPS):
-        result = eagle3_cases.run_product(replace(first, batch=batches[number % BATCHES]))
-        counted = result.sums["counted"][0]
+        result = kind.run_product(replace(first, batch=batches[number % BATCHES]))
+        scale = denominator(result.sums)
         for name, parameter in first.draft.named_parameters():
-            parameter.grad = result.gradients[name] / counted
+            parameter.grad = result.gradients[name] / scale
         optimizer.step()
-        losses.append((result.total / counted).item())
+        losses.append((result.total / scale).item())
     return losses
 
 
-LOSSES = {"eagle3": eagle3_losses}
+LOSSES = {
+    "eagle3": partial(losses_of, eagle3_cases, lambda sums: sums["counted"][0]),
+    "dflash": partial(losses_of, dflash_cases, lambda sums: sums["denominator"]),
+}
 
 
 @pytest.mark.parametrize("kind", LOSSES)

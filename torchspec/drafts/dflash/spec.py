@@ -1,0 +1,261 @@
+"""DFlash in numbers (arXiv 2602.06036): its knobs, the layers it reads, its mask token, its folder, how it is served.
+
+The names and the meaning of what the folder holds are those of SGLang 0.5.23 and vLLM 0.32, which agree: a layer id k
+is the *output* of the 0-based target layer k, and the last layer's is never captured. Both take the embedding and the
+head from the target.
+
+Shapes: H hidden size (draft and target), F target layers read, Q query heads times head_dim, K key heads times
+head_dim, E head_dim, M MLP width, B block size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import Field
+
+from torchspec.drafts.dflash import costs
+from torchspec.drafts.spec import DraftKnobs, DraftSpec, RankBytes, Work
+from torchspec.target.shape import TargetShape, check_layers
+
+if TYPE_CHECKING:
+    from torchspec.drafts.dflash.model import DFlashDraft
+    from torchspec.drafts.draft import DraftOptions
+    from torchspec.target.checkpoint import TargetCheckpoint
+    from torchspec.target.head import TargetHead
+
+SERVERS_MASK = "<|MASK|>"
+"""What SGLang takes for the mask token where a tokenizer has it, whatever the draft's folder says."""
+
+
+class DFlashKnobs(DraftKnobs):
+    kind: Literal["dflash"] = "dflash"
+    """Which kind of draft is trained."""
+    num_layers: int = Field(default=5, ge=1)
+    """Decoder layers of the draft."""
+    num_features: int = Field(default=5, ge=1)
+    """How many of the target's layers it reads, spread evenly, where ``target.aux_layers`` names none."""
+    block_size: int = Field(default=16, ge=2, le=64)
+    """Slots of a block: the last known token, and the tokens that are guessed after it in one pass."""
+    num_anchors: int = Field(default=512, ge=1)
+    """Most blocks of one sample in a step, drawn among the tokens that are learnt; memory and time grow with it."""
+    gamma: float | None = Field(default=None, gt=0)
+    """Slot k weighs ``exp(-(k - 1) / gamma)`` in the loss. Default: 7, 5, 4 for blocks of 16, 10, 8, else 7/16 of the
+    block, rounded up."""
+    loss: Literal["ce", "soft_ce"] = "ce"
+    """``ce`` learns the tokens themselves, as the paper does; ``soft_ce`` the target's distributions over them."""
+    mask_token_id: int | None = Field(default=None, ge=0)
+    """Token that stands for those to be guessed. Default: the tokenizer's own, else one that no text holds."""
+    export_yarn_factor: float | None = Field(default=None, gt=1)
+    """Stretch the rotary embedding of the exported draft with YaRN, for a target that is served with it."""
+
+
+@dataclass(frozen=True)
+class DFlashSpec(DraftSpec):
+    kind: ClassVar[str] = "dflash"
+    architecture: ClassVar[str] = "DFlashDraftModel"
+    Knobs: ClassVar[type[DraftKnobs]] = DFlashKnobs
+
+    num_target_layers: int
+    num_layers: int
+    block_size: int
+    mask_token_id: int
+    num_anchors: int = DFlashKnobs.model_fields["num_anchors"].default
+    gamma: float | None = None
+    loss: Literal["ce", "soft_ce"] = "ce"
+    export_yarn_factor: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.mask_token_id >= self.target.vocab_size:
+            raise ValueError(
+                f"draft.mask_token_id={self.mask_token_id} must be below the target's {self.target.vocab_size} tokens"
+            )
+        if self.layers[-1] >= self.num_target_layers - 1:
+            raise ValueError(
+                f"target.aux_layers={list(self.layers)} must be from 0 to {self.num_target_layers - 2} for a DFlash "
+                "draft: servers do not capture the output of the target's last layer"
+            )
+        rope_type = self.target.rope_parameters["rope_type"]
+        if self.export_yarn_factor is not None and rope_type != "default":
+            raise ValueError(
+                f"draft.export_yarn_factor={self.export_yarn_factor}: the target's rotary embedding is stretched "
+                f"already (rope_type {rope_type}), and the draft takes it over; leave the knob out"
+            )
+
+    @classmethod
+    def of(cls, knobs: DFlashKnobs, target: TargetCheckpoint, layers: Sequence[int] | None) -> Self:
+        chosen = default_layers(target.num_layers, knobs.num_features) if layers is None else layers
+        return cls(
+            target=target.shape,
+            layers=check_layers(target.num_layers, chosen),
+            num_target_layers=target.num_layers,
+            num_layers=knobs.num_layers,
+            block_size=knobs.block_size,
+            mask_token_id=free_token(target) if knobs.mask_token_id is None else knobs.mask_token_id,
+            num_anchors=knobs.num_anchors,
+            gamma=knobs.gamma,
+            loss=knobs.loss,
+            export_yarn_factor=knobs.export_yarn_factor,
+        )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        return cls(
+            target=TargetShape.from_config(config),
+            layers=tuple(config["dflash_config"]["target_layer_ids"]),
+            num_target_layers=config["num_target_layers"],
+            num_layers=config["num_hidden_layers"],
+            block_size=config["block_size"],
+            mask_token_id=config["dflash_config"]["mask_token_id"],
+        )
+
+    @property
+    def positions(self) -> int:
+        return self.block_size - 1
+
+    @property
+    def draft_tokens(self) -> int:
+        """The whole block, which costs one pass whatever its size."""
+        return self.positions
+
+    @property
+    def slot_weights(self) -> list[float]:
+        """Of slots 1 .. B - 1 in the loss."""
+        gamma = math.ceil(7 * self.block_size / 16) if self.gamma is None else self.gamma
+        return [math.exp(-k / gamma) for k in range(self.positions)]
+
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.hf_tensors().values())
+
+    def flops(self, tokens: int, scored: int) -> float:
+        return costs.flops(self, tokens, scored)
+
+    def rank_bytes(self, work: Work) -> RankBytes:
+        return costs.rank_bytes(self, work)
+
+    def build(self, head: TargetHead, target: TargetCheckpoint, options: DraftOptions) -> DFlashDraft:
+        from torchspec.drafts.dflash.model import DFlashDraft
+
+        return DFlashDraft(self, options)
+
+    def hf_config(self, dtype: str) -> dict[str, Any]:
+        return {
+            "architectures": [self.architecture],
+            "model_type": "qwen3",
+            "torch_dtype": dtype,
+            "num_hidden_layers": self.num_layers,
+            "layer_types": ["full_attention"] * self.num_layers,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            **self._exported_target().hf_config(),
+            "tie_word_embeddings": False,
+            "block_size": self.block_size,
+            "num_target_layers": self.num_target_layers,
+            "dflash_config": {"target_layer_ids": list(self.layers), "mask_token_id": self.mask_token_id},
+        }
+
+    def hf_tensors(self) -> dict[str, tuple[int, ...]]:
+        target = self.target
+        H, F, M, E = target.hidden_size, len(self.layers), target.intermediate_size, target.head_dim
+        Q, K = target.num_heads * E, target.num_kv_heads * E
+        layer = {
+            "input_layernorm": (H,),
+            "post_attention_layernorm": (H,),
+            "self_attn.q_proj": (Q, H),
+            "self_attn.k_proj": (K, H),
+            "self_attn.v_proj": (K, H),
+            "self_attn.o_proj": (H, Q),
+            "self_attn.q_norm": (E,),
+            "self_attn.k_norm": (E,),
+            "mlp.gate_proj": (M, H),
+            "mlp.up_proj": (M, H),
+            "mlp.down_proj": (H, M),
+        }
+        layers = {f"layers.{i}.{name}": shape for i in range(self.num_layers) for name, shape in layer.items()}
+        tensors: dict[str, tuple[int, ...]] = {"fc": (H, F * H), "hidden_norm": (H,), **layers, "norm": (H,)}
+        return {f"{name}.weight": shape for name, shape in tensors.items()}
+
+    def server_args(self, num_draft_tokens: int) -> dict[str, Any]:
+        """The server's block may be smaller than the trained one, though every slot then sees fewer masks."""
+        if not 1 <= num_draft_tokens < self.block_size:
+            raise ValueError(
+                f"num_draft_tokens={num_draft_tokens} must be from 1 to {self.block_size - 1}: the draft was trained "
+                f"with draft.block_size={self.block_size}, of which the first is the token before"
+            )
+        return {"speculative_algorithm": "DFLASH", "speculative_num_draft_tokens": num_draft_tokens + 1}
+
+    def served_as(self) -> dict[str, tuple[str, ...]]:
+        fused = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
+        names: dict[str, tuple[str, ...]] = {}
+        for i in range(self.num_layers):
+            for parameter, parts in fused.items():
+                parent = parameter.partition(".")[0]
+                pieces = tuple(f"layers.{i}.{parent}.{part}.weight" for part in parts)
+                names[f"layers.{i}.{parameter}.weight"] = pieces
+        known = {piece for pieces in names.values() for piece in pieces}
+        return names | {name: (name,) for name in self.hf_tensors() if name not in known}
+
+    def _exported_target(self) -> TargetShape:
+        """The target's shape, with YaRN (arXiv 2309.00071) where it is wanted."""
+        factor, target = self.export_yarn_factor, self.target
+        if factor is None:
+            return target
+        rope = {
+            "rope_type": "yarn",
+            "rope_theta": target.rope_parameters["rope_theta"],
+            "factor": factor,
+            "original_max_position_embeddings": target.max_position_embeddings,
+        }
+        longest = int(target.max_position_embeddings * factor)
+        return replace(target, rope_parameters=rope, max_position_embeddings=longest)
+
+
+def default_layers(num_layers: int, features: int) -> list[int]:
+    """``features`` layers of a target of L layers, evenly from 1 to L - 3; one alone is ``L // 2``.
+
+    Source: DFlash (arXiv 2602.06036), and the default of SGLang.
+
+    Raises:
+        ValueError: there are not so many.
+    """
+    ids = [num_layers // 2]
+    if features > 1:
+        ids = [round(1 + i * (num_layers - 4) / (features - 1)) for i in range(features)]
+    if ids != sorted(set(ids)) or ids[-1] > num_layers - 2:
+        raise ValueError(
+            f"draft.num_features={features} has no default layers in a target of {num_layers}: lower it, or name ids "
+            f"from 0 to {num_layers - 2} in target.aux_layers"
+        )
+    return ids
+
+
+def free_token(target: TargetCheckpoint) -> int:
+    """A token for what is masked: the tokenizer's mask token, else an embedding row without a token, else a special
+    token that has no role and that the chat template does not write (one called reserved or unused before others).
+
+    Raises:
+        ValueError: the target has none.
+    """
+    tokenizer, size = target.tokenizer, target.shape.vocab_size
+    vocabulary: dict[str, int] = tokenizer.get_vocab()
+    own = vocabulary.get(SERVERS_MASK, tokenizer.mask_token_id)
+    if own is not None and own < size:
+        return own
+    used = set(vocabulary.values())
+    if (free := next((i for i in range(size) if i not in used), None)) is not None:
+        return free
+    roles, template = {*tokenizer.all_special_ids, *target.end_token_ids}, str(tokenizer.chat_template)
+    spare = {
+        i: any(word in str(token) for word in ("reserved", "unused"))
+        for i, token in tokenizer.added_tokens_decoder.items()
+        if token.special and i not in roles and str(token) not in template and i < size
+    }
+    if not spare:
+        raise ValueError(
+            f"draft.mask_token_id: {target.path} has no mask token, no embedding row without a token and no special "
+            "token to spare; name the id of one that no text holds"
+        )
+    return max(spare, key=lambda i: (spare[i], i))
