@@ -109,6 +109,9 @@ class DraftSpec(ABC):
         """Positions behind its own rows that a shard reads; None: samples cannot be shared among ranks."""
         return None
 
+    def check_answers(self, longest: int) -> None:  # noqa: B027 (most kinds learn from any)
+        """Raises ValueError: answers of so many tokens at most leave some of the draft untrained."""
+
     @abstractmethod
     def parameters(self) -> int:
         """Trained ones."""

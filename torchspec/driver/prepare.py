@@ -63,7 +63,10 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Pre
     _require_rows(config, len(train), train.rejected)
     if resume_from is not None:
         LedgerSnapshot.from_json((resume_from / LEDGER_FILE).read_text(), ledger_shape(config, train))
-    vocab_prompts = 0 if train.fully_answered else _vocab_prompts(resolved, len(train))
+    vocab_prompts = 0
+    if not train.fully_answered:
+        resolved.draft.check_answers(config.answer.max_tokens)
+        vocab_prompts = _vocab_prompts(resolved, len(train))
     plan = make_plan(resolved, len(heldout) if heldout else 0, vocab_prompts)
     folder.path.mkdir(parents=True, exist_ok=True)
     if not resume:
@@ -85,7 +88,10 @@ def make_plan_for(config: Config) -> tuple[Plan, Survey]:
     heldout = 0
     if config.evaluation.heldout is not None:
         heldout = _survey(config, "evaluation.heldout", config.evaluation.heldout, config.evaluation.samples).rows
-    vocab_prompts = _vocab_prompts(resolved, train.rows) if train.answer_tokens else 0
+    vocab_prompts = 0
+    if train.answer_tokens:
+        resolved.draft.check_answers(config.answer.max_tokens)
+        vocab_prompts = _vocab_prompts(resolved, train.rows)
     return make_plan(resolved, heldout, vocab_prompts), train
 
 

@@ -127,6 +127,13 @@ class DFlashSpec(DraftSpec):
         gamma = math.ceil(7 * self.block_size / 16) if self.gamma is None else self.gamma
         return [math.exp(-k / gamma) for k in range(self.positions)]
 
+    def check_answers(self, longest: int) -> None:
+        if longest < self.block_size:
+            raise ValueError(
+                f"draft.block_size ({self.block_size}) is longer than any answer (answer.max_tokens is {longest}): its "
+                "last slots would never be trained; lower the one or raise the other"
+            )
+
     def parameters(self) -> int:
         return sum(math.prod(shape) for shape in self.hf_tensors().values())
 

@@ -157,6 +157,15 @@ def test_samples_cannot_be_shared() -> None:
         TrainingConfig(attention_backend="usp", sp_ring_size=2).shard_formula(spec_of(Case()).halo)
 
 
+def test_a_block_fits_into_an_answer() -> None:
+    spec = replace(spec_of(Case()), block_size=8)
+    spec.check_answers(8)
+    with pytest.raises(
+        ValueError, match=r"draft\.block_size \(8\) is longer than any answer \(answer\.max_tokens is 7\)"
+    ):
+        spec.check_answers(7)
+
+
 @pytest.mark.parametrize(("block_size", "gamma"), [(16, 7), (10, 5), (8, 4), (2, 1)])
 def test_early_slots_weigh_more(block_size: int, gamma: int) -> None:
     weights = replace(spec_of(Case()), block_size=block_size, gamma=None).slot_weights
