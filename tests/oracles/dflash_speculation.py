@@ -22,7 +22,19 @@ from torch import Tensor
 from torch.nn.functional import silu
 from transformers import PreTrainedModel
 
-from tests.oracles.eagle3_dense import rms, turn
+
+def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
+
+
+def turn(x: Tensor, first: int, theta: float) -> Tensor:
+    """Rotary embedding of x [S, heads, E], whose rows stand at the positions from ``first`` on: pairs (c, c + E/2)."""
+    half = x.shape[-1] // 2
+    positions_S, rates_C = torch.arange(first, first + len(x)), theta ** (-torch.arange(half).double() / half)
+    angles = (positions_S[:, None] * rates_C)[:, None]
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    a, b = x[..., :half], x[..., half:]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1)
 
 
 @dataclass
@@ -49,7 +61,7 @@ class Draft:
     def turned(self, x: Tensor, attention: str, part: str, first: int) -> Tensor:
         """Queries or keys [S, heads, E] of the positions from ``first`` on: normed for each head, then turned."""
         y = self.norm(self.heads(x, f"{attention}.{part}_proj"), f"{attention}.{part}_norm")
-        return turn(y, torch.arange(first, first + len(x)), self.config["rope_parameters"]["rope_theta"])
+        return turn(y, first, self.config["rope_parameters"]["rope_theta"])
 
     def block(self, features_SA: Tensor, anchor: int | Tensor, size: int) -> Tensor:
         """Hidden states [B, H] of the block at position S, after the last norm."""
