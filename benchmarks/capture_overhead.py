@@ -29,7 +29,6 @@ from rich.table import Table
 
 from torchspec.config.schema import AnswerConfig
 from torchspec.data.builtin_target import CACHE, MODEL
-from torchspec.drafts.eagle3.spec import default_layers
 from torchspec.hardware import fast_dtype
 from torchspec.inference.engine import TargetEngine
 from torchspec.inference.sglang_process import EngineConfig, start_token_engine
@@ -37,6 +36,7 @@ from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.hidden_state_store import HiddenStateStore
 from torchspec.store.master import MooncakeMaster
 from torchspec.store.node import StoreNode
+from torchspec.target.shape import early_middle_late
 
 BATCHES = {"512 x 1": (512, 1), "512 x 8": (512, 8), "2048 x 1": (2048, 1), "2048 x 2": (2048, 2)}
 """Name to (tokens, prompts)."""
@@ -81,7 +81,7 @@ def prompts_of(length: int, count: int, seed: int) -> list[list[int]]:
 
 def serve(role: str, model: Path, endpoint: StoreEndpoint) -> None:
     """Answer :meth:`Engine.ask` until stdin closes."""
-    config = EngineConfig(str(model), default_layers(30), dtype=fast_dtype("cpu"), max_total_tokens=10000)
+    config = EngineConfig(str(model), early_middle_late(30), dtype=fast_dtype("cpu"), max_total_tokens=10000)
     engine: Any
     if role == "capture":
         engine = TargetEngine(config, endpoint, BUFFER_BYTES, AnswerConfig())

@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from torchspec.config.schema import OptimizerConfig, TrainingConfig
-from torchspec.drafts.draft import Batch, DraftOptions, Sharing
+from torchspec.drafts.draft import Batch, DraftOptions
 from torchspec.drafts.eagle3.model import Eagle3Draft
 from torchspec.drafts.eagle3.spec import Eagle3Spec
 from torchspec.network import free_port
-from torchspec.parallel.mesh import build_mesh, join_ranks, shard_module
+from torchspec.parallel.mesh import Sharing, build_mesh, join_ranks, shard_module
 from torchspec.store.geometry import segment_rows
 from torchspec.target.head import TargetHead
 from torchspec.target.shape import TargetShape

@@ -21,13 +21,13 @@ from typing import Any
 import psutil
 
 from torchspec.config.schema import AnswerConfig
-from torchspec.drafts.eagle3.spec import default_layers
 from torchspec.inference.engine import Answered, EngineDied, TargetEngine
 from torchspec.inference.sglang_process import EngineConfig, EngineError
 from torchspec.store.endpoint import StoreEndpoint
+from torchspec.target.shape import early_middle_late
 
 CHUNK = 128
-AUX_LAYERS = default_layers(30)
+AUX_LAYERS = early_middle_late(30)
 
 
 class LiveEngine:

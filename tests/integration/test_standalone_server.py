@@ -19,13 +19,13 @@ from transformers import AutoModelForCausalLM
 
 from tests.integration.standalone_harness import ServedModel, command, environment, served_model
 from tests.integration.store_harness import RunningStore, running_store
-from torchspec.drafts.eagle3.spec import default_layers
 from torchspec.inference.capture.protocol import capture_rid, decode_captured
 from torchspec.shards import ShardFormula
 from torchspec.store.geometry import sample_tensors, shard_suffix, shard_tensors
 from torchspec.store.hidden_state_store import HiddenStateStore
+from torchspec.target.shape import early_middle_late
 
-AUX_LAYERS = default_layers(30)
+AUX_LAYERS = early_middle_late(30)
 SHARDING = ShardFormula(ulysses_size=2, ring_size=2, layout="zigzag", halo=3)
 MAX_LENGTH, HIDDEN = 200, 576
 TOLERANCE = 2e-4

@@ -7,16 +7,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from tests.mutation import Mutation
-from torchspec.drafts.eagle3 import sharded as usp
-from torchspec.drafts.eagle3.attention import TTTAttention
 from torchspec.drafts.eagle3.model import Eagle3Draft
-from torchspec.parallel import mesh, ring, ulysses
+from torchspec.nn.chain_attention import ChainAttention
+from torchspec.parallel import mesh, ring, ulysses, usp
 from torchspec.shards import ShardFormula
 from torchspec.training import learner
 
 KERNEL, GATHERED = ring.RingKernel, ring._Gathered
 MISTAKES: dict[str, Mutation] = {
-    "zeros": Mutation(TTTAttention, "forward", "return o_RQE.to(q_RQE.dtype)", "return q_RQE * 0"),
+    "zeros": Mutation(ChainAttention, "forward", "return o_RQE.to(q_RQE.dtype)", "return q_RQE * 0"),
     "halo dropped": Mutation(ShardFormula, "_segment", "stop + self.halo", "stop"),
     "halo one short": Mutation(ShardFormula, "_segment", "stop + self.halo", "stop + self.halo - 1"),
     "two ranks swapped": Mutation(usp.UspBackend, "on", "return cls(formula, rank,", "return cls(formula, rank ^ 1,"),

@@ -17,9 +17,10 @@ from tests.oracles.eagle3_cases import Case, Result, Step, build, run_oracle, wo
 from tests.parallel.mutations import mutated
 from tests.parallel.ranks import Ranks
 from tests.parallel.recorder import Call, Recorder, first_difference
-from torchspec.drafts.draft import Batch, DraftOptions, DraftOutput, Sharing
-from torchspec.drafts.eagle3.sharded import UspBackend
+from torchspec.drafts.draft import Batch, DraftOptions, DraftOutput
 from torchspec.parallel import mesh
+from torchspec.parallel.mesh import Sharing
+from torchspec.parallel.usp import UspBackend
 from torchspec.shards import Layout, ShardFormula
 from torchspec.training import learner as training
 from torchspec.training.sums import ROWS, StepSums

@@ -19,7 +19,7 @@ from tests.parallel.mutations import SKIPS
 from tests.parallel.ranks import Ranks, running_ranks
 from tests.parallel.recorder import Call, first_difference
 from tests.parallel.steps import Setup, masks, mesh_of, run_rank
-from torchspec.drafts.eagle3.rows import active_rows
+from torchspec.nn.chain_rows import active_rows
 
 SMALL = Case(
     ttt_length=2, lengths=(11, 6), padding=0, kv_heads=2, group=2, head_dim=4, hidden=8, vocab=20, draft_vocab=12

@@ -14,11 +14,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from torchspec.contracts import NormState
 from torchspec.drafts.spec import DraftSpec
-from torchspec.shards import ShardFormula
+from torchspec.parallel.mesh import Sharing
 from torchspec.target.head import TargetHead
 
 
@@ -62,16 +61,6 @@ class DraftOutput(NamedTuple):
     """All positions that are scored."""
     correct_K: Tensor
     """Counted positions at which the draft's first choice is the target's."""
-
-
-@dataclass(frozen=True)
-class Sharing:
-    """How samples are shared among ranks, and with whom."""
-
-    formula: ShardFormula
-    mesh: DeviceMesh
-    """Of ``parallel/mesh.py``."""
-    gather_once: bool
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
@@ -24,6 +25,17 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from torchspec.network import address_towards, interface_of
+from torchspec.shards import ShardFormula
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How samples are shared among ranks, and with whom."""
+
+    formula: ShardFormula
+    mesh: DeviceMesh
+    """Of :func:`build_mesh`."""
+    gather_once: bool
 
 
 def join_ranks(

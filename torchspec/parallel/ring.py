@@ -1,11 +1,11 @@
 """Block-0 attention over a ring of ranks, exactly: partial softmaxes merged by their log-sum-exps.
 
 Queries stay; keys and values of the other ranks come by (Ring Attention, arXiv 2310.01889). They do not change over the
-TTT steps, so there are two ways to have them:
+positions of a chain, so there are two ways to have them:
 
-    gathered      all-gathered once a micro-batch and kept; their gradients add up over the TTT steps and are
+    gathered      all-gathered once a micro-batch and kept; their gradients add up over the positions and are
                   reduce-scattered once. Costs the memory of all keys and values of this rank's heads.
-    circulating   sent around once each TTT step, and once more in its backward, where their gradients travel along.
+    circulating   sent around once each position, and once more in its backward, where their gradients travel along.
 
 Gradients of keys and values add up in float32 either way: autograd sees them through a *carrier*, a float32 tensor
 without memory of its own that stands for them.
@@ -13,7 +13,7 @@ without memory of its own that stands for them.
 Which queries meet which keys is decided beforehand, as a list of tiles. A tile is one call of the flash kernel: queries
 of one sample with keys that all come before them (full), or with the keys of their own positions (causal, square).
 Later keys and padding are in no tile. The backward calls each tile's kernel with the output and log-sum-exp of the
-whole softmax, diagonal terms included, as ``drafts/eagle3/attention.py`` explains.
+whole softmax, diagonal terms included, as ``nn/chain_attention.py`` explains.
 
 Shapes: R query rows, L query slots, G key/value slots, Q query heads, K key/value heads (those of this rank), E head
 dimension. ``kv_GKX`` has a row's key and value side by side, X = 2E.
@@ -70,7 +70,7 @@ def tiles(queries: Iterable[Run], keys: Collection[Run]) -> list[Tile]:
 
 
 class RingKernel:
-    """The kernel of :func:`ttt_attention` over tiles.
+    """The kernel of :func:`chain_attention` over tiles.
 
     Its tensors: kv_GKX, its carrier, and slot_R, where each query goes among the L slots (L is the place of padding).
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
+MIN_LAYERS = 7
+"""Fewest layers of a target of which :func:`early_middle_late` are distinct and in order."""
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not depend on the sequence's length."""
 
@@ -99,3 +101,19 @@ def check_layers(num_layers: int, layers: Sequence[int]) -> tuple[int, ...]:
             f"(an id is the output of that 0-based layer)"
         )
     return ids
+
+
+def early_middle_late(num_layers: int) -> tuple[int, int, int]:
+    """What EAGLE3 reads of a target of L layers: ``(1, L//2 - 1, L - 4)``, the inputs of layers 2, L//2 and L-3.
+
+    Source: EAGLE-3 (arXiv 2503.01840) and its reference implementation.
+
+    Raises:
+        ValueError: the target has fewer than ``MIN_LAYERS`` layers; name the ids yourself.
+    """
+    if num_layers < MIN_LAYERS:
+        raise ValueError(
+            f"target.aux_layers has no default for a target of {num_layers} layers (needs {MIN_LAYERS}); "
+            f"name ids from 0 to {num_layers - 1}"
+        )
+    return 1, num_layers // 2 - 1, num_layers - 4

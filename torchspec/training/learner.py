@@ -24,9 +24,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from torchspec.config.schema import Config
-from torchspec.drafts.draft import Batch, Draft, DraftOptions, DraftOutput, Sharing
+from torchspec.drafts.draft import Batch, Draft, DraftOptions, DraftOutput
 from torchspec.drafts.spec import DraftSpec
-from torchspec.parallel.mesh import shard_module
+from torchspec.parallel.mesh import Sharing, shard_module
 from torchspec.target.checkpoint import TargetCheckpoint
 from torchspec.target.head import TargetHead, load_target_head
 from torchspec.training.clock import RankClock

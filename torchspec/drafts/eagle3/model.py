@@ -6,17 +6,15 @@
                                                                              +--> norm --> lm_head --> loss
 
 The parameters carry exactly the names that servers load. The target's embedding, final norm and head stay outside
-(:class:`TargetHead`). Which rows each step needs is decided by :class:`TTTRows`, where the alignment is spelled out;
-the attention is :func:`ttt_attention`, the loss :func:`fused_cross_entropy`. Whether samples are whole or shared
+(:class:`TargetHead`). Which rows each step needs is decided by :class:`ChainRows`, where the alignment is spelled out;
+the attention is :func:`chain_attention`, the loss :func:`fused_cross_entropy`. Whether samples are whole or shared
 by several ranks is the business of an :class:`AttentionBackend`: all else is row-wise and does not see the difference.
 
 Shapes: B batch, S padded length, A aux states concatenated (num_aux * H), H hidden size, C context rows, R active rows,
-T TTT steps, Q query heads, K key/value heads, E head dimension.
+T TTT steps, E head dimension.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import torch
 import torch._dynamo
@@ -24,67 +22,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from torchspec.drafts.draft import Batch, Draft, DraftOptions, DraftOutput
-from torchspec.drafts.eagle3.attention import Block0
-from torchspec.drafts.eagle3.initialise import initialise
-from torchspec.drafts.eagle3.sequences import FLASH, AttentionBackend, Sequences
-from torchspec.drafts.eagle3.sharded import UspBackend
 from torchspec.drafts.eagle3.spec import Eagle3Spec
-from torchspec.nn.layers import MLP, PartNorms, RMSNorm
+from torchspec.drafts.initialise import initialise
+from torchspec.nn.decoder import DecoderLayer
+from torchspec.nn.layers import PartNorms, RMSNorm
 from torchspec.nn.losses import compute_dtype, fused_cross_entropy
-from torchspec.nn.rope import rotary_table, rotate
+from torchspec.nn.rope import rotary_table
+from torchspec.nn.sequences import FLASH, AttentionBackend, Sequences
+from torchspec.parallel.usp import UspBackend
 from torchspec.target.checkpoint import TargetCheckpoint
 from torchspec.target.head import TargetHead
-from torchspec.target.shape import TargetShape
-
-
-class Attention(nn.Module):
-    """The projections around :func:`ttt_attention`. Its input is twice as wide as the model."""
-
-    def __init__(self, target: TargetShape):
-        super().__init__()
-        width, kv_width = target.num_heads * target.head_dim, target.num_kv_heads * target.head_dim
-        self.q_proj = nn.Linear(2 * target.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(2 * target.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(2 * target.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, target.hidden_size, bias=False)
-        self.num_heads, self.num_kv_heads, self.head_dim = target.num_heads, target.num_kv_heads, target.head_dim
-
-    def queries(self, x_RX: Tensor, cos_RE: Tensor, sin_RE: Tensor) -> Tensor:
-        return rotate(self.q_proj(x_RX).unflatten(-1, (self.num_heads, self.head_dim)), cos_RE, sin_RE)
-
-    def keys_values(self, x_RX: Tensor, cos_RE: Tensor, sin_RE: Tensor) -> tuple[Tensor, Tensor]:
-        heads = (self.num_kv_heads, self.head_dim)
-        k_RKE, v_RKE = (proj(x_RX).unflatten(-1, heads) for proj in (self.k_proj, self.v_proj))
-        return rotate(k_RKE, cos_RE, sin_RE), v_RKE
-
-
-class DecoderLayer(nn.Module):
-    def __init__(self, target: TargetShape):
-        super().__init__()
-        self.self_attn = Attention(target)
-        self.mlp = MLP(target.hidden_size, target.intermediate_size)
-        self.input_layernorm = RMSNorm(target.hidden_size, target.rms_norm_eps)
-        self.hidden_norm = RMSNorm(target.hidden_size, target.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(target.hidden_size, target.rms_norm_eps)
-
-    def attention_input(self, embedding_RH: Tensor, residual_RH: Tensor) -> Tensor:
-        """What q, k and v are projected from, [R, 2H]."""
-        return torch.cat((self.input_layernorm(embedding_RH), self.hidden_norm(residual_RH)), dim=-1)
-
-    def forward(
-        self,
-        residual_RH: Tensor,
-        x_RX: Tensor,
-        rotary: tuple[Tensor, Tensor],
-        sequences: Sequences,
-        block0: Block0,
-        keys: Sequence[Tensor],
-        values: Sequence[Tensor],
-    ) -> Tensor:
-        """The residual stream after one TTT step, from its attention input; see :func:`ttt_attention`."""
-        attended_RQE = sequences.attend(self.self_attn.queries(x_RX, *rotary), block0, keys, values)
-        residual_RH = residual_RH + self.self_attn.o_proj(attended_RQE.flatten(1))
-        return residual_RH + self.mlp(self.post_attention_layernorm(residual_RH))
 
 
 class Eagle3Draft(Draft):
@@ -104,7 +51,7 @@ class Eagle3Draft(Draft):
         self.input_norm = RMSNorm(aux_size, eps) if spec.norm_before_fc else nn.Identity()
         self.fc_norm = PartNorms(len(spec.layers), target.hidden_size, eps) if spec.fc_norm else nn.Identity()
         self.fc = nn.Linear(aux_size, target.hidden_size, bias=False)
-        self.midlayer = DecoderLayer(target)
+        self.midlayer = DecoderLayer(target, first=True)
         self.norm = RMSNorm(target.hidden_size, eps)
         self.lm_head = nn.Linear(target.hidden_size, spec.draft_vocab_size, bias=False)
 
@@ -188,5 +135,5 @@ class Eagle3Draft(Draft):
 def build(spec: Eagle3Spec, head: TargetHead, target: TargetCheckpoint, options: DraftOptions) -> Eagle3Draft:
     """See :meth:`DraftSpec.build`."""
     draft = Eagle3Draft(spec, options)
-    initialise(draft, head, spec.init, target)
+    initialise(draft, [draft.midlayer], head, spec.init, target)
     return draft

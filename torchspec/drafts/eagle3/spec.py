@@ -26,16 +26,13 @@ from pydantic import Field
 
 from torchspec.drafts.eagle3 import costs
 from torchspec.drafts.spec import DraftKnobs, DraftSpec, RankBytes, Work
-from torchspec.target.shape import TargetShape, check_layers
+from torchspec.target.shape import TargetShape, check_layers, early_middle_late
 
 if TYPE_CHECKING:
     from torchspec.drafts.draft import DraftOptions
     from torchspec.drafts.eagle3.model import Eagle3Draft
     from torchspec.target.checkpoint import TargetCheckpoint
     from torchspec.target.head import TargetHead
-
-MIN_LAYERS = 7
-"""Fewest target layers for which the default ids are distinct and in order."""
 
 NORMS = ("fc_norm", "norm_before_fc", "norm_output")
 """Knobs, and keys of ``config.json``."""
@@ -86,7 +83,7 @@ class Eagle3Spec(DraftSpec):
         shape = target.shape
         return cls(
             target=shape,
-            layers=check_layers(target.num_layers, default_layers(target.num_layers) if layers is None else layers),
+            layers=check_layers(target.num_layers, early_middle_late(target.num_layers) if layers is None else layers),
             draft_vocab_size=shape.vocab_size if knobs.vocab_size is None else knobs.vocab_size,
             ttt_length=knobs.ttt_length,
             step_decay=knobs.step_decay,
@@ -208,19 +205,3 @@ class Eagle3Spec(DraftSpec):
         known = {piece for pieces in names.values() for piece in pieces}
         alone = (name for name in self.hf_tensors() if name not in known)
         return names | {f"model.{name.replace('midlayer', 'layers.0')}": (name,) for name in alone}
-
-
-def default_layers(num_layers: int) -> tuple[int, int, int]:
-    """EAGLE3's early, middle and late layer: ``(1, L//2 - 1, L - 4)``, the inputs of layers 2, L//2 and L-3.
-
-    Source: EAGLE-3 (arXiv 2503.01840) and its reference implementation.
-
-    Raises:
-        ValueError: the target has fewer than ``MIN_LAYERS`` layers; name the ids yourself.
-    """
-    if num_layers < MIN_LAYERS:
-        raise ValueError(
-            f"target.aux_layers has no default for a target of {num_layers} layers (needs {MIN_LAYERS}); "
-            f"name ids from 0 to {num_layers - 1}"
-        )
-    return 1, num_layers // 2 - 1, num_layers - 4

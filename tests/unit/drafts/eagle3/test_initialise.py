@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qw
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from torchspec.drafts.draft import Batch
-from torchspec.drafts.eagle3.initialise import initialise
 from torchspec.drafts.eagle3.model import Eagle3Draft
-from torchspec.drafts.eagle3.spec import Eagle3Knobs, Eagle3Spec, default_layers
+from torchspec.drafts.eagle3.spec import Eagle3Knobs, Eagle3Spec
+from torchspec.drafts.initialise import initialise
 from torchspec.nn.rope import rotary_table
 from torchspec.target.checkpoint import TargetCheckpoint
 from torchspec.target.head import load_target_head
@@ -134,18 +134,6 @@ def test_the_draft_is_derived_from_the_target(target_path: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    ("layers", "inputs"), [(30, (2, 15, 27)), (32, (2, 16, 29)), (36, (2, 18, 33)), (7, (2, 3, 4))]
-)
-def test_default_layers_are_the_outputs_just_before(layers: int, inputs: tuple[int, ...]) -> None:
-    assert default_layers(layers) == tuple(layer - 1 for layer in inputs)
-
-
-def test_too_few_layers_have_no_default() -> None:
-    with pytest.raises(ValueError, match="aux_layers has no default for a target of 6 layers"):
-        default_layers(6)
-
-
-@pytest.mark.parametrize(
     ("change", "knobs", "message"),
     [
         ({}, {"vocab_size": 50_000}, "draft.vocab_size=50000"),
@@ -205,7 +193,7 @@ def test_target_init_is_the_targets_last_layer(target_path: Path) -> None:
     spec = spec_for(target_path, vocab_size=len(draft_ids_D), ttt_length=1)
     head = load_target_head(TargetCheckpoint(target_path), torch.float32, "cpu", draft_ids_D)
     draft = Eagle3Draft(spec)
-    initialise(draft, head, "target", TargetCheckpoint(target_path))
+    initialise(draft, [draft.midlayer], head, "target", TargetCheckpoint(target_path))
     logits: list[Tensor] = []
     draft.norm.register_forward_hook(lambda _, args, output: logits.append(output[0] @ draft.lm_head.weight.T))
     deepest_BSH = seen["deepest"]
@@ -226,7 +214,7 @@ def test_default_init_takes_the_output_rows_alone(tmp_path: Path) -> None:
     draft = Eagle3Draft(spec_for(folder, vocab_size=4))
     before = {name: parameter.clone() for name, parameter in draft.named_parameters()}
     head = load_target_head(TargetCheckpoint(folder), torch.float32, "cpu", torch.tensor([1, 4, 5, 19]))
-    initialise(draft, head, "default", TargetCheckpoint(folder))
+    initialise(draft, [draft.midlayer], head, "default", TargetCheckpoint(folder))
     changed = {name for name, parameter in draft.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {"lm_head.weight"}
     assert torch.equal(draft.lm_head.weight, head.draft_head_DH)

@@ -13,10 +13,8 @@ from hypothesis import strategies as st
 from tests.mutation import Mutation
 from tests.oracles.eagle3_cases import Case, build, relative_error, run_oracle, run_product, worst_error
 from torchspec.drafts.draft import DraftOptions
-from torchspec.drafts.eagle3 import attention
-from torchspec.drafts.eagle3 import model as eagle3
-from torchspec.drafts.eagle3 import rows as ttt_rows
-from torchspec.nn import flash, layers, losses
+from torchspec.drafts.eagle3.model import Eagle3Draft
+from torchspec.nn import chain_attention, chain_rows, decoder, flash, layers, losses
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
@@ -58,17 +56,17 @@ def test_cases_are_not_trivial(case: Case) -> None:
     assert all(gradient.abs().max() > 1e-3 for gradient in result.gradients.values())
 
 
-DRAFT, PLAN, TEACHER, LOSS = eagle3.Eagle3Draft, ttt_rows.TTTRows, losses.SoftTeacher, losses.FusedCrossEntropy
-TTT = attention.TTTAttention
+DRAFT, PLAN, TEACHER, LOSS = Eagle3Draft, chain_rows.ChainRows, losses.SoftTeacher, losses.FusedCrossEntropy
+CHAIN = chain_attention.ChainAttention
 MUTATIONS: dict[str, tuple[Any, str, str, str]] = {
-    "zero attention": (TTT, "forward", "return o_RQE.to(q_RQE.dtype)", "return q_RQE * 0"),
-    "diagonal values left out": (attention, "merge_diagonal", "o.addcmul_(", "(o * 0).addcmul_("),
-    "no output in block 0's backward": (TTT, "backward", "o_low_RQE, lse_RQ", "o_low_RQE * 0, lse_RQ"),
-    "no gradient through the softmax": (attention, "merge_diagonal_backward", "- delta", "- 0 * delta"),
+    "zero attention": (CHAIN, "forward", "return o_RQE.to(q_RQE.dtype)", "return q_RQE * 0"),
+    "diagonal values left out": (chain_attention, "merge_diagonal", "o.addcmul_(", "(o * 0).addcmul_("),
+    "no output in block 0's backward": (CHAIN, "backward", "o_low_RQE, lse_RQ", "o_low_RQE * 0, lse_RQ"),
+    "no gradient through the softmax": (chain_attention, "merge_diagonal_backward", "- delta", "- 0 * delta"),
     "heads mixed up": (flash, "_heads_first", "x.repeat_interleave(repeats, dim=2)", "x.repeat(1, 1, repeats, 1)"),
     "rotary offset dropped": (DRAFT, "_unroll", "rows.active_angle_R + t", "rows.active_angle_R"),
     "one token for all steps": (DRAFT, "_unroll", "rows.active_flat_R + 1 + t", "rows.active_flat_R + 1"),
-    "no residual around attention": (eagle3.DecoderLayer, "forward", "residual_RH = residual_RH + ", "residual_RH = "),
+    "no residual around attention": (decoder.DecoderLayer, "forward", "residual_RH = residual_RH + ", "residual_RH = "),
     "mask of the predicted token": (PLAN, "of_windows", "loss_mask_BS.clone()", "loss_mask_BS.roll(-1, 1)"),
     "mask of the aux state's token": (PLAN, "of_windows", "loss_mask_BS.clone()", "loss_mask_BS.roll(1, 1)"),
     "students shifted": (PLAN, "of_windows", "1 + torch.arange", "0 + torch.arange"),

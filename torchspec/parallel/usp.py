@@ -3,8 +3,8 @@
     rows of this rank  --RoPE at true positions-->  q, k, v of all heads
       --Ulysses all-to-all-->  this rank's heads of all rows of its ring rank  --ring-->  attention  --all-to-all-->  o
 
-Only active rows send queries, and only context rows send keys (``drafts/eagle3/rows.py``). Diagonal keys travel with
-their queries, so the whole of :func:`ttt_attention` runs between the two all-to-alls.
+Only active rows send queries, and only context rows send keys (``nn/chain_rows.py``). Diagonal keys travel with
+their queries, so the whole of :func:`chain_attention` runs between the two all-to-alls.
 
 The plan is made on every rank from the same masks of whole samples. What the ranks must agree on, the number of rows of
 an all-to-all and of slots in the ring, is the maximum over all of them, at least one. So whatever a mask holds, on one
@@ -30,9 +30,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchspec.drafts.draft import Sharing
-from torchspec.drafts.eagle3.attention import Block0, ttt_attention
-from torchspec.drafts.eagle3.rows import TTTRows, active_rows, context_lengths
+from torchspec.nn.chain_attention import Block0, chain_attention
+from torchspec.nn.chain_rows import ChainRows, active_rows, context_lengths
+from torchspec.parallel.mesh import Sharing
 from torchspec.parallel.ring import RingKernel, Run, circulating, gathered, tiles
 from torchspec.parallel.ulysses import join_heads, split_heads
 from torchspec.shards import ShardFormula, key_value_repeats
@@ -47,7 +47,7 @@ class UspBackend:
         rank: this rank's number among those that share its samples.
         ulysses, ring: its two groups; None for a group of one.
         num_heads, num_kv_heads: of the draft.
-        gather_once: gather keys and values once a micro-batch, rather than let them circulate in every TTT step.
+        gather_once: gather keys and values once a micro-batch, rather than let them circulate for every position.
 
     Raises:
         ValueError: the query heads cannot be split over the Ulysses ranks.
@@ -80,18 +80,18 @@ class UspBackend:
     def circulates(self) -> bool:
         return self.ring is not None and not self.gather_once
 
-    def plan(self, loss_mask_BS: Tensor, lengths_B: Tensor, ttt_length: int, device: torch.device) -> UspSequences:
+    def plan(self, loss_mask_BS: Tensor, lengths_B: Tensor, num_positions: int, device: torch.device) -> UspSequences:
         """Plan this rank's share of a micro-batch; the arguments describe its whole samples."""
-        assert ttt_length == self.formula.halo
-        return UspSequences.plan(self, _Samples.of(loss_mask_BS, lengths_B, ttt_length), device)
+        assert num_positions == self.formula.halo
+        return UspSequences.plan(self, _Samples.of(loss_mask_BS, lengths_B, num_positions), device)
 
 
 @dataclass(frozen=True)
 class UspSequences:
-    """One micro-batch; see ``drafts/eagle3/sequences.py`` for what each method is for."""
+    """One micro-batch; see ``nn/sequences.py`` for what each method is for."""
 
     backend: UspBackend
-    rows: TTTRows
+    rows: ChainRows
     shape_BS: tuple[int, int]
     kernel: RingKernel
     active: _Sent
@@ -137,7 +137,7 @@ class UspSequences:
 
     @torch.compiler.disable  # a compiled layer ends here and goes on behind it: collectives stay as they are written
     def attend(self, q_RQE: Tensor, block0: Block0, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-        o = ttt_attention(self._split(q_RQE, self.active), block0, keys, values)
+        o = chain_attention(self._split(q_RQE, self.active), block0, keys, values)
         group = self.backend.ulysses
         return o if group is None else join_heads(o, len(q_RQE), group)
 
@@ -175,8 +175,8 @@ class _Samples(NamedTuple):
     """Context rows of each sample."""
 
     @classmethod
-    def of(cls, loss_mask_BS: Tensor, lengths_B: Tensor, ttt_length: int) -> _Samples:
-        active_BS = active_rows(loss_mask_BS, ttt_length)
+    def of(cls, loss_mask_BS: Tensor, lengths_B: Tensor, num_positions: int) -> _Samples:
+        active_BS = active_rows(loss_mask_BS, num_positions)
         return cls(lengths_B.tolist(), loss_mask_BS, active_BS, context_lengths(active_BS).tolist())
 
     def active(self, sample: int, start: int, stop: int) -> Tensor:
@@ -258,7 +258,7 @@ class _Slots:
         return sum(len(positions(sample, segment.start, segment.stop)) for sample, segment in windows)
 
 
-def _local_rows(backend: UspBackend, samples: _Samples) -> TTTRows:
+def _local_rows(backend: UspBackend, samples: _Samples) -> ChainRows:
     """The rows of this rank's windows."""
     formula = backend.formula
     shape = formula.window_shape(samples.lengths)
@@ -269,4 +269,4 @@ def _local_rows(backend: UspBackend, samples: _Samples) -> TTTRows:
         active_WS[row, : stop - start] = samples.active_BS[sample, start:stop]
         context.append(len(samples.context(sample, start, stop)))
         starts.append(start)
-    return TTTRows.of_windows(mask_WS, active_WS, torch.tensor(context), torch.tensor(starts), formula.halo)
+    return ChainRows.of_windows(mask_WS, active_WS, torch.tensor(context), torch.tensor(starts), formula.halo)

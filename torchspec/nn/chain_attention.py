@@ -1,14 +1,15 @@
-"""Attention of EAGLE3's training-time test (TTT): block-0 flash attention plus diagonal terms, exactly.
+"""Attention of a chain of guesses: block-0 flash attention plus diagonal terms, exactly.
 
-At TTT step t a row attends causally to the keys of step 0 (*block 0*) and to one key per later step, its own
-(*diagonal* terms 1..t). Writing l_0, O_0 for the log-sum-exp and output of block 0:
+A row guesses several tokens, position 0 first. For position t it attends causally to the keys of position 0 (*block 0*)
+and to one key per later position, its own (*diagonal* terms 1..t). So do EAGLE3's training-time test, step by step, and
+P-EAGLE, all positions at once. Writing l_0, O_0 for the log-sum-exp and output of block 0:
 
     l_j = scale * q . k_j        L = logsumexp(l_0, l_1, .., l_t)        w_j = exp(l_j - L)
     O   = w_0 O_0 + sum_j w_j v_j
 
 The backward of block 0 is the flash backward called with the *merged* O and L, which already holds the cross terms;
 the diagonal part is dv_j = w_j dO and dl_j = w_j dO . (v_j - O). No [S, S + t] matrix is ever made.
-Source: SpecForge's TTT attention and the context-parallel EAGLE3 pull requests (TorchSpec 93, ModelOpt 745).
+Source: SpecForge's attention for EAGLE3 and the context-parallel EAGLE3 pull requests (TorchSpec 93, ModelOpt 745).
 
 The diagonal terms work on packed rows. Block 0 is behind a :class:`Kernel`, because it alone knows where keys lie: in
 right-padded [B, S] tensors where samples are whole (:class:`PaddedKernel`; padding needs no mask there: under a causal
@@ -97,7 +98,7 @@ class Kernel(Protocol):
 
 
 class Block0(NamedTuple):
-    """Block 0 of a micro-batch, the same in all TTT steps."""
+    """Block 0 of a micro-batch, the same for all positions."""
 
     kernel: Kernel
     tensors: tuple[Tensor, ...]
@@ -130,8 +131,8 @@ def _scatter_rows(x_R: Tensor, rows_R: Tensor, like_BS: Tensor) -> Tensor:
     return x_R.new_zeros(batch * length, *x_R.shape[1:]).index_copy_(0, rows_R, x_R).unflatten(0, (batch, length))
 
 
-class TTTAttention(torch.autograd.Function):
-    """One TTT step's attention of packed query rows, with its exact backward. See :func:`ttt_attention`."""
+class ChainAttention(torch.autograd.Function):
+    """One position's attention of packed query rows, with its exact backward. See :func:`chain_attention`."""
 
     @staticmethod
     def forward(
@@ -166,19 +167,19 @@ def _split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Sequence[Te
     return [tensors[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 
-def ttt_attention(
+def chain_attention(
     q_RQE: Tensor,
     block0: Block0,
     keys_RKE: Sequence[Tensor] = (),
     values_RKE: Sequence[Tensor] = (),
     scale: float | None = None,
 ) -> Tensor:
-    """Attention of TTT step ``len(keys_RKE)``, differentiable in every float input.
+    """Attention for position ``len(keys_RKE)``, differentiable in every float input.
 
     Args:
-        q_RQE: queries of the rows that the step computes.
-        block0: keys and values of step 0; the same in every step.
-        keys_RKE: keys of steps 1..t, one tensor a step, for the same rows. ``values_RKE`` likewise.
+        q_RQE: queries of the rows.
+        block0: keys and values of position 0; the same for every position.
+        keys_RKE: keys of positions 1..t, one tensor each, for the same rows. ``values_RKE`` likewise.
         scale: logit scale, by default ``E ** -0.5``.
 
     Returns:
@@ -187,5 +188,5 @@ def ttt_attention(
     assert len(keys_RKE) == len(values_RKE)
     scale = q_RQE.shape[-1] ** -0.5 if scale is None else scale
     split = len(block0.tensors), len(keys_RKE), len(values_RKE)
-    output: Tensor = TTTAttention.apply(block0.kernel, split, scale, q_RQE, *block0.tensors, *keys_RKE, *values_RKE)
+    output: Tensor = ChainAttention.apply(block0.kernel, split, scale, q_RQE, *block0.tensors, *keys_RKE, *values_RKE)
     return output

@@ -1,4 +1,4 @@
-"""TTT attention alone: against a softmax over an explicit mask, and where it could go wrong numerically."""
+"""The attention of a chain alone: against a softmax over an explicit mask, and where it could go wrong numerically."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchspec.drafts.eagle3.attention import (
+from torchspec.nn.chain_attention import (
     Block0,
     PaddedKernel,
     block_attention,
     block_attention_backward,
+    chain_attention,
     merge_diagonal,
-    ttt_attention,
 )
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -39,7 +39,7 @@ def inputs(shape: tuple[int, ...], steps: int, dtype: torch.dtype, scale: float 
 def fast(leaves: list[Tensor], rows_R: Tensor) -> Tensor:
     q, k0, v0, *diagonal = leaves
     half = len(diagonal) // 2
-    return ttt_attention(q, Block0(PaddedKernel(), (k0, v0, rows_R)), diagonal[:half], diagonal[half:])
+    return chain_attention(q, Block0(PaddedKernel(), (k0, v0, rows_R)), diagonal[:half], diagonal[half:])
 
 
 def dense(leaves: list[Tensor], rows_R: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Where the positions of a sample are: what attention needs to know, and nothing else of a draft does.
 
 A backend plans each micro-batch once. The plan says which rows this rank computes, and attends. Here is the backend for
-samples that are whole on each rank; ``drafts/eagle3/sharded.py`` has the one for samples that several ranks share.
+samples that are whole on each rank; ``parallel/usp.py`` has the one for samples that several ranks share.
 
 Shapes: B batch, S padded length, C context rows, R active rows, Q query heads, K key/value heads, E head dimension.
 """
@@ -15,15 +15,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from torchspec.drafts.eagle3.attention import Block0, PaddedKernel, ttt_attention
-from torchspec.drafts.eagle3.rows import TTTRows
+from torchspec.nn.chain_attention import Block0, PaddedKernel, chain_attention
+from torchspec.nn.chain_rows import ChainRows
 
 
 class Sequences(Protocol):
     """The plan of one micro-batch."""
 
     @property
-    def rows(self) -> TTTRows:
+    def rows(self) -> ChainRows:
         """The rows that this rank computes, on the device."""
 
     @property
@@ -31,17 +31,17 @@ class Sequences(Protocol):
         """What ``hs``, ``lhs`` and ``ids`` must measure."""
 
     def block0(self, k_CKE: Tensor, v_CKE: Tensor) -> Block0:
-        """Keys and values of the context rows in step 0."""
+        """Keys and values of the context rows for position 0."""
 
     def later_keys_values(self, k_RKE: Tensor, v_RKE: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of the active rows in a later step, as ``attend`` wants them."""
+        """Keys and values of the active rows for a later position, as ``attend`` wants them."""
 
     def attend(self, q_RQE: Tensor, block0: Block0, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-        """o_RQE of one step; see :func:`ttt_attention`."""
+        """o_RQE for one position; see :func:`chain_attention`."""
 
 
 class AttentionBackend(Protocol):
-    def plan(self, loss_mask_BS: Tensor, lengths_B: Tensor, ttt_length: int, device: torch.device) -> Sequences:
+    def plan(self, loss_mask_BS: Tensor, lengths_B: Tensor, num_positions: int, device: torch.device) -> Sequences:
         """Plan a micro-batch from the masks and lengths of its whole samples (CPU tensors)."""
 
 
@@ -49,18 +49,23 @@ class AttentionBackend(Protocol):
 class WholeSequences:
     """Samples that are whole on this rank."""
 
-    rows: TTTRows
+    rows: ChainRows
     shape_BS: torch.Size
 
     def block0(self, k_CKE: Tensor, v_CKE: Tensor) -> Block0:
         k_BSKE, v_BSKE = (self._padded(x) for x in (k_CKE, v_CKE))
         return Block0(PaddedKernel(), (k_BSKE, v_BSKE, self.rows.active_flat_R))
 
+    def among_context(self, block0: Block0) -> Block0:
+        """The same keys and values for queries of the context rows, which layers below the last compute in full."""
+        k_BSKE, v_BSKE, _ = block0.tensors
+        return Block0(block0.kernel, (k_BSKE, v_BSKE, self.rows.context_flat_C))
+
     def later_keys_values(self, k_RKE: Tensor, v_RKE: Tensor) -> tuple[Tensor, Tensor]:
         return k_RKE, v_RKE
 
     def attend(self, q_RQE: Tensor, block0: Block0, keys: Sequence[Tensor], values: Sequence[Tensor]) -> Tensor:
-        return ttt_attention(q_RQE, block0, keys, values)
+        return chain_attention(q_RQE, block0, keys, values)
 
     def _padded(self, x_C: Tensor) -> Tensor:
         """Packed context rows at their places in a padded tensor of zeros."""
@@ -71,8 +76,8 @@ class WholeSequences:
 class FlashBackend:
     """The backend of :class:`WholeSequences`: flash attention on padded batches."""
 
-    def plan(self, loss_mask_BS: Tensor, lengths_B: Tensor, ttt_length: int, device: torch.device) -> WholeSequences:
-        return WholeSequences(TTTRows.plan(loss_mask_BS, ttt_length).to(device), loss_mask_BS.shape)
+    def plan(self, loss_mask_BS: Tensor, lengths_B: Tensor, num_positions: int, device: torch.device) -> WholeSequences:
+        return WholeSequences(ChainRows.plan(loss_mask_BS, num_positions).to(device), loss_mask_BS.shape)
 
 
 FLASH = FlashBackend()
