@@ -22,6 +22,8 @@ CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 NEEDED = ("hidden_size", "num_attention_heads", "intermediate_size", "rms_norm_eps", "max_position_embeddings")
 """What a target's config must hold for a draft to be derived from it."""
+SERVERS_MASK = "<|MASK|>"
+"""What SGLang takes for the mask token where a tokenizer has it, whatever a draft's folder says."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,37 @@ class TargetCheckpoint:
             ids = _read_json(self.path / GENERATION_CONFIG).get("eos_token_id")
             ends.update(ids if isinstance(ids, list) else [ids])
         return tuple(sorted(i for i in ends if i is not None))
+
+    @cached_property
+    def mask_token_id(self) -> int:
+        """A token that no text holds, for what a draft has yet to guess.
+
+        The tokenizer's mask token, else an embedding row without a token, else a special token that has no role and
+        that the chat template does not write (one called reserved or unused before others).
+
+        Raises:
+            ValueError: there is none.
+        """
+        tokenizer, size = self.tokenizer, self.shape.vocab_size
+        vocabulary: dict[str, int] = tokenizer.get_vocab()
+        own = vocabulary.get(SERVERS_MASK, tokenizer.mask_token_id)
+        if own is not None and own < size:
+            return own
+        used = set(vocabulary.values())
+        if (free := next((i for i in range(size) if i not in used), None)) is not None:
+            return free
+        roles, template = {*tokenizer.all_special_ids, *self.end_token_ids}, str(tokenizer.chat_template)
+        spare = {
+            i: any(word in str(token) for word in ("reserved", "unused"))
+            for i, token in tokenizer.added_tokens_decoder.items()
+            if token.special and i not in roles and str(token) not in template and i < size
+        }
+        if not spare:
+            raise ValueError(
+                f"draft.mask_token_id: {self.path} has no mask token, no embedding row without a token and no special "
+                "token to spare; name the id of one that no text holds"
+            )
+        return max(spare, key=lambda i: (spare[i], i))
 
     @cached_property
     def num_parameters(self) -> int:

@@ -16,6 +16,7 @@ def test_the_real_target(target_path: Path) -> None:
     shape = target.shape
     assert (shape.hidden_size, shape.vocab_size, shape.num_heads, shape.num_kv_heads) == (576, 49152, 9, 3)
     assert (shape.head_dim, shape.intermediate_size, shape.rms_norm_eps) == (64, 1536, pytest.approx(1e-5))
+    assert target.tokenizer.decode([target.mask_token_id]) == "<empty_output>"  # the last one that no chat holds
     assert 134e6 < target.num_parameters < 136e6
 
 

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from torchspec.target.checkpoint import TargetCheckpoint
     from torchspec.target.head import TargetHead
 
-SERVERS_MASK = "<|MASK|>"
-"""What SGLang takes for the mask token where a tokenizer has it, whatever the draft's folder says."""
-
 
 class DFlashKnobs(DraftKnobs):
     kind: Literal["dflash"] = "dflash"
@@ -94,7 +91,7 @@ class DFlashSpec(DraftSpec):
             num_target_layers=target.num_layers,
             num_layers=knobs.num_layers,
             block_size=knobs.block_size,
-            mask_token_id=free_token(target) if knobs.mask_token_id is None else knobs.mask_token_id,
+            mask_token_id=target.mask_token_id if knobs.mask_token_id is None else knobs.mask_token_id,
             num_anchors=knobs.num_anchors,
             gamma=knobs.gamma,
             loss=knobs.loss,
@@ -237,32 +234,3 @@ def default_layers(num_layers: int, features: int) -> list[int]:
             f"from 0 to {num_layers - 2} in target.aux_layers"
         )
     return ids
-
-
-def free_token(target: TargetCheckpoint) -> int:
-    """A token for what is masked: the tokenizer's mask token, else an embedding row without a token, else a special
-    token that has no role and that the chat template does not write (one called reserved or unused before others).
-
-    Raises:
-        ValueError: the target has none.
-    """
-    tokenizer, size = target.tokenizer, target.shape.vocab_size
-    vocabulary: dict[str, int] = tokenizer.get_vocab()
-    own = vocabulary.get(SERVERS_MASK, tokenizer.mask_token_id)
-    if own is not None and own < size:
-        return own
-    used = set(vocabulary.values())
-    if (free := next((i for i in range(size) if i not in used), None)) is not None:
-        return free
-    roles, template = {*tokenizer.all_special_ids, *target.end_token_ids}, str(tokenizer.chat_template)
-    spare = {
-        i: any(word in str(token) for word in ("reserved", "unused"))
-        for i, token in tokenizer.added_tokens_decoder.items()
-        if token.special and i not in roles and str(token) not in template and i < size
-    }
-    if not spare:
-        raise ValueError(
-            f"draft.mask_token_id: {target.path} has no mask token, no embedding row without a token and no special "
-            "token to spare; name the id of one that no text holds"
-        )
-    return max(spare, key=lambda i: (spare[i], i))
