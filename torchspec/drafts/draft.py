@@ -97,6 +97,20 @@ class Draft(nn.Module):
             ValueError: the head's vocabulary or the width of the aux states does not fit.
         """
 
+    def check(self, batch: Batch, head: TargetHead) -> None:
+        """Raises ValueError: the head's vocabulary or the width of the aux states does not fit."""
+        spec = self.spec
+        tokens, width = spec.vocab_size or spec.target.vocab_size, len(spec.layers) * spec.target.hidden_size
+        if len(head.draft_head_DH) != tokens:
+            raise ValueError(
+                f"the target head was loaded for {len(head.draft_head_DH)} draft tokens, draft.vocab_size is {tokens}"
+            )
+        if batch.hs_BSA.shape[-1] != width:
+            raise ValueError(
+                f"aux states are {batch.hs_BSA.shape[-1]} wide; {len(spec.layers)} layers of "
+                f"{spec.target.hidden_size} make {width}"
+            )
+
     def units(self) -> list[nn.Module]:
         """Modules that FSDP2 gathers by themselves, beside the whole."""
         return []

@@ -281,7 +281,7 @@ class DFlashDraft(Draft):
 
     def forward(self, batch: Batch, head: TargetHead) -> DraftOutput:
         """All blocks of a micro-batch and their loss, which is divided by the weights of the slots that are scored."""
-        self._check(batch)
+        self.check(batch, head)
         spec = self.spec
         blocks = Blocks.plan(batch.loss_mask_BS, batch.seeds_B, spec.block_size, spec.num_anchors)
         blocks = blocks.to(batch.hs_BSA.device)
@@ -323,10 +323,3 @@ class DFlashDraft(Draft):
         if self.spec.loss == "ce":
             return HardTeacher(batch.ids_BS.flatten()[blocks.token_flat_P].long(), self.spec.target.vocab_size)
         return head.teacher(batch.lhs_BSH.flatten(0, 1)[blocks.token_flat_P - 1], batch.norm_state)
-
-    def _check(self, batch: Batch) -> None:
-        if batch.hs_BSA.shape[-1] != self.fc.in_features:
-            raise ValueError(
-                f"aux states are {batch.hs_BSA.shape[-1]} wide; {len(self.spec.layers)} layers of "
-                f"{self.spec.target.hidden_size} make {self.fc.in_features}"
-            )

@@ -64,7 +64,7 @@ class Eagle3Draft(Draft):
 
     def forward(self, batch: Batch, head: TargetHead) -> DraftOutput:
         """All TTT steps of one micro-batch and their loss; it is divided by the positions counted in the first."""
-        self._check(batch, head)
+        self.check(batch, head)
         device = batch.hs_BSA.device
         sequences = self.attention_backend.plan(batch.loss_mask_BS, batch.lengths_B, self.spec.ttt_length, device)
         rows = sequences.rows
@@ -118,18 +118,6 @@ class Eagle3Draft(Draft):
                 residual_RH = self.norm(residual_RH)
             residuals.append(residual_RH)
         return torch.stack(residuals)
-
-    def _check(self, batch: Batch, head: TargetHead) -> None:
-        if head.draft_head_DH.shape != self.lm_head.weight.shape:
-            raise ValueError(
-                f"the target head was loaded for {len(head.draft_head_DH)} draft tokens, "
-                f"draft.vocab_size is {self.spec.draft_vocab_size}"
-            )
-        if batch.hs_BSA.shape[-1] != self.fc.in_features:
-            raise ValueError(
-                f"aux states are {batch.hs_BSA.shape[-1]} wide; {len(self.spec.layers)} layers of "
-                f"{self.spec.target.hidden_size} make {self.fc.in_features}"
-            )
 
 
 def build(spec: Eagle3Spec, head: TargetHead, target: TargetCheckpoint, options: DraftOptions) -> Eagle3Draft:
