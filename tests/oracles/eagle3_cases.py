@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tests.oracles.eagle3_dense import dense_step
-from torchspec.drafts.draft import Batch, DraftOptions
+from tests.oracles.eagle3_dense import DenseResult, dense_step
+from torchspec.drafts.draft import Batch, Draft, DraftOptions
 from torchspec.drafts.eagle3.model import Eagle3Draft
 from torchspec.drafts.eagle3.spec import Eagle3Spec
 from torchspec.target.head import TargetHead
@@ -44,7 +44,7 @@ class Step:
     """A case made concrete. The target's final norm is not applied: ``lhs`` is post-norm."""
 
     case: Case
-    draft: Eagle3Draft
+    draft: Draft
     target: TargetHead
     target_head_VH: Tensor
     draft_ids_D: Tensor
@@ -87,10 +87,7 @@ def build(case: Case) -> Step:
         norm_output=case.norm_output,
     )
     draft = Eagle3Draft(spec, DraftOptions(loss_chunk_tokens=case.chunk)).to(case.dtype)
-    with torch.no_grad():
-        for parameter in draft.parameters():
-            scale = 1.0 if parameter.dim() == 1 else parameter.shape[1] ** -0.5
-            parameter.copy_(randn(*parameter.shape) * scale + (parameter.dim() == 1))
+    randomise(draft, generator)
 
     draft_ids_D = torch.randperm(case.vocab, generator=generator)[: case.draft_vocab].sort().values
     rest_V = torch.ones(case.vocab, dtype=torch.bool)
@@ -113,6 +110,15 @@ def build(case: Case) -> Step:
     return Step(case, draft, target, head_VH, draft_ids_D, batch)
 
 
+@torch.no_grad()
+def randomise(draft: Draft, generator: torch.Generator) -> None:
+    """Weights of norms around one, rows of matrices of about length one."""
+    for parameter in draft.parameters():
+        scale = 1.0 if parameter.dim() == 1 else parameter.shape[1] ** -0.5
+        random = torch.randn(*parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
+        parameter.copy_(random * scale + (parameter.dim() == 1))
+
+
 def run_product(step: Step) -> Result:
     output = step.draft(step.batch, step.target)
     output.total.backward()
@@ -126,13 +132,9 @@ def run_product(step: Step) -> Result:
 
 
 def run_oracle(step: Step) -> Result:
-    case, batch = step.case, step.batch
-    samples = [
-        {"aux": batch.hs_BSA[b, :n], "last": batch.lhs_BSH[b, :n], "ids": batch.ids_BS[b, :n], "loss_mask": mask[:n]}
-        for b, (n, mask) in enumerate(zip(case.lengths, batch.loss_mask_BS, strict=True))
-    ]
+    case = step.case
     dense = dense_step(
-        samples,
+        samples_of(step),
         weights=dict(step.draft.named_parameters()),
         embedding=step.target.embedding_VH,
         target_head=step.target_head_VH,
@@ -144,15 +146,30 @@ def run_oracle(step: Step) -> Result:
         eps=EPS,
         norm_output=case.norm_output,
     )
+    return result_of(step, dense)
+
+
+def samples_of(step: Step) -> list[dict[str, Tensor]]:
+    """The batch without its padding."""
+    batch = step.batch
+    return [
+        {"aux": batch.hs_BSA[b, :n], "last": batch.lhs_BSH[b, :n], "ids": batch.ids_BS[b, :n], "loss_mask": mask[:n]}
+        for b, (n, mask) in enumerate(zip(step.case.lengths, batch.loss_mask_BS, strict=True))
+    ]
+
+
+def result_of(step: Step, dense: DenseResult) -> Result:
+    """The oracle's sums, and its gradients."""
+    dtype = step.case.dtype
     if dense.total.requires_grad:  # it does not where nothing is counted
         dense.total.backward()
     for tensor in _inputs(step).values():
         tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
     sums = {
         "loss": torch.stack(dense.loss).detach(),
-        "counted": torch.tensor(dense.counted, dtype=case.dtype),
-        "supervised": torch.tensor(dense.supervised, dtype=case.dtype),
-        "correct": torch.tensor(dense.correct, dtype=case.dtype),
+        "counted": torch.tensor(dense.counted, dtype=dtype),
+        "supervised": torch.tensor(dense.supervised, dtype=dtype),
+        "correct": torch.tensor(dense.correct, dtype=dtype),
     }
     return Result(dense.total.detach(), sums, _take_gradients(step))
 

@@ -34,6 +34,17 @@ class DenseResult:
     supervised: list[int]
     correct: list[int]
 
+    @classmethod
+    def sum(cls, parts: list[DenseResult]) -> DenseResult:
+        steps = range(len(parts[0].loss))
+        return cls(
+            total=torch.stack([p.total for p in parts]).sum(),
+            loss=[torch.stack([p.loss[t] for p in parts]).sum() for t in steps],
+            counted=[sum(p.counted[t] for p in parts) for t in steps],
+            supervised=[sum(p.supervised[t] for p in parts) for t in steps],
+            correct=[sum(p.correct[t] for p in parts) for t in steps],
+        )
+
 
 def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt((x * x).mean(-1, keepdim=True) + eps) * weight
@@ -134,12 +145,4 @@ def dense_sample(
 
 def dense_step(samples: list[dict], **common) -> DenseResult:
     """The sum over samples, each a dict of aux, last, ids and loss_mask."""
-    parts = [dense_sample(**sample, **common) for sample in samples]
-    steps = range(len(common["step_weights"]))
-    return DenseResult(
-        total=torch.stack([p.total for p in parts]).sum(),
-        loss=[torch.stack([p.loss[t] for p in parts]).sum() for t in steps],
-        counted=[sum(p.counted[t] for p in parts) for t in steps],
-        supervised=[sum(p.supervised[t] for p in parts) for t in steps],
-        correct=[sum(p.correct[t] for p in parts) for t in steps],
-    )
+    return DenseResult.sum([dense_sample(**sample, **common) for sample in samples])

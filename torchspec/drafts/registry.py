@@ -7,11 +7,13 @@ from typing import Any
 
 from torchspec.drafts.dflash.spec import DFlashSpec
 from torchspec.drafts.eagle3.spec import Eagle3Spec
+from torchspec.drafts.peagle.spec import PEagleSpec
 from torchspec.drafts.spec import DraftSpec
 
 KINDS: dict[str, type[DraftSpec]] = {
     "eagle3": Eagle3Spec,
     "dflash": DFlashSpec,
+    "peagle": PEagleSpec,
 }
 """The first one is the default."""
 

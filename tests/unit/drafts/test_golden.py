@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.oracles import dflash_cases, eagle3_cases
+from tests.oracles import dflash_cases, eagle3_cases, peagle_cases
 
 FOLDER = Path(__file__).parents[2] / "golden"
 STEPS, BATCHES = 20, 4
@@ -47,6 +47,7 @@ def losses_of(kind: ModuleType, denominator: Callable[[dict[str, Tensor]], Tenso
 LOSSES = {
     "eagle3": partial(losses_of, eagle3_cases, lambda sums: sums["counted"][0]),
     "dflash": partial(losses_of, dflash_cases, lambda sums: sums["denominator"]),
+    "peagle": partial(losses_of, peagle_cases, lambda sums: sums["counted"][0]),
 }
 
 

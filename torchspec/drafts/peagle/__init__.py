@@ -1,0 +1,1 @@
+"""P-EAGLE: all tokens guessed in one pass."""

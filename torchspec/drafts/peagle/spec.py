@@ -1,0 +1,191 @@
+"""P-EAGLE in numbers (arXiv 2602.01469): its knobs, its mask token, its folder, and who serves it.
+
+An EAGLE3 draft of several layers that guesses all its tokens in one pass: where EAGLE3 would read the token that it has
+guessed, and its own state, this one reads a mask token and a learnt vector. vLLM 0.32 serves it, as method ``eagle3``
+with ``parallel_drafting``. SGLang 0.5.23 does not know it, and would take the folder for an EAGLE3 draft if it were
+called one; under the name that only vLLM has for the architecture, it refuses.
+
+vLLM counts target layers by their inputs, so it is told ``k + 1`` for the output of the 0-based layer ``k``, and it
+wants no ``d2t`` and ``t2d`` where the draft's vocabulary is the target's.
+
+Shapes: H hidden size (draft and target), F aux layers, Q query heads times head_dim, K key heads times head_dim,
+M MLP width, D draft vocabulary (``Vd`` in the papers).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from pydantic import Field
+
+from torchspec.drafts.peagle import costs
+from torchspec.drafts.spec import DraftKnobs, DraftSpec, RankBytes, Work
+from torchspec.target.shape import TargetShape, check_layers, early_middle_late
+
+if TYPE_CHECKING:
+    from torchspec.drafts.draft import DraftOptions
+    from torchspec.drafts.peagle.model import PEagleDraft
+    from torchspec.target.checkpoint import TargetCheckpoint
+    from torchspec.target.head import TargetHead
+
+
+class PEagleKnobs(DraftKnobs):
+    kind: Literal["peagle"] = "peagle"
+    """Which kind of draft is trained."""
+    vocab_size: int | None = Field(default=None, ge=2)
+    """Size of the draft's vocabulary: the target's most frequent tokens. Default: all of the target's."""
+    init: Literal["default", "target"] = "default"
+    """``target`` starts the decoder layers as the target's last ones, which learns much faster in a short run."""
+    num_layers: int = Field(default=4, ge=1)
+    """Decoder layers of the draft."""
+    num_positions: int = Field(default=8, ge=2, le=16)
+    """How many tokens ahead the draft learns to guess; a server may ask for fewer."""
+    position_decay: float = Field(default=0.8, gt=0, le=1)
+    """Position k weighs ``position_decay ** k`` in the loss: as often as the paper's sampling would keep it."""
+    fc_norm: bool = False
+    """Norm each of the target's states by itself before they are mixed."""
+    mask_token_id: int | None = Field(default=None, ge=0)
+    """Token that stands for those to be guessed. Default: the tokenizer's own, else one that no text holds."""
+
+
+@dataclass(frozen=True)
+class PEagleSpec(DraftSpec):
+    kind: ClassVar[str] = "peagle"
+    architecture: ClassVar[str] = "Eagle3LlamaForCausalLM"
+    Knobs: ClassVar[type[DraftKnobs]] = PEagleKnobs
+
+    draft_vocab_size: int
+    """D; as large as the target's where the draft has no vocabulary of its own."""
+    mask_token_id: int
+    num_layers: int
+    num_positions: int
+    fc_norm: bool = False
+    position_decay: float = PEagleKnobs.model_fields["position_decay"].default
+    init: Literal["default", "target"] = "default"
+
+    def __post_init__(self) -> None:
+        tokens = self.target.vocab_size
+        if not 0 < self.draft_vocab_size <= tokens:
+            raise ValueError(f"draft.vocab_size={self.draft_vocab_size} must be from 1 to {tokens}")
+        if self.mask_token_id >= tokens:
+            raise ValueError(f"draft.mask_token_id={self.mask_token_id} must be below the target's {tokens} tokens")
+
+    @classmethod
+    def of(cls, knobs: PEagleKnobs, target: TargetCheckpoint, layers: Sequence[int] | None) -> Self:
+        count, tokens = target.num_layers, target.shape.vocab_size
+        if knobs.init == "target" and knobs.num_layers > count:
+            raise ValueError(
+                f"draft.num_layers={knobs.num_layers} must be at most the target's {count} to start as those"
+            )
+        return cls(
+            target=target.shape,
+            layers=check_layers(count, early_middle_late(count) if layers is None else layers),
+            draft_vocab_size=tokens if knobs.vocab_size is None else knobs.vocab_size,
+            mask_token_id=target.mask_token_id if knobs.mask_token_id is None else knobs.mask_token_id,
+            num_layers=knobs.num_layers,
+            num_positions=knobs.num_positions,
+            fc_norm=knobs.fc_norm,
+            position_decay=knobs.position_decay,
+            init=knobs.init,
+        )
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
+        return cls(
+            target=TargetShape.from_config(config),
+            layers=tuple(k - 1 for k in config["eagle_aux_hidden_state_layer_ids"]),
+            draft_vocab_size=config["draft_vocab_size"],
+            mask_token_id=config["ptd_token_id"],
+            num_layers=config["num_hidden_layers"],
+            num_positions=config["num_positions"],
+            fc_norm=config["fc_norm"],
+        )
+
+    @property
+    def positions(self) -> int:
+        return self.num_positions
+
+    @property
+    def draft_tokens(self) -> int:
+        """All of them, which cost one pass whatever their number."""
+        return self.num_positions
+
+    @property
+    def position_weights(self) -> list[float]:
+        """Of each position in the loss."""
+        return [self.position_decay**k for k in range(self.num_positions)]
+
+    @property
+    def vocab_size(self) -> int | None:
+        return self.draft_vocab_size if self.draft_vocab_size < self.target.vocab_size else None
+
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for shape in self.hf_tensors().values())
+
+    def flops(self, tokens: int, scored: int) -> float:
+        return costs.flops(self, tokens, scored)
+
+    def rank_bytes(self, work: Work) -> RankBytes:
+        return costs.rank_bytes(self, work)
+
+    def build(self, head: TargetHead, target: TargetCheckpoint, options: DraftOptions) -> PEagleDraft:
+        from torchspec.drafts.peagle import model
+
+        return model.build(self, head, target, options)
+
+    def hf_config(self, dtype: str) -> dict[str, Any]:
+        return {
+            "architectures": [self.architecture],
+            "model_type": "llama",
+            "torch_dtype": dtype,
+            "num_hidden_layers": self.num_layers,
+            "target_hidden_size": self.target.hidden_size,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            **self.target.hf_config(),
+            "draft_vocab_size": self.draft_vocab_size,
+            "tie_word_embeddings": False,
+            "num_aux_hidden_states": len(self.layers),
+            "eagle_aux_hidden_state_layer_ids": [k + 1 for k in self.layers],
+            "fc_norm": self.fc_norm,
+            "ptd_token_id": self.mask_token_id,
+            "num_positions": self.num_positions,  # for us: servers are told when they start
+        }
+
+    def hf_tensors(self) -> dict[str, tuple[int, ...]]:
+        target = self.target
+        H, F, M, D = target.hidden_size, len(self.layers), target.intermediate_size, self.draft_vocab_size
+        Q, K = target.num_heads * target.head_dim, target.num_kv_heads * target.head_dim
+        tensors: dict[str, tuple[int, ...]] = {"mask_hidden": (1, 1, F * H)}
+        if self.fc_norm:
+            tensors |= {f"fc_norm.{i}.weight": (H,) for i in range(F)}
+        tensors |= {"fc.weight": (H, F * H), "layers.0.hidden_norm.weight": (H,)}
+        for i in range(self.num_layers):
+            X = H if i else 2 * H
+            layer = {
+                "input_layernorm": (H,),
+                "post_attention_layernorm": (H,),
+                "self_attn.q_proj": (Q, X),
+                "self_attn.k_proj": (K, X),
+                "self_attn.v_proj": (K, X),
+                "self_attn.o_proj": (H, Q),
+                "mlp.gate_proj": (M, H),
+                "mlp.up_proj": (M, H),
+                "mlp.down_proj": (H, M),
+            }
+            tensors |= {f"layers.{i}.{name}.weight": shape for name, shape in layer.items()}
+        return tensors | {"norm.weight": (H,), "lm_head.weight": (D, H)}
+
+    def server_args(self, num_draft_tokens: int) -> dict[str, Any]:
+        raise ValueError(
+            "SGLang cannot serve a P-EAGLE draft; vLLM can (method eagle3 with parallel_drafting), and "
+            "benchmarks/vllm_accept.py measures it there"
+        )
+
+    def served_as(self) -> dict[str, tuple[str, ...]]:
+        """Nothing: SGLang never holds it."""
+        return {}
