@@ -17,6 +17,7 @@ ALLOWED = (
     "this machine has no address but loopback",
     "the extra torchspec[wandb] is not installed",
     "the extra torchspec[mlflow] is not installed",
+    "benchmarks/vllm_accept.py has made no environment",
 )
 """What a machine may lack, in the words with which tests skip."""
 
