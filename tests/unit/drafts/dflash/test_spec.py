@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
@@ -209,6 +210,12 @@ def test_the_folder_is_what_servers_read(target: Path, tmp_path: Path) -> None:
     assert {name: getattr(loaded, name) for name in sizes} == sizes
     assert loaded.rope_parameters == {"rope_type": "default", "rope_theta": 12345.0}
     assert validate_export(folder) == DraftExport(folder, spec, "bfloat16")
+
+
+def test_a_checkpoint_keeps_all_of_it(target: Path) -> None:
+    spec = draft_for(target, [2, 5], num_layers=3, block_size=8, num_anchors=9, gamma=3, loss="soft_ce")
+    spec = replace(spec, export_yarn_factor=2.0)
+    assert TypeAdapter(DFlashSpec).validate_python(json.loads(json.dumps(asdict(spec)))) == spec
 
 
 @pytest.mark.parametrize("spoil", ["kind", "tensor"])
