@@ -7,8 +7,10 @@ Whoever must know something of a draft - which layers to capture, what a step co
 
 from __future__ import annotations
 
+import math
+import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
@@ -20,6 +22,9 @@ if TYPE_CHECKING:
     from torchspec.drafts.draft import Draft, DraftOptions
     from torchspec.target.checkpoint import TargetCheckpoint
     from torchspec.target.head import TargetHead
+
+MASTER = 4
+"""Bytes of an element of gradients and of all sums: float32."""
 
 
 class Work(NamedTuple):
@@ -112,9 +117,9 @@ class DraftSpec(ABC):
     def check_answers(self, longest: int) -> None:  # noqa: B027 (most kinds learn from any)
         """Raises ValueError: answers of so many tokens at most leave some of the draft untrained."""
 
-    @abstractmethod
     def parameters(self) -> int:
         """Trained ones."""
+        return sum(math.prod(shape) for shape in self.hf_tensors().values())
 
     @abstractmethod
     def flops(self, tokens: int, scored: int) -> float:
@@ -151,3 +156,12 @@ class DraftSpec(ABC):
     @abstractmethod
     def served_as(self) -> dict[str, tuple[str, ...]]:
         """SGLang's parameter to the exported tensors that it is made of, one below the other."""
+
+
+def fused(tensors: Iterable[str]) -> dict[str, tuple[str, ...]]:
+    """SGLang's parameters for exported ``tensors``: it holds q, k and v of a layer as one, and gate and up."""
+    names: dict[str, tuple[str, ...]] = {}
+    for tensor in tensors:
+        name = re.sub(r"\b(gate|up)_proj\b", "gate_up_proj", re.sub(r"\b[qkv]_proj\b", "qkv_proj", tensor))
+        names[name] = (*names.get(name, ()), tensor)
+    return names

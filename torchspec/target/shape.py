@@ -64,6 +64,26 @@ class TargetShape:
                 "choose another target"
             )
 
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Of the queries of a row, all heads together, and of its keys."""
+        return self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+
+    def layer_tensors(self, inputs: int) -> dict[str, tuple[int, ...]]:
+        """Name and shape of the weights of a decoder layer whose attention reads ``inputs`` features."""
+        hidden, wide, (queries, keys) = self.hidden_size, self.intermediate_size, self.widths
+        return {
+            "input_layernorm.weight": (hidden,),
+            "post_attention_layernorm.weight": (hidden,),
+            "self_attn.q_proj.weight": (queries, inputs),
+            "self_attn.k_proj.weight": (keys, inputs),
+            "self_attn.v_proj.weight": (keys, inputs),
+            "self_attn.o_proj.weight": (hidden, queries),
+            "mlp.gate_proj.weight": (wide, hidden),
+            "mlp.up_proj.weight": (wide, hidden),
+            "mlp.down_proj.weight": (hidden, wide),
+        }
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Back from :meth:`hf_config`; token ids may be left out. Raises KeyError: another field is missing."""
@@ -86,7 +106,7 @@ class TargetShape:
 
 
 def check_layers(num_layers: int, layers: Sequence[int]) -> tuple[int, ...]:
-    """``layers``, if a target of ``num_layers`` has them.
+    """``layers``, if servers capture them of a target of ``num_layers``: all but the output of its last layer.
 
     An id ``k`` is the *output* of the 0-based target layer ``k`` (SGLang's convention), that is transformers'
     ``hidden_states[k + 1]``. An off-by-one here trains a draft that looks healthy and is useless.
@@ -95,10 +115,10 @@ def check_layers(num_layers: int, layers: Sequence[int]) -> tuple[int, ...]:
         ValueError: an id is out of range, repeated, or out of order.
     """
     ids = tuple(layers)
-    if not ids or list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] >= num_layers:
+    if not ids or list(ids) != sorted(set(ids)) or ids[0] < 0 or ids[-1] >= num_layers - 1:
         raise ValueError(
-            f"target.aux_layers={list(ids)} must be increasing layer ids from 0 to {num_layers - 1} "
-            f"(an id is the output of that 0-based layer)"
+            f"target.aux_layers={list(ids)} must be increasing layer ids from 0 to {num_layers - 2} "
+            "(an id is the output of that 0-based layer; servers do not capture the last one's)"
         )
     return ids
 
@@ -114,6 +134,6 @@ def early_middle_late(num_layers: int) -> tuple[int, int, int]:
     if num_layers < MIN_LAYERS:
         raise ValueError(
             f"target.aux_layers has no default for a target of {num_layers} layers (needs {MIN_LAYERS}); "
-            f"name ids from 0 to {num_layers - 1}"
+            f"name ids from 0 to {num_layers - 2}"
         )
     return 1, num_layers // 2 - 1, num_layers - 4

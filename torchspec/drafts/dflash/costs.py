@@ -10,19 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torchspec.contracts import ITEM_BYTES
-from torchspec.drafts.spec import RankBytes, Work
+from torchspec.drafts.spec import MASTER, RankBytes, Work
 
 if TYPE_CHECKING:
     from torchspec.drafts.dflash.spec import DFlashSpec
-
-MASTER = 4
-"""Bytes of an element of gradients and of all sums: float32."""
-
-
-def _widths(spec: DFlashSpec) -> tuple[int, int]:
-    """Of queries and of keys."""
-    target = spec.target
-    return target.num_heads * target.head_dim, target.num_kv_heads * target.head_dim
 
 
 def flops(spec: DFlashSpec, tokens: int, scored: int) -> float:
@@ -39,7 +30,7 @@ def flops(spec: DFlashSpec, tokens: int, scored: int) -> float:
 
     Trained matrices cost three times their forward, the target's head two times (no gradient of its weights).
     """
-    target, (queries, keys) = spec.target, _widths(spec)
+    target, (queries, keys) = spec.target, spec.target.widths
     hidden, blocks = target.hidden_size, min(scored, spec.num_anchors)
     rows = blocks * spec.block_size
     row = 2 * hidden * (queries + keys) + 3 * hidden * target.intermediate_size
@@ -54,7 +45,7 @@ def flops(spec: DFlashSpec, tokens: int, scored: int) -> float:
 def rank_bytes(spec: DFlashSpec, work: Work) -> RankBytes:
     """Peak of a micro-batch: rows of blocks, and context rows, whose keys and values are kept for each layer."""
     assert work.sharding is None, "samples are whole"
-    target, item, (queries, keys) = spec.target, ITEM_BYTES[work.dtype], _widths(spec)
+    target, item, (queries, keys) = spec.target, ITEM_BYTES[work.dtype], spec.target.widths
     hidden, width, wide = target.hidden_size, target.head_dim, target.intermediate_size
     context = work.samples * work.num_tokens
     rows = work.samples * min(work.num_tokens, spec.num_anchors) * spec.block_size

@@ -4,8 +4,7 @@ The names and the meaning of what the folder holds are those of SGLang 0.5.23 an
 is the *output* of the 0-based target layer k, and the last layer's is never captured. Both take the embedding and the
 head from the target.
 
-Shapes: H hidden size (draft and target), F target layers read, Q query heads times head_dim, K key heads times
-head_dim, E head_dim, M MLP width, B block size.
+Shapes: H hidden size (draft and target), E head_dim.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from torchspec.drafts.dflash import costs
-from torchspec.drafts.spec import DraftKnobs, DraftSpec, RankBytes, Work
+from torchspec.drafts.spec import DraftKnobs, DraftSpec, RankBytes, Work, fused
 from torchspec.target.shape import TargetShape, check_layers
 
 if TYPE_CHECKING:
@@ -70,11 +69,7 @@ class DFlashSpec(DraftSpec):
             raise ValueError(
                 f"draft.mask_token_id={self.mask_token_id} must be below the target's {self.target.vocab_size} tokens"
             )
-        if self.layers[-1] >= self.num_target_layers - 1:
-            raise ValueError(
-                f"target.aux_layers={list(self.layers)} must be from 0 to {self.num_target_layers - 2} for a DFlash "
-                "draft: servers do not capture the output of the target's last layer"
-            )
+        check_layers(self.num_target_layers, self.layers)
         rope_type = self.target.rope_parameters["rope_type"]
         if self.export_yarn_factor is not None and rope_type != "default":
             raise ValueError(
@@ -87,7 +82,7 @@ class DFlashSpec(DraftSpec):
         chosen = default_layers(target.num_layers, knobs.num_features) if layers is None else layers
         return cls(
             target=target.shape,
-            layers=check_layers(target.num_layers, chosen),
+            layers=tuple(chosen),
             num_target_layers=target.num_layers,
             num_layers=knobs.num_layers,
             block_size=knobs.block_size,
@@ -131,9 +126,6 @@ class DFlashSpec(DraftSpec):
                 "last slots would never be trained; lower the one or raise the other"
             )
 
-    def parameters(self) -> int:
-        return sum(math.prod(shape) for shape in self.hf_tensors().values())
-
     def flops(self, tokens: int, scored: int) -> float:
         return costs.flops(self, tokens, scored)
 
@@ -162,25 +154,12 @@ class DFlashSpec(DraftSpec):
         }
 
     def hf_tensors(self) -> dict[str, tuple[int, ...]]:
-        target = self.target
-        H, F, M, E = target.hidden_size, len(self.layers), target.intermediate_size, target.head_dim
-        Q, K = target.num_heads * E, target.num_kv_heads * E
-        layer = {
-            "input_layernorm": (H,),
-            "post_attention_layernorm": (H,),
-            "self_attn.q_proj": (Q, H),
-            "self_attn.k_proj": (K, H),
-            "self_attn.v_proj": (K, H),
-            "self_attn.o_proj": (H, Q),
-            "self_attn.q_norm": (E,),
-            "self_attn.k_norm": (E,),
-            "mlp.gate_proj": (M, H),
-            "mlp.up_proj": (M, H),
-            "mlp.down_proj": (H, M),
-        }
-        layers = {f"layers.{i}.{name}": shape for i in range(self.num_layers) for name, shape in layer.items()}
-        tensors: dict[str, tuple[int, ...]] = {"fc": (H, F * H), "hidden_norm": (H,), **layers, "norm": (H,)}
-        return {f"{name}.weight": shape for name, shape in tensors.items()}
+        H, E = self.target.hidden_size, self.target.head_dim
+        tensors: dict[str, tuple[int, ...]] = {"fc.weight": (H, len(self.layers) * H), "hidden_norm.weight": (H,)}
+        layer = self.target.layer_tensors(H) | {"self_attn.q_norm.weight": (E,), "self_attn.k_norm.weight": (E,)}
+        for i in range(self.num_layers):
+            tensors |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+        return tensors | {"norm.weight": (H,)}
 
     def server_args(self, num_draft_tokens: int) -> dict[str, Any]:
         """The server's block may be smaller than the trained one, though every slot then sees fewer masks."""
@@ -192,15 +171,7 @@ class DFlashSpec(DraftSpec):
         return {"speculative_algorithm": "DFLASH", "speculative_num_draft_tokens": num_draft_tokens + 1}
 
     def served_as(self) -> dict[str, tuple[str, ...]]:
-        fused = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
-        names: dict[str, tuple[str, ...]] = {}
-        for i in range(self.num_layers):
-            for parameter, parts in fused.items():
-                parent = parameter.partition(".")[0]
-                pieces = tuple(f"layers.{i}.{parent}.{part}.weight" for part in parts)
-                names[f"layers.{i}.{parameter}.weight"] = pieces
-        known = {piece for pieces in names.values() for piece in pieces}
-        return names | {name: (name,) for name in self.hf_tensors() if name not in known}
+        return fused(self.hf_tensors())
 
     def _exported_target(self) -> TargetShape:
         """The target's shape, with YaRN (arXiv 2309.00071) where it is wanted."""

@@ -19,30 +19,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from torchspec.contracts import ITEM_BYTES
-from torchspec.drafts.spec import RankBytes, Work
+from torchspec.drafts.spec import MASTER, RankBytes, Work
 from torchspec.shards import ShardFormula, key_value_repeats
 
 if TYPE_CHECKING:
     from torchspec.drafts.eagle3.spec import Eagle3Spec
-
-MASTER = 4
-"""Bytes of an element of gradients and of all sums: float32."""
-
-
-def _widths(spec: Eagle3Spec) -> tuple[int, int]:
-    """Of queries and of keys."""
-    target = spec.target
-    return target.num_heads * target.head_dim, target.num_kv_heads * target.head_dim
-
-
-def parameters(spec: Eagle3Spec) -> int:
-    """Trained ones."""
-    hidden, queries, keys = spec.target.hidden_size, *_widths(spec)
-    attention = 2 * hidden * (queries + 2 * keys) + queries * hidden
-    aux = len(spec.layers) * hidden
-    norms = 4 * hidden + (aux if spec.norms_aux else 0)
-    mlp, head = 3 * hidden * spec.target.intermediate_size, spec.draft_vocab_size * hidden
-    return aux * hidden + attention + mlp + head + norms
 
 
 def flops(spec: Eagle3Spec, tokens: int, scored: int) -> float:
@@ -61,7 +42,7 @@ def flops(spec: Eagle3Spec, tokens: int, scored: int) -> float:
     arXiv 2204.02311) counts what the model needs, not what an implementation spends: no recomputation, no padding, of
     the draft's own rows only those that are scored.
     """
-    hidden, queries, keys = spec.target.hidden_size, *_widths(spec)
+    hidden, queries, keys = spec.target.hidden_size, *spec.target.widths
     once = tokens * (len(spec.layers) * hidden * hidden + 4 * hidden * keys)
     mlp, head = 3 * hidden * spec.target.intermediate_size, hidden * spec.draft_vocab_size
     step = scored * (3 * hidden * queries + mlp + head)
@@ -96,7 +77,7 @@ class _RowBytes(NamedTuple):
     @classmethod
     def of(cls, spec: Eagle3Spec, work: Work) -> _RowBytes:
         target, item, steps = spec.target, ITEM_BYTES[work.dtype], spec.ttt_length
-        hidden, width, (queries, keys) = target.hidden_size, target.head_dim, _widths(spec)
+        hidden, width, (queries, keys) = target.hidden_size, target.head_dim, spec.target.widths
         aux = len(spec.layers) * hidden
         context = item * (aux + 3 * hidden + 2 * width - 2 * keys)  # no diagonal keys in step 0
         context += MASTER * aux if spec.norms_aux else 0
@@ -122,7 +103,7 @@ class _Block0Bytes(NamedTuple):
     @classmethod
     def of(cls, spec: Eagle3Spec, work: Work, formula: ShardFormula) -> _Block0Bytes:
         ulysses, item, samples = formula.ulysses_size, ITEM_BYTES[work.dtype], work.samples
-        queries, keys = _widths(spec)
+        queries, keys = spec.target.widths
         repeats = key_value_repeats(spec.target.num_heads, spec.target.num_kv_heads, ulysses)
         queries, keys = queries // ulysses, keys * repeats // ulysses
         circulates = formula.ring_size > 1 and not work.gather_once

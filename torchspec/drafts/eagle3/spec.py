@@ -12,8 +12,7 @@ same names, and takes each for off where it is missing.
 
 A draft over the target's whole vocabulary has no ``d2t`` and ``t2d``: SGLang needs none, and vLLM refuses them.
 
-Shapes: H hidden size (draft and target), F aux layers, Q query heads times head_dim, K key heads times head_dim,
-M MLP width, D draft vocabulary (``Vd`` in the papers).
+Shapes: H hidden size (draft and target), F aux layers.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from torchspec.drafts.eagle3 import costs
-from torchspec.drafts.spec import DraftKnobs, DraftSpec, RankBytes, Work
+from torchspec.drafts.spec import DraftKnobs, DraftSpec, RankBytes, Work, fused
 from torchspec.target.shape import TargetShape, check_layers, early_middle_late
 
 if TYPE_CHECKING:
@@ -128,9 +127,6 @@ class Eagle3Spec(DraftSpec):
         """Row i reads tokens, and is compared with the target's states, of the positions i + 1 .. i + ttt_length."""
         return self.ttt_length
 
-    def parameters(self) -> int:
-        return costs.parameters(self)
-
     def flops(self, tokens: int, scored: int) -> float:
         return costs.flops(self, tokens, scored)
 
@@ -162,29 +158,15 @@ class Eagle3Spec(DraftSpec):
         }
 
     def hf_tensors(self) -> dict[str, tuple[int, ...]]:
-        target = self.target
-        H, F, M, D = target.hidden_size, len(self.layers), target.intermediate_size, self.draft_vocab_size
-        Q, K = target.num_heads * target.head_dim, target.num_kv_heads * target.head_dim
-        norms: dict[str, tuple[int, ...]] = {}
+        H, F = self.target.hidden_size, len(self.layers)
+        tensors: dict[str, tuple[int, ...]] = {"fc.weight": (H, F * H)}
         if self.norm_before_fc:
-            norms["input_norm.weight"] = (F * H,)
+            tensors["input_norm.weight"] = (F * H,)
         if self.fc_norm:
-            norms |= {f"fc_norm.{i}.weight": (H,) for i in range(F)}
-        return norms | {
-            "fc.weight": (H, F * H),
-            "midlayer.input_layernorm.weight": (H,),
-            "midlayer.hidden_norm.weight": (H,),
-            "midlayer.post_attention_layernorm.weight": (H,),
-            "midlayer.self_attn.q_proj.weight": (Q, 2 * H),
-            "midlayer.self_attn.k_proj.weight": (K, 2 * H),
-            "midlayer.self_attn.v_proj.weight": (K, 2 * H),
-            "midlayer.self_attn.o_proj.weight": (H, Q),
-            "midlayer.mlp.gate_proj.weight": (M, H),
-            "midlayer.mlp.up_proj.weight": (M, H),
-            "midlayer.mlp.down_proj.weight": (H, M),
-            "norm.weight": (H,),
-            "lm_head.weight": (D, H),
-        }
+            tensors |= {f"fc_norm.{i}.weight": (H,) for i in range(F)}
+        layer = self.target.layer_tensors(2 * H) | {"hidden_norm.weight": (H,)}
+        tensors |= {f"midlayer.{name}": shape for name, shape in layer.items()}
+        return tensors | {"norm.weight": (H,), "lm_head.weight": (self.draft_vocab_size, H)}
 
     def server_args(self, num_draft_tokens: int) -> dict[str, Any]:
         """Chains: SGLang's trees need kernels that a CPU does not have."""
@@ -196,12 +178,6 @@ class Eagle3Spec(DraftSpec):
         }
 
     def served_as(self) -> dict[str, tuple[str, ...]]:
-        fused = {"self_attn.qkv_proj": ("q_proj", "k_proj", "v_proj"), "mlp.gate_up_proj": ("gate_proj", "up_proj")}
-        names: dict[str, tuple[str, ...]] = {"lm_head.weight": ("lm_head.weight",)}
-        for parameter, parts in fused.items():
-            parent = parameter.partition(".")[0]
-            pieces = tuple(f"midlayer.{parent}.{part}.weight" for part in parts)
-            names[f"model.layers.0.{parameter}.weight"] = pieces
-        known = {piece for pieces in names.values() for piece in pieces}
-        alone = (name for name in self.hf_tensors() if name not in known)
-        return names | {f"model.{name.replace('midlayer', 'layers.0')}": (name,) for name in alone}
+        names = fused(name for name in self.hf_tensors() if name != "lm_head.weight")
+        renamed = {f"model.{name.replace('midlayer', 'layers.0')}": parts for name, parts in names.items()}
+        return renamed | {"lm_head.weight": ("lm_head.weight",)}

@@ -10,19 +10,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from torchspec.contracts import ITEM_BYTES
-from torchspec.drafts.spec import RankBytes, Work
+from torchspec.drafts.spec import MASTER, RankBytes, Work
 
 if TYPE_CHECKING:
     from torchspec.drafts.peagle.spec import PEagleSpec
-
-MASTER = 4
-"""Bytes of an element of gradients and of all sums: float32."""
-
-
-def _widths(spec: PEagleSpec) -> tuple[int, int]:
-    """Of queries and of keys."""
-    target = spec.target
-    return target.num_heads * target.head_dim, target.num_kv_heads * target.head_dim
 
 
 def flops(spec: PEagleSpec, tokens: int, scored: int) -> float:
@@ -41,7 +32,7 @@ def flops(spec: PEagleSpec, tokens: int, scored: int) -> float:
 
     Trained matrices cost three times their forward.
     """
-    target, (queries, keys) = spec.target, _widths(spec)
+    target, (queries, keys) = spec.target, spec.target.widths
     hidden, layers, later = target.hidden_size, spec.num_layers, spec.num_positions - 1
     context = (layers - 1) * tokens + scored
     chains = later * layers * scored
@@ -57,7 +48,7 @@ def flops(spec: PEagleSpec, tokens: int, scored: int) -> float:
 def rank_bytes(spec: PEagleSpec, work: Work) -> RankBytes:
     """Peak of a micro-batch. Inputs of matmuls are kept in the dtype of the run, those of norms in float32."""
     assert work.sharding is None, "samples are whole"
-    target, item, (queries, keys) = spec.target, ITEM_BYTES[work.dtype], _widths(spec)
+    target, item, (queries, keys) = spec.target, ITEM_BYTES[work.dtype], spec.target.widths
     hidden, width, wide = target.hidden_size, target.head_dim, target.intermediate_size
     positions, layers = spec.num_positions, spec.num_layers
     later, rows, aux = positions - 1, work.samples * work.num_tokens, len(spec.layers) * hidden

@@ -8,13 +8,11 @@ called one; under the name that only vLLM has for the architecture, it refuses.
 vLLM counts target layers by their inputs, so it is told ``k + 1`` for the output of the 0-based layer ``k``, and it
 wants no ``d2t`` and ``t2d`` where the draft's vocabulary is the target's.
 
-Shapes: H hidden size (draft and target), F aux layers, Q query heads times head_dim, K key heads times head_dim,
-M MLP width, D draft vocabulary (``Vd`` in the papers).
+Shapes: H hidden size (draft and target), F aux layers.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -122,9 +120,6 @@ class PEagleSpec(DraftSpec):
     def vocab_size(self) -> int | None:
         return self.draft_vocab_size if self.draft_vocab_size < self.target.vocab_size else None
 
-    def parameters(self) -> int:
-        return sum(math.prod(shape) for shape in self.hf_tensors().values())
-
     def flops(self, tokens: int, scored: int) -> float:
         return costs.flops(self, tokens, scored)
 
@@ -157,28 +152,15 @@ class PEagleSpec(DraftSpec):
         }
 
     def hf_tensors(self) -> dict[str, tuple[int, ...]]:
-        target = self.target
-        H, F, M, D = target.hidden_size, len(self.layers), target.intermediate_size, self.draft_vocab_size
-        Q, K = target.num_heads * target.head_dim, target.num_kv_heads * target.head_dim
+        H, F = self.target.hidden_size, len(self.layers)
         tensors: dict[str, tuple[int, ...]] = {"mask_hidden": (1, 1, F * H)}
         if self.fc_norm:
             tensors |= {f"fc_norm.{i}.weight": (H,) for i in range(F)}
         tensors |= {"fc.weight": (H, F * H), "layers.0.hidden_norm.weight": (H,)}
         for i in range(self.num_layers):
-            X = H if i else 2 * H
-            layer = {
-                "input_layernorm": (H,),
-                "post_attention_layernorm": (H,),
-                "self_attn.q_proj": (Q, X),
-                "self_attn.k_proj": (K, X),
-                "self_attn.v_proj": (K, X),
-                "self_attn.o_proj": (H, Q),
-                "mlp.gate_proj": (M, H),
-                "mlp.up_proj": (M, H),
-                "mlp.down_proj": (H, M),
-            }
-            tensors |= {f"layers.{i}.{name}.weight": shape for name, shape in layer.items()}
-        return tensors | {"norm.weight": (H,), "lm_head.weight": (D, H)}
+            layer = self.target.layer_tensors(H if i else 2 * H)
+            tensors |= {f"layers.{i}.{name}": shape for name, shape in layer.items()}
+        return tensors | {"norm.weight": (H,), "lm_head.weight": (self.draft_vocab_size, H)}
 
     def server_args(self, num_draft_tokens: int) -> dict[str, Any]:
         raise ValueError(

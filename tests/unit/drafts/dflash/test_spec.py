@@ -121,7 +121,7 @@ def test_the_mask_token_is_one_that_no_text_holds(tmp_path: Path) -> None:
     [
         ({}, None, r"draft\.mask_token_id: .* no mask token, no embedding row without a token and no special token"),
         ({"mask_token_id": 6}, None, r"draft\.mask_token_id=6 must be below the target's 6 tokens"),
-        ({"mask_token_id": 5}, [1, 11], r"target\.aux_layers=\[1, 11\] must be from 0 to 10 .* last layer"),
+        ({"mask_token_id": 5}, [1, 11], r"target\.aux_layers=\[1, 11\] must be .* from 0 to 10 .* last one's"),
         ({"mask_token_id": 5}, [5, 1], r"target\.aux_layers=\[5, 1\] must be increasing"),
         ({"mask_token_id": 5, "num_features": 11}, None, r"draft\.num_features=11 has no default layers"),
     ],
