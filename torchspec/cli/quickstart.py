@@ -25,7 +25,7 @@ def quickstart(
         str | None, typer.Option(help="Kind of draft; `torchspec config` names them.", show_default=False)
     ] = None,
 ) -> None:
-    """Train a draft for a 135M LLM on this machine, then measure it in a real SGLang server."""
+    """Train a draft for a 135M LLM on this machine, then measure it in a real SGLang server, if that serves it."""
     from torchspec.config.load import load_config
     from torchspec.drafts.export import read_spec
     from torchspec.drafts.registry import DEFAULT, KINDS
@@ -39,8 +39,13 @@ def quickstart(
     summary = run_training(config, resume=False)
     if summary.stopped or summary.export is None:
         return
-    tokens = read_spec(summary.export).draft_tokens
-    settings = EvaluationSettings(num_draft_tokens=tokens, max_tokens=config.answer.max_tokens)
+    spec = read_spec(summary.export)
+    try:
+        spec.server_args(spec.draft_tokens)
+    except ValueError as reason:
+        print(f"not measured: {reason}")
+        return
+    settings = EvaluationSettings(num_draft_tokens=spec.draft_tokens, max_tokens=config.answer.max_tokens)
     target = str(Path(config.target.path).expanduser())
     show_evaluation(summary.export, target, "builtin:heldout", settings, None, RunFolder(summary.run_dir).evaluation)
 
