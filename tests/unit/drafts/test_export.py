@@ -169,6 +169,11 @@ def test_one_norm_before_fc_excludes_the_others(target: Path) -> None:
         Eagle3Spec.of(Eagle3Knobs(fc_norm=True, norm_before_fc=True), TargetCheckpoint(target), AUX_LAYERS)
 
 
+def test_a_single_layer_of_the_target_is_refused_as_sglang_would_not_mix_it(target: Path) -> None:
+    with pytest.raises(ValueError, match=r"target\.aux_layers=\[3\] must name two layers or more"):
+        Eagle3Spec.of(Eagle3Knobs(), TargetCheckpoint(target), [3])
+
+
 def test_whoever_may_read_the_config_may_read_the_weights(folder: Path) -> None:
     assert (folder / hf.WEIGHTS).stat().st_mode == (folder / hf.CONFIG).stat().st_mode
 

@@ -72,6 +72,11 @@ class Eagle3Spec(DraftSpec):
     norm_output: bool = False
 
     def __post_init__(self) -> None:
+        if len(self.layers) < 2:  # SGLang tells the target's states from the draft's own by their width
+            raise ValueError(
+                f"target.aux_layers={list(self.layers)} must name two layers or more for an EAGLE3 draft: SGLang would "
+                "take the states of a single one for the draft's own"
+            )
         if self.fc_norm and self.norm_before_fc:
             raise ValueError("draft.fc_norm and draft.norm_before_fc exclude each other: set one of them, or none")
         if not 0 < self.draft_vocab_size <= self.target.vocab_size:
