@@ -28,6 +28,7 @@ from torchspec.driver.plan import Plan, ThreadPlan
 from torchspec.driver.scale import checked_change
 from torchspec.inference.sglang_patch import our_edits
 from torchspec.network import LOOPBACK
+from torchspec.run_folder import RunFolder
 from torchspec.store.hidden_state_store import HiddenStateStore
 from torchspec.store.master import MooncakeMaster
 from torchspec.store.node import StoreNode
@@ -227,7 +228,7 @@ class OverRay:
     """A controller actor with the methods of a controller."""
 
     def __init__(self, actor, run_dir: Path):
-        self.actor, self._run_dir = actor, run_dir
+        self.actor, self._folder = actor, RunFolder(run_dir)
 
     def __getattr__(self, name: str):
         return getattr(self.actor, name).remote

@@ -66,7 +66,8 @@ def test_every_position_is_accepted_in_vllm_as_often_as_simulated(
     )
     draft = Draft.load(exported, target.model)
     assert (result["rounds"], result["accepted"]) == simulated(draft, target, exported, prompts, result["outputs"])
-    assert 1 + sum(result["accepted"]) / result["rounds"] > 2.5 and min(result["accepted"]) > 0
+    rounds, accepted = simulated(draft, target, exported, prompts[:-1], result["outputs"][:-1])  # the learnt ones
+    assert 1 + sum(accepted) / rounds > 4
     other = replace(draft, config=draft.config | {"ptd_token_id": 5})
     assert result["accepted"] != simulated(other, target, exported, prompts, result["outputs"])[1]
 

@@ -94,12 +94,12 @@ def test_a_rank_reads_its_own_shard_and_nothing_else(bench: Bench) -> None:
     (whole,) = put_samples(bench.client, [length], prefix="whole")
     (ref,) = put_samples(bench.client, [length], prefix="shards", sharding=formula)
     assert ref.usp_sharded and ref.layout == "zigzag" and ref.tensors == whole.tensors  # global shapes
-    full = SampleFetcher(bench.client, GEOMETRY, 0, pin_memory=False)
+    full = SampleFetcher(bench.client, GEOMETRY, 0, 0, pin_memory=False)
     ([expected], _) = full.fetch(((whole,),), {})
     seen = torch.zeros(length, dtype=torch.int64)
     row_bytes = 4 * (GEOMETRY.num_aux + 1) * GEOMETRY.hidden_size + 4
     for rank in range(formula.size):
-        fetcher = SampleFetcher(bench.client, replace(GEOMETRY, sharding=formula), rank, pin_memory=False)
+        fetcher = SampleFetcher(bench.client, replace(GEOMETRY, sharding=formula), rank, 0, pin_memory=False)
         ([batch], missing) = fetcher.fetch(((ref,),), {})
         assert not missing and torch.equal(batch.loss_mask_BS, expected.loss_mask_BS)
         check_windows(batch, expected, formula, rank, seen)
@@ -129,11 +129,11 @@ def test_a_damaged_shard_is_reported_by_the_rank_that_reads_it(bench: Bench, dam
     name = shard_suffix(1, "lhs")
     bench.client.remove(ref.key, [name])
     if damage == "truncated":
-        tensors = replace(GEOMETRY, sharding=formula).shard(40, 1)
-        buffer = bench.client.allocate(tensors)
-        bench.client.put(ref.key, buffer, {name: [buffer.views[name][:-1]]}).result(timeout=60)
+        whole = replace(GEOMETRY, sharding=formula).shard(40, 1)[name]
+        short = replace(whole, shape=(whole.shape[0] - 1, *whole.shape[1:]))
+        bench.client.put(ref.key, bench.client.allocate({name: short})).result(timeout=60)
     reported = []
     for rank in range(2):
-        fetcher = SampleFetcher(bench.client, replace(GEOMETRY, sharding=formula), rank, pin_memory=False)
+        fetcher = SampleFetcher(bench.client, replace(GEOMETRY, sharding=formula), rank, 0, pin_memory=False)
         reported.append(fetcher.fetch(((ref,),), {})[1])
     assert reported == [set(), {ref.sample}]

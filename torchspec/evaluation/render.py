@@ -18,10 +18,9 @@ def _acceptance_table(result: EvaluationResult) -> Table:
     table = Table(title=f"Accept length, {result.settings.num_draft_tokens} draft tokens, greedy", title_justify="left")
     table.add_column("prompts")
     table.add_column("count", justify="right")
-    table.add_column("accept length", justify="right", style="bold")
-    for k in range(1, result.settings.num_draft_tokens + 1):
-        table.add_column(f"draft {k} right", justify="right")
-    table.add_column("by SGLang", justify="right", style="dim")
+    table.add_column("accept\nlength", justify="right", style="bold")
+    table.add_column("% right by position")  # one column: a block has up to 63 of them
+    table.add_column("by\nSGLang", justify="right", style="dim")
     for category, acceptance in result.categories.items():
         table.add_row(category, *_cells(acceptance))
     if result.categories:
@@ -31,9 +30,9 @@ def _acceptance_table(result: EvaluationResult) -> Table:
 
 
 def _cells(acceptance: Acceptance) -> list[str]:
-    positions = [f"{share:.1%}" for share in acceptance.position_acceptance]
+    positions = " ".join(f"{100 * share:.1f}" for share in acceptance.position_acceptance)
     lengths = [f"{acceptance.accept_length:.3f}", f"{acceptance.server_accept_length:.3f}"]
-    return [str(acceptance.prompts), lengths[0], *positions, lengths[1]]
+    return [str(acceptance.prompts), lengths[0], positions, lengths[1]]
 
 
 def _speed_table(result: EvaluationResult) -> Table:

@@ -86,9 +86,9 @@ def test_the_result_is_saved_as_json_and_shown_as_tables(result: EvaluationResul
         "identical": False,
     }
     shown = io.StringIO()
-    Console(width=120, file=shown).print(render(result))
+    Console(width=80, file=shown).print(render(result))
     text = shown.getvalue()
-    for figure in ("code", "1.909", "45.5%", "27.3%", "18.2%", "10.5", "1.75x", "3 of 4 answers identical"):
+    for figure in ("code", "1.909", "45.5 27.3 18.2", "10.5", "1.75x", "3 of 4 answers identical"):
         assert figure in text, figure
 
 
