@@ -68,7 +68,7 @@ def test_every_position_is_accepted_in_vllm_as_often_as_simulated(
     assert (result["rounds"], result["accepted"]) == simulated(draft, target, exported, prompts, result["outputs"])
     rounds, accepted = simulated(draft, target, exported, prompts[:-1], result["outputs"][:-1])  # the learnt ones
     assert 1 + sum(accepted) / rounds > 4
-    other = replace(draft, config=draft.config | {"ptd_token_id": 5})
+    other = replace(draft, weights=draft.weights | {"mask_hidden": -draft.weights["mask_hidden"]})
     assert result["accepted"] != simulated(other, target, exported, prompts, result["outputs"])[1]
 
 
