@@ -6,15 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
+from tests.autograd_memory import kept_by_a_forward
 from torchspec.config.schema import TrainingConfig
-from torchspec.drafts.draft import Batch, DraftOptions
 from torchspec.drafts.eagle3.model import Eagle3Draft
 from torchspec.drafts.eagle3.spec import Eagle3Spec
 from torchspec.driver.memory import GPU_SHARE, MemoryBudget, Split, host_bytes, possible_splits, rank_memory
-from torchspec.target.head import TargetHead
 from torchspec.target.shape import TargetShape
 
 TARGET = TargetShape(
@@ -42,39 +39,6 @@ def training_of(ulysses: int = 1, ring: int = 1, **changes: Any) -> TrainingConf
     )
 
 
-def kept_by_a_forward(spec: Eagle3Spec, training: TrainingConfig, lengths: list[int]) -> int:
-    """Bytes that autograd keeps for the backward, apart from weights, head, their copies and their gradients."""
-    dtype = getattr(torch, training.dtype)
-    draft = Eagle3Draft(spec, DraftOptions(recompute=training.activation_checkpointing))
-    head = torch.randn(TARGET.vocab_size, TARGET.hidden_size).to(dtype)
-    in_draft, rest = head[: DRAFT.draft_vocab_size], head[DRAFT.draft_vocab_size :]
-    target = TargetHead(head, in_draft, rest, torch.ones(TARGET.hidden_size, dtype=dtype), TARGET.rms_norm_eps)
-    shape = len(lengths), max(lengths)
-    batch = Batch(
-        hs_BSA=torch.randn(*shape, 3 * TARGET.hidden_size).bfloat16(),
-        lhs_BSH=torch.randn(*shape, TARGET.hidden_size).bfloat16(),
-        ids_BS=torch.randint(TARGET.vocab_size, shape, dtype=torch.int32),
-        loss_mask_BS=torch.ones(shape, dtype=torch.bool),
-        lengths_B=torch.tensor(lengths),
-        seeds_B=torch.zeros(len(lengths)),
-    )
-    weights = {x.numel() for x in (*draft.parameters(), head)}
-    kept: dict[int, int] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        if x.numel() not in weights:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
-        torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
-    ):
-        # until the sum is done, ``output`` holds the graph, and no storage is given away twice
-        output = draft(batch, target)
-        return sum(kept.values()) if output.total.requires_grad else 0
-
-
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     "changes", [{"ttt_length": 1}, {"ttt_length": 1, "fc_norm": True}, {"ttt_length": 7}, {"ttt_length": 7, **NORMS}]
@@ -83,7 +47,7 @@ def test_activations_are_what_a_forward_keeps(changes: dict[str, Any], dtype: st
     training = training_of(dtype=dtype, batch_size=2, micro_batch_size=2)
     spec = replace(DRAFT, **changes)
     memory = rank_memory(spec, training, TOKENS, "bfloat16")
-    kept = kept_by_a_forward(spec, training, [TOKENS, TOKENS])
+    kept = kept_by_a_forward(Eagle3Draft(spec), dtype, 2, TOKENS)
     assert 0.98 * kept < memory.activations + memory.keys_values < 1.1 * kept
 
 

@@ -14,20 +14,19 @@ from pydantic import TypeAdapter
 from safetensors.torch import load_file
 from tokenizers import AddedToken, Tokenizer
 from tokenizers.models import WordLevel
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, LlamaConfig, PreTrainedTokenizerFast
 
+from tests.autograd_memory import kept_by_a_forward
 from tests.oracles.dflash_cases import Case, build, spec_of
 from torchspec.config.load import parse_config
 from torchspec.config.schema import TrainingConfig
 from torchspec.drafts.dflash.model import DFlashDraft
 from torchspec.drafts.dflash.spec import DFlashKnobs, DFlashSpec, default_layers
-from torchspec.drafts.draft import Batch, DraftOptions
+from torchspec.drafts.draft import DraftOptions
 from torchspec.drafts.export import CONFIG, DraftExport, export_draft, validate_export
 from torchspec.drafts.spec import Work
 from torchspec.target.checkpoint import TargetCheckpoint
-from torchspec.target.head import TargetHead
 
 WORDS = ["<s>", "</s>", "a", "b", "c"]
 
@@ -280,37 +279,6 @@ def test_flops_are_those_that_are_computed(soft: bool) -> None:
     assert counter.get_total_flops() == pytest.approx(step.draft.spec.flops(60, 60), rel=0.06)
 
 
-def kept_by_a_forward(spec: DFlashSpec, work: Work) -> int:
-    """Bytes that autograd keeps for the backward, apart from weights and their copies."""
-    dtype, target = getattr(torch, work.dtype), spec.target
-    draft = DFlashDraft(spec, DraftOptions(work.loss_chunk_tokens, work.recompute))
-    head_VH = torch.randn(target.vocab_size, target.hidden_size).to(dtype)
-    head = TargetHead(head_VH, head_VH, head_VH[:0], torch.ones(target.hidden_size, dtype=dtype), target.rms_norm_eps)
-    shape = work.samples, work.num_tokens
-    batch = Batch(
-        hs_BSA=torch.randn(*shape, len(spec.layers) * target.hidden_size).bfloat16(),
-        lhs_BSH=torch.randn(*shape, target.hidden_size).bfloat16(),
-        ids_BS=torch.randint(target.vocab_size, shape, dtype=torch.int32),
-        loss_mask_BS=torch.ones(shape, dtype=torch.bool),
-        lengths_B=torch.full(shape[:1], shape[1]),
-        seeds_B=torch.arange(shape[0]),
-    )
-    weights = {x.numel() for x in (*draft.parameters(), head_VH)}
-    kept: dict[int, int] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        if x.numel() not in weights:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
-        torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
-    ):
-        output = draft(batch, head)
-        return sum(kept.values()) if output.total.requires_grad else 0
-
-
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(("layers", "anchors", "tokens"), [(1, 40, 400), (3, 300, 200)])
@@ -319,13 +287,16 @@ def test_activations_are_what_a_forward_keeps(
 ) -> None:
     spec = spec_of(Case(num_layers=layers, num_anchors=anchors, hidden=96, head_dim=16, block_size=8, vocab=300))
     work = Work(2, tokens, None, True, dtype, recompute, 64)
+    draft = DFlashDraft(spec, DraftOptions(work.loss_chunk_tokens, recompute))
 
     def expected(num_layers: int, recompute: bool) -> int:
         figures = replace(spec, num_layers=num_layers).rank_bytes(work._replace(recompute=recompute))
         return figures.activations + figures.keys_values
 
     one_layer = expected(2, recompute=False) - expected(1, recompute=False) if recompute else 0
-    kept = one_layer + kept_by_a_forward(spec, work)  # a recomputed layer is there in the backward alone
+    kept = one_layer + kept_by_a_forward(
+        draft, dtype, work.samples, tokens
+    )  # a recomputed layer is there in the backward alone
     assert 0.98 * kept < expected(layers, recompute) < 1.1 * kept
 
 

@@ -9,17 +9,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.autograd_memory import kept_by_a_forward
 from tests.oracles.peagle_cases import Case, build
-from torchspec.drafts.draft import Batch, DraftOptions
+from torchspec.drafts.draft import DraftOptions
 from torchspec.drafts.export import CONFIG, WEIGHTS, export_draft, read_spec, validate_export
 from torchspec.drafts.peagle.model import PEagleDraft
 from torchspec.drafts.peagle.spec import PEagleKnobs, PEagleSpec
 from torchspec.drafts.spec import Work
 from torchspec.target.checkpoint import TargetCheckpoint
-from torchspec.target.head import TargetHead
 from torchspec.target.shape import TargetShape
 
 SHAPES = {
@@ -128,38 +127,6 @@ def test_flops_are_those_that_are_computed() -> None:
     assert counter.get_total_flops() + uncounted == pytest.approx(step.draft.spec.flops(60, 60), rel=0.06)
 
 
-def kept_by_a_forward(spec: PEagleSpec, work: Work) -> int:
-    """Bytes that autograd keeps for the backward, apart from weights and their copies."""
-    dtype, target = getattr(torch, work.dtype), spec.target
-    draft = PEagleDraft(spec, DraftOptions(work.loss_chunk_tokens, work.recompute))
-    head_VH = torch.randn(target.vocab_size, target.hidden_size).to(dtype)
-    drafts = head_VH[: spec.draft_vocab_size], head_VH[spec.draft_vocab_size :]
-    head = TargetHead(head_VH, *drafts, torch.ones(target.hidden_size, dtype=dtype), target.rms_norm_eps)
-    shape = work.samples, work.num_tokens
-    batch = Batch(
-        hs_BSA=torch.randn(*shape, len(spec.layers) * target.hidden_size).bfloat16(),
-        lhs_BSH=torch.randn(*shape, target.hidden_size).bfloat16(),
-        ids_BS=torch.randint(target.vocab_size, shape, dtype=torch.int32),
-        loss_mask_BS=torch.ones(shape, dtype=torch.bool),
-        lengths_B=torch.full(shape[:1], shape[1]),
-        seeds_B=torch.arange(shape[0]),
-    )
-    weights = {x.numel() for x in (*draft.parameters(), head_VH)}
-    kept: dict[int, int] = {}
-
-    def keep(x: Tensor) -> Tensor:
-        if x.numel() not in weights:
-            kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
-
-    with (
-        torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x),
-        torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16),
-    ):
-        output = draft(batch, head)
-        return sum(kept.values()) if output.total.requires_grad else 0
-
-
 SHAPE = TargetShape(
     hidden_size=96,
     num_heads=12,
@@ -178,7 +145,8 @@ SHAPE = TargetShape(
 def test_activations_are_what_a_forward_keeps(num_layers: int, num_positions: int, fc_norm: bool, dtype: str) -> None:
     spec = PEagleSpec(SHAPE, (1, 2, 3), 200, 7, num_layers, num_positions, fc_norm)
     work = Work(2, 960, None, False, dtype, False, 1024)
-    planned, kept = spec.rank_bytes(work), kept_by_a_forward(spec, work)
+    draft = PEagleDraft(spec, DraftOptions(work.loss_chunk_tokens))
+    planned, kept = spec.rank_bytes(work), kept_by_a_forward(draft, dtype, work.samples, work.num_tokens)
     assert 0.95 * kept < planned.activations + planned.keys_values < 1.1 * kept
 
 
