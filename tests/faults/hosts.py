@@ -12,7 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
 
@@ -42,14 +42,19 @@ class Host:
     def received_bytes(self) -> int:
         return int(self.run("cat", f"/sys/class/net/{INTERFACE}/statistics/rx_bytes"))
 
-    def listeners(self) -> Iterator[tuple[IPv4Address | IPv6Address, int, psutil.Process]]:
-        """Address and port of each listening TCP socket, and the first process that holds it."""
+    def listeners(self) -> Iterator[tuple[IPv4Address | IPv6Address, int, int, str]]:
+        """Address and port of each listening TCP socket, id and command line of the first process that holds it.
+
+        A process that ends meanwhile listens no more: the first workers that Ray keeps ready do so.
+        """
         for line in self.run("ss", "-H", "-l", "-t", "-n", "-p").splitlines():
             text, port = line.split()[3].rsplit(":", 1)
             text = text.partition("%")[0].strip("[]")  # %: the device that it is bound to
             address = ip_address("::" if text == "*" else text)
             mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-            yield mapped or address, int(port), psutil.Process(int(re.findall(r"pid=(\d+)", line)[0]))
+            for pid in map(int, re.findall(r"pid=(\d+)", line)[:1]):
+                with suppress(psutil.NoSuchProcess):
+                    yield mapped or address, int(port), pid, " ".join(psutil.Process(pid).cmdline()).strip()
 
     def unplug(self, seconds: float) -> None:
         """Nothing comes through the cable for a while."""

@@ -138,11 +138,11 @@ def check_sockets(head: Host, worker: Host) -> None:
     """Nothing of ours answers in the other network. Ray does, once in each process that has joined it."""
     for host, other in ((head, worker), (worker, head)):
         answering, names = Counter[int](), {}
-        for address, port, process in host.listeners():
-            names[process.pid] = command = " ".join(process.cmdline()).strip()
+        for address, port, pid, command in host.listeners():
+            names[pid] = command
             assert address.is_loopback or address.is_unspecified or str(address) == host.address, (address, command)
             if address.is_unspecified and not any(name in command for name in RAYS_OWN):
-                answering[process.pid] += other.reaches(host.other_address, port)
+                answering[pid] += other.reaches(host.other_address, port)
         allowed = {pid: name.startswith("ray::") or "torchspec" in name for pid, name in names.items()}
         assert {names[pid]: count for pid, count in answering.items() if count > allowed[pid]} == {}
 
