@@ -202,7 +202,7 @@ class RankReport:
     get_bytes: int = 0
     get_histogram: Histogram = EMPTY
     """Latencies of gets, one a sample."""
-    queue_depth: int = 0
+    fetched_steps: int = 0
     """Steps fetched and waiting for the step loop."""
     doing: Literal["waiting", "training", "paused"] = "waiting"
     flops: float = 0.0

@@ -261,7 +261,7 @@ class Ranks:
                 seconds=self.sim.now - self.began,
                 wait_seconds=self.wait.seconds,
                 pause_seconds=self.pause.seconds,
-                queue_depth=self.fetched,
+                fetched_steps=self.fetched,
                 doing=doing,
             )
             self.sim.telemetry.rank_report(self.reports[rank])

@@ -83,7 +83,7 @@ RANKS = (
     Column("fwd", lambda r: r.forward_share, _share(lambda r: r.forward_share)),
     Column("bwd", lambda r: r.backward_share, _share(lambda r: r.backward_share)),
     Column("opt", lambda r: r.optimizer_share, _share(lambda r: r.optimizer_share)),
-    Column("queue", lambda r: r.report.queue_depth, lambda r: str(r.report.queue_depth)),
+    Column("queue", lambda r: r.report.fetched_steps, lambda r: str(r.report.fetched_steps)),
     Column("get p99", lambda r: r.get_p99_seconds or 0.0, lambda r: _latency(r.get_p99_seconds)),
     Column("get", lambda r: r.get_bytes_per_s, lambda r: f"{human_bytes(r.get_bytes_per_s)}/s"),
 )

@@ -182,7 +182,7 @@ METRICS: tuple[Metric, ...] = (
     Metric("rank_get_bytes", "rank", "report.get_bytes", "counter", "bytes", "Read from the store", _FETCH),
     Metric("rank_get_latency_seconds", "rank", "report.get_histogram", "histogram", "seconds",
            "Of one get: what the rank reads of a sample", _FETCH),
-    Metric("rank_queue_depth", "rank", "report.queue_depth", "gauge", "steps",
+    Metric("rank_queue_depth", "rank", "report.fetched_steps", "gauge", "steps",
            "Steps fetched and waiting for the step loop", _FETCH),
     Metric("rank_flops", "rank", "report.flops", "counter", "operations",
            "Floating-point operations of the draft, forward and backward", "rank (training/learner.py)"),

@@ -168,7 +168,7 @@ class EntityPoint:
     """Counters of each worker and rank; rates are differences over time.
 
     Workers by name: samples, tokens, put_bytes, busy_seconds, seconds. Ranks by number: tokens, wait_seconds, seconds,
-    get_bytes, queue_depth.
+    get_bytes, fetched_steps.
     """
 
     time: float
@@ -177,7 +177,7 @@ class EntityPoint:
 
 
 WORKER_COLUMNS = ("samples", "tokens", "put_bytes", "busy_seconds", "seconds")
-RANK_COLUMNS = ("tokens", "wait_seconds", "seconds", "get_bytes", "queue_depth")
+RANK_COLUMNS = ("tokens", "wait_seconds", "seconds", "get_bytes", "fetched_steps")
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,7 +120,7 @@ def entities_view(run_dir: Path, since: float | None = None, points: int | None 
         "tokens_per_s": lambda a, b: _growth(a, b, "tokens", "seconds"),
         "get_bytes_per_s": lambda a, b: _growth(a, b, "get_bytes", "seconds"),
         "wait_share": lambda a, b: _growth(a, b, "wait_seconds", "seconds"),
-        "queue_depth": lambda a, b: b["queue_depth"],
+        "fetched_steps": lambda a, b: b["fetched_steps"],
     }
     return {
         "time": [b["time"] for _, b in pairs],

@@ -158,7 +158,7 @@ class Trainer:
             get_seconds=fetcher.get_seconds,
             get_bytes=fetcher.bytes_read,
             get_histogram=fetcher.get_histogram,
-            queue_depth=stream.depth,
+            fetched_steps=stream.depth,
         )
 
     # ---- one optimizer step ----

@@ -114,7 +114,7 @@ function describe(run) {
       value: count(point.queue_depth),
       unit: "samples",
       text: "ready, in order",
-      bars: snapshot.ranks.map((r) => ({ key: String(r.rank), height: Math.min(1, r.report.queue_depth / ahead) })),
+      bars: snapshot.ranks.map((r) => ({ key: String(r.rank), height: Math.min(1, r.report.fetched_steps / ahead) })),
     },
     training: {
       value: large(status.training_tokens_per_s),

@@ -111,7 +111,7 @@ export class Ranks {
         column("reduce", "reduce_share", percent),
         column("optimizer", "optimizer_share", percent),
         column("pause", "pause_share", percent),
-        column("queue", "queue_depth", count),
+        column("queue", "fetched_steps", count),
         column("get", "get_bytes_per_s", bandwidth),
         column("get p50", "get_p50_seconds", duration),
         column("get p99", "get_p99_seconds", duration),
