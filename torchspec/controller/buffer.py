@@ -106,12 +106,12 @@ class SampleBuffer:
         config, heldout = spec.config, len(spec.heldout) if spec.heldout else 0
         self._folder, self._run, self._halo = RunFolder(spec.run_dir), config.run.name, spec.halo
         self._observer, self._changed = observer, changed
-        window, attempts = config.controller.reorder_window, config.controller.max_attempts
+        window, max_failures = config.controller.reorder_window, config.controller.max_attempts
         shape, max_steps = ledger_shape(config, spec.train), config.training.max_steps
-        self.ledger = Ledger(shape, window, attempts, max_steps, moved=observer.moved)
+        self.ledger = Ledger(shape, window, max_failures, max_steps, moved=observer.moved)
         content, one_batch = spec.heldout.content_hash if spec.heldout else "", max(1, heldout)
         shape = LedgerShape(content, heldout, 1, one_batch, config.run.seed)
-        self.heldout = Ledger(shape, one_batch, attempts, first_epoch=HELDOUT_EPOCH, moved=observer.moved)
+        self.heldout = Ledger(shape, one_batch, max_failures, first_epoch=HELDOUT_EPOCH, moved=observer.moved)
         self._journal, self._rejections = JsonLines(self._folder.journal), JsonLines(self._folder.rejected)
         self.prompts = Prompts(spec.train, spec.heldout, self._folder.answers, config.answer.reuse, config.run.seed)
         self.credits, self._objects = Credits(spec.credit_bytes), StoredObjects(spec.endpoint)

@@ -12,7 +12,7 @@ Because consumption is in order, everything a checkpoint has committed is one nu
 positions: that is the whole snapshot, and a resume brings back exactly what the checkpoint had not committed.
 
 A worker that dies says nothing of which of its samples killed it. They are tried once more in company; a sample that
-has been in all but one of ``max_attempts`` deaths is *suspect*, and leased to a worker that has nothing else: only a
+has been in all but one of ``max_failures`` deaths is *suspect*, and leased to a worker that has nothing else: only a
 death alone rejects it, so no sample is rejected for its neighbour's fault.
 
 The class is plain Python without clocks, locks or I/O; the controller actor calls it from one event loop.
@@ -45,9 +45,9 @@ class Record:
     sample: SampleId
     state: State = "pending"
     attempts: int = 0
-    """Leases given out; makes each attempt's key unique."""
+    """Leases given out; makes the key of each unique."""
     failures: int = 0
-    """Attempts that the prompt itself may be to blame for."""
+    """Leases that came to nothing, for which the prompt itself may be to blame."""
     deaths: int = 0
     """Workers that died while they held it."""
     key: str = ""
@@ -71,7 +71,8 @@ class Ledger:
 
     shape: LedgerShape
     reorder_window: int
-    max_attempts: int
+    max_failures: int
+    """``controller.max_attempts``. Deaths of workers count apart from failures, up to the same number."""
     max_steps: int | None = None
     first_epoch: int = 0
     moved: Moved = lambda sample, before, state, why: None
@@ -135,10 +136,10 @@ class Ledger:
 
     def is_suspect(self, record: Record) -> bool:
         """Whether it may have killed workers, and is only leased to one that has nothing else."""
-        return 0 < record.deaths >= self.max_attempts - 1
+        return 0 < record.deaths >= self.max_failures - 1
 
     def lease(self, record: Record, worker: str, key_prefix: str) -> Record:
-        """Hand ``record`` (from :meth:`next_to_lease`) to ``worker`` under a key that no earlier attempt used."""
+        """Hand ``record`` (from :meth:`next_to_lease`) to ``worker`` under a key that no earlier lease used."""
         if record.position in self.records:
             self._retries.remove(record.position)
         else:
@@ -166,10 +167,10 @@ class Ledger:
         insort(self._retries, record.position)
 
     def fail(self, record: Record, reason: str, final: bool = False) -> None:
-        """A lease came to nothing: back to pending, or rejected if that is ``final`` or has happened ``max_attempts``
+        """A lease came to nothing: back to pending, or rejected if that is ``final`` or has happened ``max_failures``
         times."""
         record.failures += 1
-        if final or record.failures >= self.max_attempts:
+        if final or record.failures >= self.max_failures:
             self._reject(record, reason)
         else:
             self.put_back(record, reason)
@@ -202,7 +203,7 @@ class Ledger:
         lost = self.leased_to(worker)
         for record in lost:
             record.deaths += 1
-            if alone and record.deaths >= self.max_attempts:
+            if alone and record.deaths >= self.max_failures:
                 self._reject(record, f"{record.deaths} workers died with it, the last one, {worker}, alone")
             else:
                 self.put_back(record, f"{worker} died")

@@ -19,8 +19,8 @@ def shape(prompts: int = 10, epochs: int = 2, batch_size: int = 4, seed: int = 7
     return LedgerShape("data", prompts, epochs, batch_size, seed)
 
 
-def ledger(window: int = 8, attempts: int = 3, max_steps: int | None = None, **kwargs: int) -> Ledger:
-    return Ledger(shape(**kwargs), window, attempts, max_steps)
+def ledger(window: int = 8, max_failures: int = 3, max_steps: int | None = None, **kwargs: int) -> Ledger:
+    return Ledger(shape(**kwargs), window, max_failures, max_steps)
 
 
 def ref(record) -> SampleRef:
@@ -96,7 +96,7 @@ def test_the_tail_is_trained_and_batches_roll_over_the_epoch():
 
 
 def test_a_failed_lease_is_retried_first_then_rejected_by_name():
-    book = ledger(attempts=2)
+    book = ledger(max_failures=2)
     first, *_ = lease_all(book)
     book.fail(first, "boom")
     again = book.next_to_lease()
@@ -138,7 +138,7 @@ def test_a_lost_object_returns_and_keeps_its_step():
 
 
 def test_a_full_store_blames_nobody_and_the_front_of_the_line_gets_through():
-    book = ledger(attempts=1)
+    book = ledger(max_failures=1)
     first, *others = lease_all(book)
     for record in others:
         book.store(record, ref(record))
@@ -156,7 +156,7 @@ def test_a_full_store_blames_nobody_and_the_front_of_the_line_gets_through():
 
 
 def test_a_store_that_others_have_filled_is_nobodys_fault():
-    book = ledger(attempts=1)
+    book = ledger(max_failures=1)
     for _ in range(3):
         first = book.lease(book.next_to_lease(), "w0", "run")
         assert book.defer(first) is None
@@ -197,7 +197,7 @@ def test_nothing_is_lost_and_nothing_comes_twice(seed: int, prompts: int, epochs
         assert told.get(sample, "pending") == before != state
         told[sample] = state
 
-    book = Ledger(shape(prompts, epochs, batch, seed % 1000), batch + extra, max_attempts=10_000, moved=moved)
+    book = Ledger(shape(prompts, epochs, batch, seed % 1000), batch + extra, max_failures=10_000, moved=moved)
     trained: dict[int, list[SampleId]] = {}
     saved = book.snapshot(0)
     for _ in range(100_000):
@@ -317,7 +317,7 @@ def test_a_rewind_drops_what_is_stored_in_another_way():
 
 
 def test_what_was_rejected_stays_rejected_over_a_rewind():
-    book = ledger(attempts=1)
+    book = ledger(max_failures=1)
     saved = book.snapshot(0)
     first, *others = lease_all(book)
     book.fail(first, "boom")
@@ -333,7 +333,7 @@ def test_what_was_rejected_stays_rejected_over_a_rewind():
 
 def test_a_sample_is_rejected_for_a_death_that_it_was_alone_in():
     """Its neighbours die with it twice, and are not rejected however often that happens."""
-    book = ledger(attempts=3)
+    book = ledger(max_failures=3)
     poison, *others = lease_all(book, "w1")
     for worker in ("w1", "w2"):
         assert not any(book.is_suspect(r) for r in book.records.values())
@@ -370,7 +370,7 @@ def test_while_stopping_only_what_a_formed_step_waits_for_is_leased():
 
 
 def test_a_lease_given_back_is_held_against_nobody():
-    book = ledger(attempts=1)
+    book = ledger(max_failures=1)
     record, *_ = lease_all(book)
     for _ in range(3):
         book.put_back(record)
