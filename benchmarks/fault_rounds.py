@@ -43,6 +43,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from tests.journal import count_events
 from tests.online import (
     STEPS,
     Command,
@@ -59,7 +60,6 @@ from tests.online import (
     wait_until_gone,
     write_config,
 )
-from torchspec.controller.journal import count_events
 from torchspec.store.client import connect, pinned
 from torchspec.store.endpoint import StoreEndpoint
 

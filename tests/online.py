@@ -12,8 +12,8 @@ from pathlib import Path
 
 import psutil
 
+from tests.journal import trained_batches
 from torchspec.contracts import SampleId
-from torchspec.controller.journal import trained_batches
 from torchspec.data.builtin_target import CACHE, MODEL, build
 from torchspec.data.order import epoch_order
 from torchspec.processes.janitor import MARK

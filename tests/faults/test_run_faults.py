@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.journal import count_events
 from tests.online import (
     Command,
     journal,
@@ -23,7 +24,6 @@ from tests.online import (
     wait_until_swept,
     write_config,
 )
-from torchspec.controller.journal import count_events
 from torchspec.controller.verify import verify_run
 
 EXPECTED = sorted_batches(seeded_batches())

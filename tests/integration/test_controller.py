@@ -25,8 +25,8 @@ from tests.integration.controller_harness import (
     start,
     worker,
 )
+from tests.journal import trained_batches
 from torchspec.contracts import HELDOUT_EPOCH, SampleId, WorkerReport
-from torchspec.controller.journal import trained_batches
 from torchspec.controller.verify import EpochCount, verify_run
 from torchspec.data.masks import unpack_mask
 

@@ -21,9 +21,9 @@ from tests.integration.controller_harness import (
     stored,
     worker,
 )
+from tests.journal import trained_batches
 from torchspec.config.load import load_config
 from torchspec.contracts import SampleId, WorkerReport
-from torchspec.controller.journal import trained_batches
 from torchspec.controller.steps import GroupEnded
 from torchspec.controller.verify import verify_run
 from torchspec.files import read_lines

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Collection, Hashable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -32,13 +33,12 @@ from typing import Any
 
 from torchspec.config.schema import Config, TrainingConfig
 from torchspec.contracts import HELDOUT_EPOCH, Answer, FailureKind, Lease, SampleId, SampleRef, SampleTiming
-from torchspec.controller.journal import count_events
 from torchspec.controller.ledger import Ledger, Record
 from torchspec.controller.ledger_snapshot import LedgerShape, Rejection, ledger_shape
 from torchspec.controller.objects import StoredObjects
 from torchspec.controller.prompts import Prompts
 from torchspec.data.prompt_set import PromptSet
-from torchspec.files import JsonLines
+from torchspec.files import JsonLines, read_lines
 from torchspec.monitor.record.observer import Observer
 from torchspec.run_folder import LEDGER_FILE, RunFolder
 from torchspec.shards import ShardFormula
@@ -141,7 +141,7 @@ class SampleBuffer:
             ValueError: the checkpoint is of other data, another seed or another batch size.
         """
         self.geometry = replace(self.geometry, sharding=config.training.shard_formula(self._halo))
-        events = count_events(self._folder.journal)
+        events = Counter(line["event"] for line in read_lines(self._folder.journal))
         incarnation, self.generation = events["started"] + 1, events["group"]
         self._key_prefix = f"{self._run}/{incarnation}"
         self.ledger.rewind(self._newest_snapshot())
