@@ -158,14 +158,14 @@ class Controller:
     async def worker_lost(self, worker: str) -> int:
         """A worker died or was taken away: its leases go back. Returns how many."""
         lost = self.buffer.worker_lost(worker)
-        self.pool.left(worker)
+        self.pool.drain(worker)
         self.observer.worker_lost(worker, lost)
         return lost
 
     @after_begin
     async def worker_left(self, worker: str) -> None:
         """A worker has ended because it was no longer needed."""
-        self.pool.left(worker)
+        self.pool.drain(worker)
         self.observer.worker_left(worker)
 
     async def worker_started(self, worker: str) -> None:

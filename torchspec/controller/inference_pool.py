@@ -33,24 +33,6 @@ FEWEST_STEPS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
-    """A window's measurements."""
-
-    workers: int
-    """That have been at work all through it."""
-    starvation: float
-    backpressure: float
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """Of the pool's size."""
-
-    least: int
-    most: int
-
-
-@dataclass(frozen=True, slots=True)
 class Move:
     """A new size, and why."""
 
@@ -68,7 +50,7 @@ class InferencePool:
     def __init__(self, config: Config, running: int, clock: Callable[[], float] = time.monotonic):
         inference = config.inference
         self.auto = inference.workers == "auto"
-        self.limits = Limits(inference.min_workers, inference.max_workers)
+        self._least, self._most = inference.min_workers, inference.max_workers
         self.wanted = inference.first_workers
         if self.auto and running:
             self.wanted = self._within_limits(running)
@@ -97,8 +79,6 @@ class InferencePool:
         self._active.discard(worker)
         self._gone.add(worker)
         self._settled_at = self._clock()
-
-    left = drain
 
     def has_left(self, worker: str) -> bool:
         """Whether ``worker`` gets no more leases."""
@@ -136,9 +116,8 @@ class InferencePool:
             return None
         starvation, backpressure = (sum(column) / len(self._stretch) for column in zip(*self._stretch, strict=True))
         self.begin_stretch(step)
-        load = Load(len(self._active), starvation, backpressure)
-        settled = load.workers == self.wanted and self._clock() >= self._settled_at + COOL_DOWN_SECONDS
-        move = decide(load, self.limits) if self.auto and settled else None
+        settled = len(self._active) == self.wanted and self._clock() >= self._settled_at + COOL_DOWN_SECONDS
+        move = decide(self.wanted, starvation, backpressure, self._least, self._most) if self.auto and settled else None
         if move is not None:
             self._resize(move.workers)
         return move
@@ -149,25 +128,24 @@ class InferencePool:
         self._stretch_from = step
 
     def _within_limits(self, workers: int) -> int:
-        return min(max(workers, self.limits.least), self.limits.most)
+        return min(max(workers, self._least), self._most)
 
     def _resize(self, workers: int) -> None:
         self.wanted, self._settled_at = workers, self._clock()
         self.changed.fire()
 
 
-def decide(load: Load, limits: Limits) -> Move | None:
-    """What a pool of ``load.workers`` should become; None to stay as it is.
+def decide(n: int, starvation: float, backpressure: float, least: int, most: int) -> Move | None:
+    """What a pool of ``n`` workers, all at work through the window, should become; None to stay as it is.
 
     Growing aims at the size that would feed the trainers if production grows with the workers, at most twice the
     present one; shrinking goes one at a time.
     """
-    n = load.workers
-    if load.starvation > STARVED and load.starvation > load.backpressure:
-        needed = math.ceil(n / max(0.5, 1 - load.starvation))
-        workers = min(max(n + 1, needed), limits.most)
+    if starvation > STARVED and starvation > backpressure:
+        needed = math.ceil(n / max(0.5, 1 - starvation))
+        workers = min(max(n + 1, needed), most)
         if workers > n:
-            return Move(workers, f"training waits for samples {load.starvation:.0%} of the time")
-    elif load.starvation < FED and n * (1 - load.backpressure) <= (n - 1) * (1 - SPARE) and n > limits.least:
-        return Move(n - 1, f"workers wait for room {load.backpressure:.0%} of the time, and training for none")
+            return Move(workers, f"training waits for samples {starvation:.0%} of the time")
+    elif starvation < FED and n * (1 - backpressure) <= (n - 1) * (1 - SPARE) and n > least:
+        return Move(n - 1, f"workers wait for room {backpressure:.0%} of the time, and training for none")
     return None

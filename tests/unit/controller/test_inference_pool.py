@@ -9,13 +9,9 @@ from torchspec.controller.inference_pool import (
     COOL_DOWN_SECONDS,
     MOST_OBSERVATIONS,
     InferencePool,
-    Limits,
-    Load,
     Move,
     decide,
 )
-
-LIMITS = Limits(least=1, most=8)
 
 
 def simulate(pool: InferencePool, clock: list[float], needed: float, seconds: float) -> list[int]:
@@ -106,21 +102,21 @@ def test_a_new_controller_keeps_the_workers_that_are_there():
 
 
 @pytest.mark.parametrize(
-    ("load", "expected"),
+    ("workers", "starvation", "backpressure", "expected"),
     [
-        (Load(4, starvation=0.5, backpressure=0.0), 8),
-        (Load(4, starvation=0.9, backpressure=0.0), 8),  # at most twice as many at a time
-        (Load(4, starvation=0.12, backpressure=0.0), 5),
-        (Load(4, starvation=0.05, backpressure=0.0), None),
-        (Load(4, starvation=0.3, backpressure=0.6), None),  # both wait: more workers would wait, too
-        (Load(4, starvation=0.0, backpressure=0.3), None),  # three would be just enough: too close
-        (Load(4, starvation=0.0, backpressure=0.4), 3),
-        (Load(4, starvation=0.05, backpressure=0.6), None),
-        (Load(1, starvation=0.0, backpressure=1.0), None),
-        (Load(8, starvation=0.9, backpressure=0.0), None),
+        (4, 0.5, 0.0, 8),
+        (4, 0.9, 0.0, 8),  # at most twice as many at a time
+        (4, 0.12, 0.0, 5),
+        (4, 0.05, 0.0, None),
+        (4, 0.3, 0.6, None),  # both wait: more workers would wait, too
+        (4, 0.0, 0.3, None),  # three would be just enough: too close
+        (4, 0.0, 0.4, 3),
+        (4, 0.05, 0.6, None),
+        (1, 0.0, 1.0, None),
+        (8, 0.9, 0.0, None),
     ],
 )
-def test_decisions(load, expected):
-    move = decide(load, LIMITS)
+def test_decisions(workers, starvation, backpressure, expected):
+    move = decide(workers, starvation, backpressure, least=1, most=8)
     assert (move.workers if move else None) == expected
     assert move is None or "%" in move.reason
