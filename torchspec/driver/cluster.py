@@ -64,10 +64,11 @@ def namespace(run_dir: Path) -> str:
     return f"torchspec-{run_dir.name}-{hashlib.sha256(str(run_dir).encode()).hexdigest()[:8]}"
 
 
-def node_is_alive() -> bool:
-    """Whether Ray still runs on the node that this process is connected to. Without it, nothing gets anywhere."""
+def require_node() -> None:
+    """Raises RunFailed: Ray has died on the node that this process is connected to, so nothing gets anywhere."""
     here = ray.get_runtime_context().get_node_id()
-    return any(node["Alive"] for node in ray.nodes() if node["NodeID"] == here)
+    if all(node.id != here for node in alive_nodes()):
+        raise RunFailed("Ray's node of the driver has died")
 
 
 @contextmanager

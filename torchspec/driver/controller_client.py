@@ -8,7 +8,7 @@ from typing import Any
 import ray
 
 from torchspec.controller.controller import NotBegun
-from torchspec.driver.cluster import node_is_alive
+from torchspec.driver.cluster import require_node
 from torchspec.driver.supervise import AwakeClock, RunFailed, root_cause
 
 _PAUSE_SECONDS = 0.5
@@ -20,12 +20,6 @@ class ControllerLost(Exception):
     def __init__(self, reason: str, hung: bool = False):
         super().__init__(reason)
         self.hung = hung
-
-
-def require_node() -> None:
-    """Raises RunFailed: Ray has died where the driver is."""
-    if not node_is_alive():
-        raise RunFailed("Ray's node of the driver has died")
 
 
 class ControllerClient:
@@ -48,19 +42,19 @@ class ControllerClient:
         """
         return self.result(self.send(method, *args))
 
-    def ask_at_start(self, method: str) -> Any:
-        """Call ``method`` of an actor that is being started.
+    def begin(self) -> None:
+        """Let the actor, which is being started, take up the run.
 
         Raises:
             RunFailed: it does not start.
         """
-        ref, deadline = self.send(method), time.monotonic() + self._start
+        ref, deadline = self.send("begin"), time.monotonic() + self._start
         while not ray.wait([ref], timeout=_PAUSE_SECONDS)[0]:
             require_node()
             if time.monotonic() > deadline:
                 raise RunFailed(f"the controller has not started in {self._start:.0f} s")
         try:
-            return ray.get(ref)
+            ray.get(ref)
         except ray.exceptions.RayError as error:
             raise RunFailed(f"the controller does not start: {root_cause(error)}") from None
 

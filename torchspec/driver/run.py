@@ -135,7 +135,7 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
         store = StoreSupervisor(master, actors.store_node, config.store.segment_bytes, recovery)
         stack.callback(store.close)
         controller = ControllerClient(actors.controller(), recovery.hang_seconds, recovery.start_seconds)
-        controller.ask_at_start("begin")
+        controller.begin()
         if config.monitor.ui:
             page = _open_page(config, PageControls(folder.path, controller.actor), view)
             after_cluster.callback(page.close)  # meanwhile, who watches it sees how the run has ended

@@ -18,8 +18,9 @@ import ray
 
 from torchspec.contracts import RunStatus
 from torchspec.driver.actors import ActorFactory
+from torchspec.driver.cluster import require_node
 from torchspec.driver.console import Interrupts, View, new_messages
-from torchspec.driver.controller_client import ControllerClient, ControllerLost, require_node
+from torchspec.driver.controller_client import ControllerClient, ControllerLost
 from torchspec.driver.prepare import Prepared
 from torchspec.driver.store import StoreSupervisor
 from torchspec.driver.supervise import AwakeClock, Pulse, Restarts

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from torchspec.config.schema import RecoveryConfig
-from torchspec.driver.supervise import Pulse, RunFailed
+from torchspec.driver.supervise import Pulse, RunFailed, actor_pulse
 from torchspec.store.errors import StoreUnavailable
 from torchspec.store.master import MooncakeMaster
 from torchspec.store.usage import read_usage
@@ -86,9 +86,9 @@ class StoreSupervisor:
 
     def _watch(self) -> None:
         """Count silence from now on."""
-        node, patience = self._node, self._recovery.hang_seconds
+        patience = self._recovery.hang_seconds
         self._master_pulse = Pulse(lambda: self._thread.submit(read_usage, self._master.endpoint), patience)
-        self._node_pulse = Pulse(lambda: node.ping.remote().future(), patience, self._recovery.start_seconds)
+        self._node_pulse = actor_pulse(self._node, self._recovery)
 
     def _node_gone(self) -> bool:
         return bool(ray.wait([self._life], timeout=0)[0])

@@ -9,6 +9,8 @@ from typing import Any
 
 import ray
 
+from torchspec.config.schema import RecoveryConfig
+
 LONGEST_TURN = 2.0
 """Seconds that pass between two looks count up to here; of a longer gap, who knows who has slept."""
 
@@ -52,6 +54,11 @@ class Pulse:
                 self._silence, self._limit = 0.0, self._patience
             self._question = self._ask()
         return self._silence >= self._limit
+
+
+def actor_pulse(actor: Any, recovery: RecoveryConfig) -> Pulse:
+    """Of an actor that has a ``ping``, and is being started."""
+    return Pulse(lambda: actor.ping.remote().future(), recovery.hang_seconds, recovery.start_seconds)
 
 
 class RunFailed(Exception):

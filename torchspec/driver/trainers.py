@@ -19,7 +19,7 @@ from torchspec.driver.actors import ActorFactory
 from torchspec.driver.console import View
 from torchspec.driver.controller_client import ControllerClient
 from torchspec.driver.placement import RankSlots
-from torchspec.driver.supervise import Pulse, RunFailed, root_cause
+from torchspec.driver.supervise import Pulse, RunFailed, actor_pulse, root_cause
 from torchspec.training.checkpoint import CheckpointError
 from torchspec.training.learner import TrainingDiverged
 
@@ -123,7 +123,7 @@ class Trainers:
         except ray.exceptions.RayError as error:  # the node that had them has just been lost
             raise RankLost(f"{slots.wanted} found no place: {root_cause(error)}") from None
         for number, actor in enumerate(actors):
-            pulse = Pulse(_ping(actor), self._recovery.hang_seconds, self._recovery.start_seconds)
+            pulse = actor_pulse(actor, self._recovery)
             self._ranks[actor.run.remote(self._controller.actor)] = Rank(number, actor, pulse)
 
     def check(self, elapsed: float) -> None:
@@ -147,7 +147,3 @@ class Trainers:
 
     def _log(self, rank: Rank) -> Any:
         return self._actors.log_path(f"trainer-{rank.number}")
-
-
-def _ping(actor: Any) -> Any:
-    return lambda: actor.ping.remote().future()

@@ -12,7 +12,7 @@ from torchspec.config.schema import Config
 from torchspec.driver.actors import ActorFactory
 from torchspec.driver.console import View
 from torchspec.driver.controller_client import ControllerClient
-from torchspec.driver.supervise import Pulse, RunFailed, root_cause
+from torchspec.driver.supervise import Pulse, RunFailed, actor_pulse, root_cause
 
 MAX_FRUITLESS_STARTS = 2
 """An inference pool in which so many workers die in a row, before they were given any work, will never work."""
@@ -111,5 +111,4 @@ class Workers:
     def _start(self) -> None:
         name, actor = self._actors.worker(self._controller.actor, self._wanted)
         self._controller.send("worker_started", name)
-        pulse = Pulse(lambda: actor.ping.remote().future(), self._recovery.hang_seconds, self._recovery.start_seconds)
-        self._workers[actor.run.remote()] = Worker(name, actor, pulse)
+        self._workers[actor.run.remote()] = Worker(name, actor, actor_pulse(actor, self._recovery))

@@ -18,7 +18,7 @@ class Waiting:
     """A generation of two ranks whose room is not there yet; actors and controller are played by this object."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
-        monkeypatch.setattr("torchspec.driver.trainers.Pulse", lambda *_: SimpleNamespace(hangs=lambda _: False))
+        monkeypatch.setattr("torchspec.driver.trainers.actor_pulse", lambda *_: SimpleNamespace(hangs=lambda _: False))
         monkeypatch.setattr("torchspec.driver.trainers.ray.kill", lambda _: None)
         monkeypatch.setattr("torchspec.driver.trainers.ray.wait", lambda *_, **__: None)
         config = parse_config({"target": {"path": "x"}, "training": {"dp_size": 2, "batch_size": 4}})

@@ -22,7 +22,7 @@ class Pool:
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         stub = SimpleNamespace(get=self._died, kill=lambda _: None, exceptions=ray.exceptions, ObjectRef=object)
         monkeypatch.setattr("torchspec.driver.workers.ray", stub)
-        monkeypatch.setattr("torchspec.driver.workers.Pulse", lambda *_: SimpleNamespace())
+        monkeypatch.setattr("torchspec.driver.workers.actor_pulse", lambda *_: SimpleNamespace())
         self.made, self.leases, self.started = 0, 0, 0
         config = parse_config({"target": {"path": "x"}})
         self.workers = Workers(self, self, config, SimpleNamespace(message=lambda _: None))
