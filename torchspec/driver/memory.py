@@ -131,11 +131,6 @@ class Split:
     """Why it cannot be; empty where it can."""
     configured: bool
 
-    @property
-    def size(self) -> int:
-        """Ranks that share a sample."""
-        return self.ulysses * self.ring
-
 
 def possible_splits(
     draft: DraftSpec, training: TrainingConfig, num_tokens: int, kept: int, state_dtype: str, budget: MemoryBudget
@@ -148,54 +143,34 @@ def possible_splits(
         kept: samples that all ranks together keep in host memory.
         state_dtype: what the target's hidden states are stored in.
     """
-    configured = training.sp_ulysses_size, training.sp_ring_size
+    on_gpu, configured = budget.gpus is not None, (training.sp_ulysses_size, training.sp_ring_size)
     sizes = {
         (ulysses, degree // ulysses)
         for degree in (DEGREES if draft.halo is not None else ())
         for ulysses in range(1, degree + 1)
         if degree % ulysses == 0 and draft.target.num_heads % ulysses == 0
     }
+
+    def split_over(ulysses: int, ring: int) -> Split:
+        own = training if (ulysses, ring) == configured else _with_split(training, ulysses, ring)
+        ranks = own.world_size
+
+        def needed(tokens: int) -> int:
+            device = rank_memory(draft, own, tokens, state_dtype).total
+            return device if on_gpu else device + host_bytes(draft, own, tokens, kept, state_dtype)
+
+        limit = int(budget.gpu_bytes * GPU_SHARE) if on_gpu else budget.host_bytes // ranks
+        longest = bisect_right(range(1, LONGEST), limit, key=needed)
+        obstacle = "" if num_tokens <= longest else "memory"
+        if budget.gpus is not None and ranks > budget.gpus:
+            obstacle = f"{ranks} GPUs, {budget.gpus} are left"
+        return Split(ulysses, ring, ranks, needed(num_tokens), longest, obstacle, (ulysses, ring) == configured)
+
     ordered = sorted(sizes | {configured}, key=lambda split: (split[0] * split[1], -split[0]))
-    return tuple(
-        _split(draft, _with_split(training, *split), num_tokens, kept, state_dtype, budget, split == configured)
-        for split in ordered
-    )
+    return tuple(split_over(*split) for split in ordered)
 
 
 def _with_split(training: TrainingConfig, ulysses: int, ring: int) -> TrainingConfig:
-    if (ulysses, ring) == (training.sp_ulysses_size, training.sp_ring_size):
-        return training
     backend = "usp" if ulysses * ring > 1 else "flash"
     sizes = {"sp_ulysses_size": ulysses, "sp_ring_size": ring}
     return training.model_copy(update={"attention_backend": backend, **sizes})
-
-
-def _split(
-    draft: DraftSpec,
-    training: TrainingConfig,
-    num_tokens: int,
-    kept: int,
-    state_dtype: str,
-    budget: MemoryBudget,
-    configured: bool,
-) -> Split:
-    ranks = training.world_size
-
-    def needed(tokens: int) -> int:
-        device = rank_memory(draft, training, tokens, state_dtype).total
-        return device if budget.gpus is not None else device + host_bytes(draft, training, tokens, kept, state_dtype)
-
-    limit = budget.host_bytes // ranks if budget.gpus is None else int(budget.gpu_bytes * GPU_SHARE)
-    longest = bisect_right(range(1, LONGEST), limit, key=needed)
-    obstacle = "" if num_tokens <= longest else "memory"
-    if budget.gpus is not None and ranks > budget.gpus:
-        obstacle = f"{ranks} GPUs, {budget.gpus} are left"
-    return Split(
-        ulysses=training.sp_ulysses_size,
-        ring=training.sp_ring_size,
-        ranks=ranks,
-        rank_bytes=needed(num_tokens),
-        longest=longest,
-        obstacle=obstacle,
-        configured=configured,
-    )

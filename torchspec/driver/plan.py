@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
@@ -70,15 +70,14 @@ def make_plan(resolved: Resolved, heldout_samples: int, vocab_prompts: int) -> P
     kv_cache = config.inference.max_total_tokens * target.num_layers * target.shape.hidden_size * 2
     engine = weights + kv_cache + ENGINE_OVERHEAD_BYTES + buffer_bytes
     others = BASE_BYTES + config.store.segment_bytes + config.inference.most_workers * engine
-    splits = _splits(resolved, heldout_samples, _memory_budget(config, others, on_gpu))
+    splits = _splits(resolved, heldout_samples, others)
     (configured,) = (split for split in splits if split.configured)
     training = config.training
-    where = "GPU" if on_gpu else "CPU threads"
     actors = (
         ("controller", 1, "metadata only"),
         ("store node", 1, f"{config.store.segment_bytes / 2**20:.0f} MiB of memory"),
-        ("inference worker", config.inference.most_workers, _uses(threads.inference, config.inference.tp_size, where)),
-        ("trainer rank", training.world_size, _uses(threads.training, 1, where)),
+        ("inference worker", config.inference.most_workers, _uses(threads.inference, config.inference.tp_size, on_gpu)),
+        ("trainer rank", training.world_size, _uses(threads.training, 1, on_gpu)),
     )
     return Plan(
         actors=actors,
@@ -140,25 +139,20 @@ def total_steps(training: TrainingConfig, prompts: int) -> int:
     return min(steps, training.max_steps) if training.max_steps is not None else steps
 
 
-def _memory_budget(config: Config, others: int, on_gpu: bool) -> MemoryBudget:
-    """Args: ``others``, host memory of everything but the training ranks."""
-    left = psutil.virtual_memory().total - others
-    if not on_gpu:
-        return MemoryBudget(left)
-    engines = config.inference.most_workers * config.inference.tp_size
-    return MemoryBudget(left, torch.cuda.device_count() - engines, torch.cuda.get_device_properties(0).total_memory)
-
-
-def _splits(resolved: Resolved, heldout_samples: int, budget: MemoryBudget) -> tuple[Split, ...]:
-    config = resolved.config
+def _splits(resolved: Resolved, heldout_samples: int, others: int) -> tuple[Split, ...]:
+    """Args: ``others``, bytes of host memory of everything but the training ranks."""
+    config, budget = resolved.config, MemoryBudget(psutil.virtual_memory().total - others)
+    if resolved.on_gpu:
+        gpus = torch.cuda.device_count() - config.inference.most_workers * config.inference.tp_size
+        budget = replace(budget, gpus=gpus, gpu_bytes=torch.cuda.get_device_properties(0).total_memory)
     steps = max(2, config.controller.prefetch_steps)  # the one in training, and at least one that is being fetched
     kept = steps * config.training.batch_size + heldout_samples
     length, dtype = config.data.max_seq_length, resolved.geometry.dtype
     return possible_splits(resolved.draft, config.training, length, kept, dtype, budget)
 
 
-def _uses(threads: int, gpus: int, where: str) -> str:
-    return f"{gpus} {where}" if where == "GPU" else f"{threads} {where}"
+def _uses(threads: int, gpus: int, on_gpu: bool) -> str:
+    return f"{gpus} GPU" if on_gpu else f"{threads} CPU threads"
 
 
 def check_gpus(config: Config, gpus: int) -> None:

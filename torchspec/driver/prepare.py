@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from torchspec.config.schema import Config
 from torchspec.controller.ledger_snapshot import LedgerSnapshot, ledger_shape
@@ -18,6 +19,8 @@ from torchspec.driver.resolve import Resolved, resolve
 from torchspec.inference.sglang_patch import check_patched
 from torchspec.monitor.trackers import check_trackers
 from torchspec.run_folder import LEDGER_FILE, RunFolder
+
+T = TypeVar("T", PromptSet, Survey)
 
 
 @dataclass(frozen=True)
@@ -56,18 +59,10 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Pre
     folder = RunFolder(config.run_dir)
     resume_from = _check_folder(folder, resume)
     message("reading and tokenising the prompts")
-    train = _prompts(config, "data.train", config.data.train, config.data.limit)
-    heldout = None
-    if config.evaluation.heldout is not None:
-        heldout = _prompts(config, "evaluation.heldout", config.evaluation.heldout, config.evaluation.samples)
-    _require_rows(config, len(train), train.rejected)
+    train, heldout = _read(config, load_or_build)
     if resume_from is not None:
         LedgerSnapshot.from_json((resume_from / LEDGER_FILE).read_text(), ledger_shape(config, train))
-    vocab_prompts = 0
-    if not train.fully_answered:
-        resolved.draft.check_answers(config.answer.max_tokens)
-        vocab_prompts = _vocab_prompts(resolved, len(train))
-    plan = make_plan(resolved, len(heldout) if heldout else 0, vocab_prompts)
+    plan = _plan(resolved, len(train), train.rejected, train.fully_answered, len(heldout) if heldout else 0)
     folder.path.mkdir(parents=True, exist_ok=True)
     if not resume:
         _list_rejected(folder, train, heldout)
@@ -82,32 +77,45 @@ def make_plan_for(config: Config) -> tuple[Plan, Survey]:
         ValueError: it could not run.
     """
     resolved = resolve(config)
-    config = resolved.config
-    train = _survey(config, "data.train", config.data.train, config.data.limit)
-    _require_rows(config, train.rows, train.rejected)
-    heldout = 0
-    if config.evaluation.heldout is not None:
-        heldout = _survey(config, "evaluation.heldout", config.evaluation.heldout, config.evaluation.samples).rows
-    vocab_prompts = 0
-    if train.answer_tokens:
-        resolved.draft.check_answers(config.answer.max_tokens)
-        vocab_prompts = _vocab_prompts(resolved, train.rows)
-    return make_plan(resolved, heldout, vocab_prompts), train
+    train, heldout = _read(resolved.config, survey)
+    answered = not train.answer_tokens
+    return _plan(resolved, train.rows, train.rejected, answered, heldout.rows if heldout else 0), train
 
 
-def _vocab_prompts(resolved: Resolved, prompts: int) -> int:
-    """Samples that are stored before training starts, because their answers are counted."""
-    return 0 if resolved.draft.vocab_size is None else min(resolved.config.data.vocab_prompts, prompts)
+def _read(config: Config, read: Callable[..., T]) -> tuple[T, T | None]:
+    """The training and the held-out data, by ``load_or_build`` or by ``survey``, which take the same arguments."""
+    data, evaluation = config.data, config.evaluation
+
+    def read_from(knob: str, source: str, limit: int | None) -> T:
+        options = TokenizeOptions(
+            chat_template=data.chat_template,
+            max_seq_length=data.max_seq_length,
+            min_loss_tokens=data.min_loss_tokens,
+            last_turn_only=data.last_turn_only,
+            max_new_tokens=config.answer.max_tokens,
+            on_error=data.on_error,
+            limit=limit,
+            trust_remote_code=config.target.trust_remote_code,
+        )
+        return read(source, Path(config.target.path), options, data.cache_dir, knob)
+
+    train = read_from("data.train", data.train, data.limit)
+    if evaluation.heldout is None:
+        return train, None
+    return train, read_from("evaluation.heldout", evaluation.heldout, evaluation.samples)
 
 
-def _survey(config: Config, knob: str, source: str, limit: int | None) -> Survey:
-    return survey(source, Path(config.target.path), _tokenize_options(config, limit), config.data.cache_dir, knob)
-
-
-def _require_rows(config: Config, rows: int, rejected: Sequence[tuple[str, str]]) -> None:
+def _plan(resolved: Resolved, rows: int, rejected: Sequence[tuple[str, str]], answered: bool, heldout: int) -> Plan:
+    """For so many ``rows`` of training data, and so many held-out ones. ``answered``: no row waits for an answer."""
+    config, vocab_prompts = resolved.config, 0
     if rows == 0:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected[:3])
         raise ValueError(f"data.train {config.data.train}: no usable conversation is left ({reasons})")
+    if not answered:
+        resolved.draft.check_answers(config.answer.max_tokens)
+        if resolved.draft.vocab_size is not None:
+            vocab_prompts = min(config.data.vocab_prompts, rows)
+    return make_plan(resolved, heldout, vocab_prompts)
 
 
 def _check_folder(folder: RunFolder, resume: bool) -> Path | None:
@@ -122,25 +130,6 @@ def _check_folder(folder: RunFolder, resume: bool) -> Path | None:
     if not folder.exists():
         raise ValueError(f"there is nothing to resume in {folder.path}: it has no config.yaml")
     return folder.newest_checkpoint()
-
-
-def _prompts(config: Config, knob: str, source: str, limit: int | None) -> PromptSet:
-    options = _tokenize_options(config, limit)
-    return load_or_build(source, config.target.path, options, config.data.cache_dir, knob=knob)
-
-
-def _tokenize_options(config: Config, limit: int | None) -> TokenizeOptions:
-    data = config.data
-    return TokenizeOptions(
-        chat_template=data.chat_template,
-        max_seq_length=data.max_seq_length,
-        min_loss_tokens=data.min_loss_tokens,
-        last_turn_only=data.last_turn_only,
-        max_new_tokens=config.answer.max_tokens,
-        on_error=data.on_error,
-        limit=limit,
-        trust_remote_code=config.target.trust_remote_code,
-    )
 
 
 def _list_rejected(folder: RunFolder, train: PromptSet, heldout: PromptSet | None) -> None:
