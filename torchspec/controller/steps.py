@@ -9,8 +9,9 @@ and the next generation, of whatever size, goes on from there.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from torchspec.config.schema import Config, TrainingConfig
@@ -35,27 +36,16 @@ class GroupEnded(Exception):
     """A rank of an earlier generation has called; it is no longer needed."""
 
 
+@dataclass
 class FetchRound:
     """One attempt of all ranks to fetch a step. It is decided once, for all of them, when the last has reported."""
 
-    def __init__(self, world_size: int) -> None:
-        self.missing: set[SampleId] = set()
-        self.decided = False
-        self.outcome: list[RankBatch] | None = None
-        """None: every rank has everything. Otherwise what all ranks fetch next for the same step."""
-        self._world_size = world_size
-        self._reported: set[int] = set()
-
-    def report(self, rank: int, missing: Iterable[SampleId]) -> None:
-        self._reported.add(rank)
-        self.missing.update(missing)
-
-    @property
-    def complete(self) -> bool:
-        return len(self._reported) == self._world_size
-
-    def decide(self, outcome: list[RankBatch] | None) -> None:
-        self.decided, self.outcome = True, outcome
+    silent: set[int]
+    """Ranks that have not reported yet."""
+    missing: set[SampleId] = field(default_factory=set)
+    decided: bool = False
+    outcome: list[RankBatch] | None = None
+    """None: every rank has everything. Otherwise what all ranks fetch next for the same step."""
 
 
 class TrainingGroup:
@@ -72,7 +62,7 @@ class TrainingGroup:
         self._next_step = [self._ledger.trained_step + 1] * self.training.world_size
         self._batches: dict[int, list[RankBatch]] = {}
         self._rounds: dict[int, FetchRound] = {}
-        self._acks: dict[int, set[int]] = {}
+        self._acks: defaultdict[int, set[int]] = defaultdict(set)
         self._asking = 0  # ranks that wait for a step
         self._over = self._heldout_told = False
         self._seen = self._first = self._ledger.trained_step
@@ -119,11 +109,11 @@ class TrainingGroup:
             self._heldout_told = news = True
         for step, round_ in list(self._rounds.items()):
             ledger, number = (self._heldout, 1) if step == HELDOUT_EPOCH else (self._ledger, step)
-            if round_.complete and all(r.state == "assigned" for r in ledger.step_records(number)):
+            if not round_.silent and all(r.state == "assigned" for r in ledger.step_records(number)):
                 del self._rounds[step]
                 if ledger is self._ledger:
                     self._batches[step] = self._rank_batches(step)
-                round_.decide(self._batches.get(step, []))
+                round_.decided, round_.outcome = True, self._batches.get(step, [])
                 news = True
         if news:
             self._changed.fire()
@@ -149,7 +139,7 @@ class TrainingGroup:
 
     def done(self, rank: int, step: int) -> bool:
         """``rank`` has made ``step``; whether it was the last of them."""
-        acks = self._acks.setdefault(step, set())
+        acks = self._acks[step]
         acks.add(rank)
         if len(acks) < self.training.world_size:
             return False
@@ -178,14 +168,15 @@ class TrainingGroup:
     async def _report(
         self, rank: int, name: int, ledger: Ledger, step: int, missing: Iterable[SampleId]
     ) -> list[RankBatch] | None:
-        round_ = self._rounds.setdefault(name, FetchRound(self.training.world_size))
-        round_.report(rank, missing)
-        if round_.complete:
+        round_ = self._rounds.setdefault(name, FetchRound(set(range(self.training.world_size))))
+        round_.silent.discard(rank)
+        round_.missing.update(missing)
+        if not round_.silent:
             if round_.missing:
                 self._buffer.lose(ledger, step, round_.missing)  # sooner or later `advance` sees new references
             else:
                 del self._rounds[name]
-                round_.decide(None)
+                round_.decided = True
                 self._changed.fire()
         while not round_.decided:
             await self._wait()

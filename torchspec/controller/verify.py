@@ -83,7 +83,7 @@ def verify(lines: Sequence[str], snapshot: str | None = None) -> Proof:
     for number, line in enumerate(lines, 1):
         if line.endswith("\n"):
             replay.read(number, line)
-    if replay.shape is None:
+    if not replay.shape:
         return Proof((), 0, 0, 0, False, tuple(replay.violations) or ("the journal is empty",))
     replay.check_gaps()
     if snapshot is not None:
@@ -93,7 +93,7 @@ def verify(lines: Sequence[str], snapshot: str | None = None) -> Proof:
 
 class _Replay:
     def __init__(self) -> None:
-        self.shape: dict[str, Any] | None = None
+        self.shape: dict[str, Any] = {}  # until the run has started
         self.violations: list[str] = []
         self._states = np.zeros(0, dtype=np.uint8)  # one a position
         self._ends = [0]  # of each step, from 0
@@ -101,28 +101,28 @@ class _Replay:
         self._orders: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._restarted = False
         self._line = 0
-
-    def read(self, number: int, line: str) -> None:
-        self._line = number
-        handlers = {
+        self._handlers = {
             "started": self._started,
             "resumed": self._resumed,
             "trained": self._trained,
             "rejected": self._rejected,
             "committed": self._committed,
         }
+
+    def read(self, number: int, line: str) -> None:
+        self._line = number
         try:
             record = json.loads(line)
             event = record["event"]
-            if event not in handlers:
+            if event not in self._handlers:
                 return
-            if self.shape is None and event != "started":
+            if not self.shape and event != "started":
                 self._wrong(f"{event} before the run has started: the journal's beginning is missing")
                 return
             if self._restarted and event != "resumed":
                 self._wrong(f"{event} after another start that does not say which step it goes on from")
             self._restarted = False
-            handlers[event](record)
+            self._handlers[event](record)
         except (ValueError, KeyError, TypeError) as error:
             self._wrong(f"not a journal's line ({type(error).__name__}: {error})")
 
@@ -130,7 +130,7 @@ class _Replay:
 
     def _started(self, record: dict[str, Any]) -> None:
         shape = {name: record[name] for name in (*FIXED, "epochs", "max_steps")}
-        if self.shape is not None:
+        if self.shape:
             self._restarted = True
             for name in FIXED:
                 if shape[name] != self.shape[name]:
@@ -144,8 +144,8 @@ class _Replay:
     def _resumed(self, record: dict[str, Any]) -> None:
         step = record["step"]
         self._resumes += 1
-        if not 0 <= step < len(self._ends):
-            self._wrong(f"resumed from step {step}, which the journal has not seen: it ends at {len(self._ends) - 1}")
+        if not 0 <= step <= self._steps:
+            self._wrong(f"resumed from step {step}, which the journal has not seen: it ends at {self._steps}")
             return
         del self._ends[step + 1 :]
         undone = self._states[self._ends[-1] :]
@@ -154,8 +154,8 @@ class _Replay:
 
     def _trained(self, record: dict[str, Any]) -> None:
         step, end, start = record["step"], record["end"], self._ends[-1]
-        if step != len(self._ends):
-            self._wrong(f"step {step} follows step {len(self._ends) - 1}")
+        if step != self._steps + 1:
+            self._wrong(f"step {step} follows step {self._steps}")
             return
         if not start <= end <= len(self._states):
             self._wrong(f"step {step} ends at position {end}, after {start} and of {len(self._states)}")
@@ -168,7 +168,6 @@ class _Replay:
         self._ends.append(end)
 
     def _check_batch(self, step: int, positions: list[int | None], start: int, end: int) -> None:
-        assert self.shape is not None
         known = [p for p in positions if p is not None]
         expected = [
             p
@@ -202,7 +201,7 @@ class _Replay:
 
     def _committed(self, record: dict[str, Any]) -> None:
         step = record["step"]
-        if not self._committed_step <= step < len(self._ends):
+        if not self._committed_step <= step <= self._steps:
             self._wrong(f"a checkpoint of step {step}, after one of {self._committed_step} and {self._steps} steps")
             return
         self._committed_step = step
@@ -216,7 +215,6 @@ class _Replay:
 
     def check_snapshot(self, snapshot: dict[str, Any]) -> None:
         """A checkpoint's ledger and the journal must tell the same story up to the checkpoint's step."""
-        assert self.shape is not None
         step, cursor = snapshot["step"], snapshot["cursor"]
         if step > self._steps:
             self.violations.append(
@@ -234,7 +232,6 @@ class _Replay:
             self.violations.append(f"the latest checkpoint rejects other samples than the journal up to step {step}")
 
     def proof(self) -> Proof:
-        assert self.shape is not None
         prompts, committed_end = self.shape["prompts"], self._ends[self._committed_step]
         counts = []
         for epoch in range(self.shape["epochs"]):
@@ -265,7 +262,6 @@ class _Replay:
 
     def _position(self, sample: SampleId) -> int | None:
         """Where the sample stands in the order; None, and a violation, if it is none of the run's."""
-        assert self.shape is not None
         epoch, prompt = sample
         if not (0 <= epoch < self.shape["epochs"] and 0 <= prompt < self.shape["prompts"]):
             self._wrong(f"{sample} is no sample of this run")
@@ -274,14 +270,12 @@ class _Replay:
         return epoch * self.shape["prompts"] + int(rows[prompt])
 
     def _name(self, position: int) -> str:
-        assert self.shape is not None
         epoch, row = divmod(position, self.shape["prompts"])
         order, _ = self._order(epoch)
         return str(SampleId(epoch, int(order[row])))
 
     def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """The prompt of each row of ``epoch``, and the row of each prompt."""
-        assert self.shape is not None
         if epoch not in self._orders:
             order = epoch_order(self.shape["seed"], epoch, self.shape["prompts"])
             self._orders[epoch] = order, np.argsort(order)
