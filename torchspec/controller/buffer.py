@@ -26,7 +26,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -79,24 +79,24 @@ class Credits:
     """
 
     capacity: int
-    held: dict[Hashable, int] = field(default_factory=dict)
+    held: dict[SampleId, int] = field(default_factory=dict)
     used: int = 0
 
-    def reserve(self, holder: Hashable, size: int) -> bool:
-        """Reserve ``size`` bytes for ``holder`` in place of what it holds; False if they do not fit."""
-        if not self.fits(holder, size):
+    def reserve(self, sample: SampleId, size: int) -> bool:
+        """Reserve ``size`` bytes for ``sample`` in place of what it holds; False if they do not fit."""
+        if not self.fits(sample, size):
             return False
-        self.used += size - self.held.get(holder, 0)
-        self.held[holder] = size
+        self.used += size - self.held.get(sample, 0)
+        self.held[sample] = size
         return True
 
-    def fits(self, holder: Hashable, size: int) -> bool:
+    def fits(self, sample: SampleId, size: int) -> bool:
         """Whether :meth:`reserve` would succeed."""
-        return self.used + size - self.held.get(holder, 0) <= self.capacity
+        return self.used + size - self.held.get(sample, 0) <= self.capacity
 
-    def release(self, holder: Hashable) -> None:
-        """Give back what ``holder`` has; nothing if it has none."""
-        self.used -= self.held.pop(holder, 0)
+    def release(self, sample: SampleId) -> None:
+        """Give back what ``sample`` has; nothing if it has none."""
+        self.used -= self.held.pop(sample, 0)
 
 
 class SampleBuffer:
@@ -112,6 +112,7 @@ class SampleBuffer:
         content, one_batch = spec.heldout.content_hash if spec.heldout else "", max(1, heldout)
         shape = LedgerShape(content, heldout, 1, one_batch, config.run.seed)
         self.heldout = Ledger(shape, one_batch, max_failures, first_epoch=HELDOUT_EPOCH, moved=observer.moved)
+        self.ledgers = self.heldout, self.ledger  # held-out samples come first
         self._journal, self._rejections = JsonLines(self._folder.journal), JsonLines(self._folder.rejected)
         self.prompts = Prompts(spec.train, spec.heldout, self._folder.answers, config.answer.reuse, config.run.seed)
         self.credits, self._objects = Credits(spec.credit_bytes), StoredObjects(spec.endpoint)
@@ -126,11 +127,6 @@ class SampleBuffer:
         """Of the training group; counted through the run."""
         self._key_prefix = ""
         """Of this controller's keys; no other one of the run has the same."""
-
-    @property
-    def ledgers(self) -> tuple[Ledger, Ledger]:
-        """Held-out samples come first."""
-        return self.heldout, self.ledger
 
     # ---- opening and closing ----
 
