@@ -14,17 +14,16 @@ from torchspec.store.client import StoreClient
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.errors import StoreError
 
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
 _ATTEMPTS, _PAUSE_SECONDS = 30, 1.0
 """What it takes to notice that a master is gone, and to start another."""
 _LONG_PAUSE_SECONDS = 10.0
 """Between two such series of attempts."""
 _WORKER_ENDS_SECONDS = 15.0
 """Children of a killed actor may live on for 11 s, and put what they hold."""
-
-
-T = TypeVar("T")
-
-log = logging.getLogger(__name__)
 
 
 class StoredObjects:

@@ -11,7 +11,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 
@@ -31,8 +31,6 @@ from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.node import StoreNode
 from torchspec.training.trainer import Trainer, TrainerSpec
 
-T = TypeVar("T")
-
 LONG_POLLS = 10_000
 """Calls that the controller holds open at a time: every worker and rank waits in one."""
 RANK_CALLS = 2
@@ -41,10 +39,10 @@ NODE_CALLS = 3
 """``hold``, ``ping`` and ``close``."""
 
 
-def logged(base: type[T]) -> type[T]:
+def logged(base: type) -> type:
     """``base`` with its output in a file, given as the first argument of the constructor, and a janitor of its own."""
 
-    class Logged(base):  # type: ignore[valid-type, misc]
+    class Logged(base):  # type: ignore[misc]
         def __init__(self, log_path: Path, *args: Any):
             take_over_output(log_path)
             self._janitor = start_janitor(log_path.stem)

@@ -77,8 +77,8 @@ class Placement:
         return {name: SLIVER for name in names if name is not None}
 
 
-def check_pools(nodes: Sequence[Node], config: Config, threads: ThreadPlan, on_gpu: bool) -> None:
-    """Whether both pools of ``config`` fit on ``nodes``, if nothing else runs there.
+def check_pools(nodes: Sequence[Node], config: Config, threads: ThreadPlan, on_gpu: bool) -> list[Node]:
+    """Those of ``nodes`` that the two pools of ``config`` may go to, where both fit if nothing else runs there.
 
     Raises:
         ValueError: says what does not fit where.
@@ -99,6 +99,7 @@ def check_pools(nodes: Sequence[Node], config: Config, threads: ThreadPlan, on_g
                 f"{inference} inference workers and {training} training ranks need {needed} {name}s together; the "
                 f"cluster's nodes for them have {there}"
             )
+    return list(used.values())
 
 
 def nodes_within(nodes: Sequence[Node], machine: str | None) -> list[Node]:

@@ -32,7 +32,6 @@ class Prepared:
     heldout: PromptSet | None
     plan: Plan
     folder: RunFolder
-    resume: bool
     mark: str
     """Found in the environment of every process of this run."""
 
@@ -66,8 +65,7 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Pre
     folder.path.mkdir(parents=True, exist_ok=True)
     if not resume:
         _list_rejected(folder, train, heldout)
-    mark = f"{folder.path}#{secrets.token_hex(8)}"
-    return Prepared(resolved, train, heldout, plan, folder, resume, mark)
+    return Prepared(resolved, train, heldout, plan, folder, mark=f"{folder.path}#{secrets.token_hex(8)}")
 
 
 def make_plan_for(config: Config) -> tuple[Plan, Survey]:

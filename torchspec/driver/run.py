@@ -28,7 +28,7 @@ from torchspec.driver.cluster import Cluster, namespace, start_cluster
 from torchspec.driver.console import Interrupts, View
 from torchspec.driver.controller_client import ControllerClient
 from torchspec.driver.nodes import check_nodes
-from torchspec.driver.placement import Placement, check_pools, nodes_of
+from torchspec.driver.placement import Placement, check_pools
 from torchspec.driver.prepare import Prepared, prepare
 from torchspec.driver.remote import PageControls
 from torchspec.driver.session import Session
@@ -173,13 +173,8 @@ def _open_page(config: Config, controls: PageControls, view: View) -> ServerThre
     """The run's page, served by this process. Its token is shown on a terminal, where no log keeps it."""
     token = ensure_token(config.run_dir)
     page = ServerThread(PageServer([config.run_dir], lambda _: controls, config.monitor.ui_port))
-    url = page.server.url
-    hint = (
-        f"{url}#token={token}"
-        if sys.stdout.isatty()
-        else f"{url} (for its controls: {RunFolder(config.run_dir).token})"
-    )
-    view.message(f"page: {hint}")
+    hint = f"#token={token}" if sys.stdout.isatty() else f" (for its controls: {RunFolder(config.run_dir).token})"
+    view.message(f"page: {page.server.url}{hint}")
     return page
 
 
@@ -202,10 +197,8 @@ def _check_cluster(prepared: Prepared, cluster: Cluster) -> None:
         ValueError: one line for each thing that they lack.
     """
     config = prepared.config
-    check_pools(cluster.nodes, config, prepared.plan.threads, prepared.resolved.on_gpu)
-    roles = config.cluster.inference_resource, config.cluster.training_resource
-    nodes = {node.id: node for role in roles for node in nodes_of(cluster.nodes, role)}
-    check_nodes(list(nodes.values()), prepared.folder.path, Path(config.target.path))
+    nodes = check_pools(cluster.nodes, config, prepared.plan.threads, prepared.resolved.on_gpu)
+    check_nodes(nodes, prepared.folder.path, Path(config.target.path))
 
 
 def _summary(prepared: Prepared, status: RunStatus, stopped: bool, seconds: float) -> RunSummary:

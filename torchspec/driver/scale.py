@@ -91,10 +91,7 @@ def _check_machines(config: Config, run_dir: Path) -> None:
     """Raises ValueError: the machine, or the cluster that this process is connected to, has no room for ``config``."""
     on_gpu = computes_on_gpu(config)
     if config.cluster.address is not None:
-        threads, machine = (
-            plan_threads(config, usable_cores(config), on_gpu),
-            RunFolder(run_dir).read_handle()["machine"],
-        )
-        check_pools(nodes_within(alive_nodes(), machine), config, threads, on_gpu)
+        nodes = nodes_within(alive_nodes(), RunFolder(run_dir).read_handle()["machine"])
+        check_pools(nodes, config, plan_threads(config, usable_cores(config), on_gpu), on_gpu)
     elif on_gpu:
         check_gpus(config, torch.cuda.device_count())

@@ -180,6 +180,9 @@ def test_resume_refuses_other_data():
         ledger(batch_size=2).rewind(book.snapshot(0))
 
 
+ACTIONS = [*("lease",) * 2, *("store",) * 3, "fail", "full", "die", "lose", *("step",) * 2, "save", "crash"]
+
+
 @settings(max_examples=150, deadline=None)
 @given(
     seed=st.integers(0, 2**31 - 1),
@@ -206,23 +209,7 @@ def test_nothing_is_lost_and_nothing_comes_twice(seed: int, prompts: int, epochs
         assert nonzero(book) == counted(book)
         assert all(told[record.sample] == record.state for record in book.records.values())
         leased = [r for r in book.records.values() if r.state == "leased"]
-        action = chance.choice(
-            [
-                "lease",
-                "lease",
-                "store",
-                "store",
-                "store",
-                "fail",
-                "full",
-                "die",
-                "lose",
-                "step",
-                "step",
-                "save",
-                "crash",
-            ]
-        )
+        action = chance.choice(ACTIONS)
         if action == "lease" and (record := book.next_to_lease()):
             book.lease(record, chance.choice(["w0", "w1"]), "run")
         elif action == "store" and leased:
