@@ -108,11 +108,7 @@ class StoredObjects:
             self._store.remove(key, self._suffixes)
 
     async def _insist(self, call: Callable[..., T], *args: Any) -> T:
-        """The result of ``call``, also if the store is away for a while.
-
-        Raises:
-            StoreError: it stays away.
-        """
+        """The result of ``call``, also if the store is away for a while. Raises StoreError: it stays away."""
         for _ in range(_ATTEMPTS):
             try:
                 return await asyncio.to_thread(call, *args)

@@ -54,7 +54,6 @@ class Interrupts:
 
 def new_messages(seen: list[str], now: tuple[str, ...]) -> list[str]:
     """What ``now``, a sliding window of recent messages, has after ``seen``, the same window earlier."""
-    for overlap in range(min(len(seen), len(now)), -1, -1):
-        if seen[len(seen) - overlap :] == list(now[:overlap]):
-            return list(now[overlap:])
-    raise AssertionError("an overlap of nothing always fits")
+    longest = min(len(seen), len(now))
+    overlap = next(n for n in range(longest, -1, -1) if seen[len(seen) - n :] == list(now[:n]))
+    return list(now[overlap:])

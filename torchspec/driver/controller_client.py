@@ -35,19 +35,11 @@ class ControllerClient:
         self._patience, self._start = patience, start
 
     def ask(self, method: str, *args: Any) -> Any:
-        """Call ``method`` and wait for its result.
-
-        Raises:
-            ControllerLost: there is none.
-        """
+        """Call ``method`` and wait for its result. Raises ControllerLost: there is none."""
         return self.result(self.send(method, *args))
 
     def begin(self) -> None:
-        """Let the actor, which is being started, take up the run.
-
-        Raises:
-            RunFailed: it does not start.
-        """
+        """Let the actor, which is being started, take up the run. Raises RunFailed: it does not start."""
         ref, deadline = self.send("begin"), time.monotonic() + self._start
         while not ray.wait([ref], timeout=_PAUSE_SECONDS)[0]:
             require_node()

@@ -50,11 +50,7 @@ class NodeFacts:
 
 
 def check_nodes(nodes: Sequence[Node], run_dir: Path, target: Path) -> None:
-    """Compare ``nodes`` with this process.
-
-    Raises:
-        ValueError: one line for each thing that is wrong, with the node's address.
-    """
+    """Raises ValueError: a line for each thing in which a node falls short of this process, with the node's address."""
     token = run_dir / f".seen-{secrets.token_hex(8)}"
     token.touch()
     try:

@@ -78,10 +78,10 @@ class Placement:
 
 
 def check_pools(nodes: Sequence[Node], config: Config, threads: ThreadPlan, on_gpu: bool) -> list[Node]:
-    """Those of ``nodes`` that the two pools of ``config`` may go to, where both fit if nothing else runs there.
+    """The nodes that both pools of ``config`` may go to.
 
     Raises:
-        ValueError: says what does not fit where.
+        ValueError: what does not fit where, even if nothing else runs there.
     """
     roles, inference, training = config.cluster, config.inference.most_workers, config.training.world_size
     engine_gpus, rank_gpus = (config.inference.tp_size, 1) if on_gpu else (0, 0)

@@ -156,11 +156,7 @@ def _uses(threads: int, gpus: int, on_gpu: bool) -> str:
 
 
 def check_gpus(config: Config, gpus: int) -> None:
-    """Refuse pools that ask for more GPUs than this machine has.
-
-    Raises:
-        ValueError: names both pools' knobs.
-    """
+    """Refuse pools that ask for more GPUs than this machine has. Raises ValueError: names both pools' knobs."""
     training, inference = config.training, config.inference
     engines = inference.most_workers * inference.tp_size
     if config.cluster.address is None and training.world_size + engines > gpus:

@@ -75,11 +75,7 @@ class PageControls:
 
 @contextmanager
 def connect(run_dir: Path) -> Iterator[RunHandle]:
-    """Connect to the run whose folder is ``run_dir``.
-
-    Raises:
-        ValueError: there is no such run, or it is not running now.
-    """
+    """Connect to the run in ``run_dir``. Raises ValueError: there is none, or it is not running now."""
     run = RunFolder(run_dir)
     if not run.exists():
         raise ValueError(f"{run_dir} is not the folder of a run (it has no config.yaml)")

@@ -191,11 +191,7 @@ def _start_master(config: Config, cluster: Cluster) -> MooncakeMaster:
 
 
 def _check_cluster(prepared: Prepared, cluster: Cluster) -> None:
-    """Whether the nodes have room for the run, and all that it needs there.
-
-    Raises:
-        ValueError: one line for each thing that they lack.
-    """
+    """Raises ValueError: one line for each thing that the nodes lack: room for the run, and all that it needs there."""
     config = prepared.config
     nodes = check_pools(cluster.nodes, config, prepared.plan.threads, prepared.resolved.on_gpu)
     check_nodes(nodes, prepared.folder.path, Path(config.target.path))

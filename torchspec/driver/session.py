@@ -61,11 +61,7 @@ class Session:
         self.workers.resize(prepared.config.inference.first_workers)
 
     def run(self) -> tuple[RunStatus, bool]:
-        """Until training has ended: the last status, and whether it was stopped early.
-
-        Raises:
-            RunFailed: it cannot go on.
-        """
+        """Until training has ended: the last status, and whether it was stopped. Raises RunFailed: it cannot go on."""
         repair: Callable[[], None] | None = None
         while True:
             try:

@@ -77,11 +77,7 @@ class Restarts:
         self._furthest, self._fruitless = 0, 0
 
     def count(self, step: int, reason: str) -> None:
-        """Something is about to be restarted because of ``reason``, after ``step`` steps.
-
-        Raises:
-            RunFailed: once too often.
-        """
+        """Before a restart because of ``reason``, after ``step`` steps. Raises RunFailed: once too often."""
         self._fruitless = self._fruitless + 1 if step <= self._furthest else 1
         self._furthest = max(step, self._furthest)
         if self._fruitless > self._limit:

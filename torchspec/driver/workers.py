@@ -69,11 +69,7 @@ class Workers:
                 self._controller.ask("drain", worker.name)
 
     def ended(self, ref: ray.ObjectRef) -> None:
-        """The worker of a future has ended.
-
-        Raises:
-            RunFailed: none of them gets anything done.
-        """
+        """The worker of a future has ended. Raises RunFailed: none of them gets anything done."""
         worker = self._workers[ref]
         log = self._actors.log_path(worker.name)
         try:
