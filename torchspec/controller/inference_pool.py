@@ -69,8 +69,8 @@ class InferencePool:
         self._resize(self._within_limits(self.wanted) if workers == "auto" else workers)
 
     def joined(self, worker: str) -> None:
-        """``worker`` asks for leases."""
-        if worker not in self._active:
+        """``worker`` asks for leases. One that has left is no part of the pool any more, whatever call comes late."""
+        if worker not in self._active and worker not in self._gone:
             self._active.add(worker)
             self._settled_at = self._clock()
 

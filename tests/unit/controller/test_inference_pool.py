@@ -69,6 +69,20 @@ def test_nothing_is_decided_while_a_move_settles():
     assert pool.wanted == 2
 
 
+def test_a_call_that_comes_late_brings_no_worker_back():
+    """The pool would never have its size again, and so never another."""
+    clock = [0.0]
+    pool = make_pool(clock)
+    for name in ("stays", "leaves"):
+        pool.joined(name)
+    pool.drain("leaves")
+    pool.joined("leaves")
+    clock[0] += COOL_DOWN_SECONDS
+    for _ in range(MOST_OBSERVATIONS):
+        pool.observe(True, busy=lambda _: True)
+    assert pool.autoscale(1) == Move(2, "training waits for samples 100% of the time")
+
+
 def test_what_is_too_little_to_tell_decides_nothing():
     """Of a long step, ten seconds are all waiting or none."""
     clock = [1000.0]
