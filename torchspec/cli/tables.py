@@ -141,7 +141,7 @@ def proof_table(title: str, proof: Proof) -> Table:
     for name in ("data set", "trained", "of these committed", "rejected", "not yet trained"):
         table.add_column(name, justify="right")
     for count in proof.epochs:
-        figures = count.dataset, count.trained, count.committed, count.rejected, count.left
+        figures = count.prompts, count.trained, count.committed, count.rejected, count.left
         table.add_row(str(count.epoch), *(f"{figure:,}" for figure in figures))
     return table
 

@@ -37,14 +37,14 @@ class EpochCount:
     """Samples of one epoch; ``committed`` of the trained ones are part of a checkpoint."""
 
     epoch: int
-    dataset: int
+    prompts: int
     trained: int
     committed: int
     rejected: int
 
     @property
     def left(self) -> int:
-        return self.dataset - self.trained - self.rejected
+        return self.prompts - self.trained - self.rejected
 
 
 @dataclass(frozen=True, slots=True)
