@@ -146,7 +146,8 @@ class SampleBuffer:
         if incarnation > 1:
             self._journal.write({"event": "resumed", "step": self.ledger.committed_step})
             self._observer.resumed(self.ledger.committed_step)
-        await self._objects.connect(self.geometry.suffixes)
+        self._objects.expect(self.geometry.suffixes)
+        await self._objects.connect()
         if incarnation > 1:
             await self._objects.remove_all(f"{self._run}/")
 
@@ -311,7 +312,7 @@ class SampleBuffer:
         if sharding == self.geometry.sharding:
             return
         self.geometry = replace(self.geometry, sharding=sharding)
-        self._objects.also(self.geometry.suffixes)
+        self._objects.expect(self.geometry.suffixes)
         self.forget(self._usable)
 
     def forget(self, keep: Callable[[SampleRef], bool]) -> None:

@@ -78,6 +78,7 @@ class Ledger:
     moved: Moved = lambda sample, before, state, why: None
 
     def __post_init__(self) -> None:
+        self.end = self.shape.prompts * self.shape.epochs
         self.records: dict[int, Record] = {}
         self.rejected: dict[int, Rejection] = {}
         self.steps: dict[int, Step] = {}
@@ -94,10 +95,6 @@ class Ledger:
         self._rejected_ahead = 0  # positions from the trained cursor on, which the window does not count
 
     # ---- the order of positions ----
-
-    @property
-    def end(self) -> int:
-        return self.shape.prompts * self.shape.epochs
 
     def sample_at(self, position: int) -> SampleId:
         epoch, row = divmod(position, self.shape.prompts)

@@ -37,17 +37,12 @@ class StoredObjects:
         self._repeats: set[asyncio.TimerHandle] = set()
         self._closing = False
 
-    async def connect(self, suffixes: Iterable[str]) -> None:
-        """Join the store, as soon as it is there.
-
-        Args:
-            suffixes: of the tensors that samples have.
-        """
-        self.also(suffixes)
+    async def connect(self) -> None:
+        """Join the store, as soon as it is there."""
         self._store = await self._insist(StoreClient, self._endpoint)
 
-    def also(self, suffixes: Iterable[str]) -> None:
-        """Samples may have tensors with these suffixes, too: they are split in another way from now on."""
+    def expect(self, suffixes: Iterable[str]) -> None:
+        """Samples may have tensors with these suffixes, beside those of samples that were split in another way."""
         self._suffixes |= dict.fromkeys(suffixes)
 
     async def remove(self, keys: Iterable[str]) -> None:

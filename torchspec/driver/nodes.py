@@ -91,11 +91,8 @@ def differences(there: NodeFacts, here: NodeFacts, run_dir: Path, target: Path) 
 
 def _ask(node: Node, token: Path, target: Path) -> ray.ObjectRef:
     place = NodeAffinitySchedulingStrategy(node.id, soft=False)
-    return (
-        ray.remote(look)
-        .options(num_cpus=0, max_retries=0, scheduling_strategy=place)
-        .remote(token, target, our_edits())
-    )
+    there = ray.remote(look).options(num_cpus=0, max_retries=0, scheduling_strategy=place)
+    return there.remote(token, target, our_edits())
 
 
 def _judge(answer: ray.ObjectRef, here: NodeFacts, token: Path, target: Path) -> list[str]:

@@ -41,7 +41,8 @@ def away(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 async def connected() -> tuple[StoredObjects, Away]:
     hand = StoredObjects(StoreEndpoint("unused", metrics=""))
-    await hand.connect(("ids", "hidden"))
+    hand.expect(("ids", "hidden"))
+    await hand.connect()
     store = hand._store
     assert isinstance(store, Away)
     return hand, store
