@@ -42,7 +42,7 @@ NODE_CALLS = 3
 def logged(base: type) -> type:
     """``base`` with its output in a file, given as the first argument of the constructor, and a janitor of its own."""
 
-    class Logged(base):  # type: ignore[misc]
+    class Logged(base):
         def __init__(self, log_path: Path, *args: Any):
             take_over_output(log_path)
             self._janitor = start_janitor(log_path.stem)

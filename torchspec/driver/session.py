@@ -57,6 +57,9 @@ class Session:
         self._clock = AwakeClock()
         self._messages_seen: list[str] = []
         self._status: RunStatus | None = None
+        self._vocabulary: ray.ObjectRef | None
+        self._wanted: ray.ObjectRef
+        self._pulse: Pulse
         self._listen()
         self.workers.resize(prepared.config.inference.first_workers)
 
@@ -165,7 +168,7 @@ class Session:
 
     def _listen(self) -> None:
         """Ask the controller what it may take a while to answer."""
-        self._vocabulary: ray.ObjectRef | None = self.controller.send("draft_vocab")
+        self._vocabulary = self.controller.send("draft_vocab")
         self._wanted = self.controller.send("wanted", None)
         self._pulse = Pulse(lambda: self.controller.send("status").future(), self._patience)
 
