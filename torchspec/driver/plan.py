@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from torchspec.config.schema import Config, TrainingConfig
+from torchspec.contracts import ITEM_BYTES
 from torchspec.driver.memory import MemoryBudget, Split, possible_splits
 from torchspec.driver.resolve import Resolved
 from torchspec.store.geometry import USABLE_SHARE, stored_bytes
@@ -66,7 +67,7 @@ def make_plan(resolved: Resolved, heldout_samples: int, vocab_prompts: int) -> P
     sample_bytes = resolved.geometry.stored_bytes(config.data.max_seq_length)
     credit_bytes = int(config.store.segment_bytes * USABLE_SHARE)
     buffer_bytes = check_buffers(resolved, heldout_samples, vocab_prompts)
-    weights = target.num_parameters * (4 if config.target.dtype == "float32" else 2)
+    weights = target.num_parameters * ITEM_BYTES[config.target.dtype]
     kv_cache = config.inference.max_total_tokens * target.num_layers * target.shape.hidden_size * 2
     engine = weights + kv_cache + ENGINE_OVERHEAD_BYTES + buffer_bytes
     others = BASE_BYTES + config.store.segment_bytes + config.inference.most_workers * engine

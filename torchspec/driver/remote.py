@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,13 +64,8 @@ class PageControls:
         with self._handle() as handle:
             handle.stop(reason)
 
-    @contextmanager
-    def _handle(self) -> Iterator[RunHandle]:
-        if self._controller is not None:
-            yield RunHandle(self._controller)
-        else:
-            with connect(self._run_dir) as handle:
-                yield handle
+    def _handle(self) -> AbstractContextManager[RunHandle]:
+        return connect(self._run_dir) if self._controller is None else nullcontext(RunHandle(self._controller))
 
 
 @contextmanager
