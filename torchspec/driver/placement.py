@@ -78,11 +78,7 @@ class Placement:
 
 
 def check_pools(nodes: Sequence[Node], config: Config, threads: ThreadPlan, on_gpu: bool) -> list[Node]:
-    """The nodes that both pools of ``config`` may go to.
-
-    Raises:
-        ValueError: what does not fit where, even if nothing else runs there.
-    """
+    """The nodes that the pools may go to. Raises ValueError: what does not fit where, even if nothing else runs."""
     roles, inference, training = config.cluster, config.inference.most_workers, config.training.world_size
     engine_gpus, rank_gpus = (config.inference.tp_size, 1) if on_gpu else (0, 0)
     knob = "cluster.inference_resource"

@@ -46,11 +46,7 @@ class Prepared:
 
 
 def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Prepared:
-    """Check the target, the data, the machine and the run's folder.
-
-    Raises:
-        ValueError: one line for a person that names what is wrong and how to mend it.
-    """
+    """Check target, data, machine and folder. Raises ValueError: one line with what is wrong and how to mend it."""
     check_patched()
     check_trackers(config.monitor)
     resolved = resolve(config)
@@ -69,11 +65,7 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Pre
 
 
 def make_plan_for(config: Config) -> tuple[Plan, Survey]:
-    """The figures of a run and of its training data, without starting it or tokenising all of the data.
-
-    Raises:
-        ValueError: it could not run.
-    """
+    """The figures of a run and of its data, of which a sample is tokenised. Raises ValueError: it could not run."""
     resolved = resolve(config)
     train, heldout = _read(resolved.config, survey)
     answered = not train.answer_tokens
