@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left, bisect_right
-from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,9 +47,9 @@ class RunWatch:
     def __init__(self, run_dir: Path, clock: Callable[[], float] = time.time):
         self.run_dir, self._clock = run_dir, clock
         folder = RunFolder(run_dir)
-        self._history = TailedFile(folder.history, HISTORY_KEPT)
-        self._events = TailedFile(folder.events, EVENTS_KEPT)
-        self._steps = TailedFile(folder.steps, STEPS_KEPT)
+        self._history = Follower(folder.history, HISTORY_KEPT)
+        self._events = Follower(folder.events, EVENTS_KEPT)
+        self._steps = Follower(folder.steps, STEPS_KEPT)
 
     def look(self) -> Look:
         """What is there now.
@@ -71,17 +70,6 @@ class RunWatch:
             heldout,
             events,
         )
-
-
-class TailedFile:
-    """The newest lines of a file that grows."""
-
-    def __init__(self, path: Path, kept: int):
-        self._follower, self._lines = Follower(path), deque[Record](maxlen=kept)
-
-    def read(self) -> list[Record]:
-        self._lines.extend(self._follower.read())
-        return list(self._lines)
 
 
 def growth(history: list[Record], counter: str, cells: int) -> list[float]:
