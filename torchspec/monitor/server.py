@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import secrets
 import threading
@@ -280,11 +281,15 @@ def _course(view: Callable[[Path, float | None, int | None], Any]) -> Callable[[
 
 
 def _number(query: Query, name: str) -> float | None:
-    text = query.get(name)
+    if name not in query:
+        return None
     try:
-        return None if text is None else float(text)
+        number = float(query[name])
     except ValueError:
-        raise _refusal(web.HTTPBadRequest, f"{name}={text} is not a number") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise _refusal(web.HTTPBadRequest, f"{name}={query[name]} is not a number")
+    return number
 
 
 def _count(query: Query, name: str) -> int | None:
