@@ -69,8 +69,7 @@ def judge_run(run_dir: Path, live: bool) -> Verdict:
     """The verdict on a run from its folder: of its latest stretch, or of the whole run once it has ended."""
     path = RunFolder(run_dir).history
     if not live:
-        kind = adapter(HistoryPoint)
-        return judge_ended([kind.validate_python(record) for record in read_series(path, max_points=2000)])
+        return judge_ended(list(map(adapter(HistoryPoint).validate_python, read_series(path, max_points=2000))))
     last = tail_lines(path, float("inf"), before=True)
     since = time_of(last[-1]) - LONGEST if last else 0.0
     return judge([_point(line) for line in tail_lines(path, since)])
@@ -91,9 +90,7 @@ def judge(points: Sequence[HistoryPoint]) -> Verdict:
     if not points:
         return Verdict("starting", headline="starting", text="nothing has been measured yet")
     points = _since_restart(points)
-    now = points[-1]
-    early = _too_early(now)
-    if early is not None:
+    if (early := _too_early(points[-1])) is not None:
         return early
     stretch = _stretch(points)
     if stretch is None:
@@ -106,13 +103,13 @@ def judge(points: Sequence[HistoryPoint]) -> Verdict:
 
 def judge_ended(points: Sequence[HistoryPoint]) -> Verdict:
     """The verdict on the whole of a run, from its first step to its last."""
-    trained = [p for p in _since_restart(points) if p.ranks and p.trained_samples]
+    latest = _since_restart(points)
+    trained = [p for p in latest if p.ranks and p.trained_samples]
     if len(trained) < 2:
         return Verdict("ended", headline="ended", text="the run has ended; nothing was trained")
     verdict = _judge_stretch(trained[0], trained[-1])
-    whole = len(_since_restart(points)) == len(points)
-    text = f"{'over the whole run' if whole else 'since its controller last started'}, {verdict.text}"
-    return replace(verdict, state="ended", text=text, confidence="high")
+    since = "over the whole run" if len(latest) == len(points) else "since its controller last started"
+    return replace(verdict, state="ended", text=f"{since}, {verdict.text}", confidence="high")
 
 
 def _too_early(now: HistoryPoint) -> Verdict | None:
@@ -154,51 +151,32 @@ def _stretch(points: Sequence[HistoryPoint]) -> Sequence[HistoryPoint] | None:
     return None
 
 
-@dataclass(frozen=True)
 class _Shares:
-    """What became of the time between two points."""
+    """What became of the time between two points of the history."""
 
-    seconds: float
-    samples_per_s: float
-    ranks: float
-    rank_wait: float
-    get: float
-    get_bandwidth: float
-    workers: float
-    worker_idle: float
-    """Without a lease, beyond what the ranks' pauses explain."""
-    worker_only_puts: float
-    put_bandwidth: float
-    credits: float
-    window: float
+    def __init__(self, a: HistoryPoint, b: HistoryPoint):
+        def grown(name: str) -> float:
+            return getattr(b, name) - getattr(a, name)
 
-
-def _shares(a: HistoryPoint, b: HistoryPoint) -> _Shares:
-    def grown(name: str) -> float:
-        return getattr(b, name) - getattr(a, name)
-
-    seconds = max(b.time - a.time, 1e-9)
-    rank_seconds = max(grown("rank_seconds") - grown("rank_pause_seconds"), 1e-9)
-    worker_seconds = max(grown("worker_seconds"), 1e-9)
-    paused = grown("rank_pause_seconds") / max(grown("rank_seconds"), 1e-9)
-    return _Shares(
-        seconds=seconds,
-        samples_per_s=grown("trained_samples") / seconds,
-        ranks=grown("rank_seconds") / seconds,
-        rank_wait=_clip(grown("rank_wait_seconds") / rank_seconds),
-        get=_clip(grown("get_seconds") / rank_seconds),
-        get_bandwidth=grown("get_bytes") / max(grown("get_seconds"), 1e-9),
-        workers=grown("worker_seconds") / seconds,
-        worker_idle=_clip(1 - grown("worker_busy_seconds") / worker_seconds - paused),
-        worker_only_puts=_clip((grown("worker_busy_seconds") - grown("worker_engine_seconds")) / worker_seconds),
-        put_bandwidth=grown("put_bytes") / max(grown("put_seconds"), 1e-9),
-        credits=_clip(grown("credit_blocked_seconds") / seconds),
-        window=_clip(grown("window_blocked_seconds") / seconds),
-    )
+        self.seconds = seconds = max(b.time - a.time, 1e-9)
+        self.samples_per_s = grown("trained_samples") / seconds
+        self.workers, self.ranks = grown("worker_seconds") / seconds, grown("rank_seconds") / seconds
+        training_seconds = max(grown("rank_seconds") - grown("rank_pause_seconds"), 1e-9)
+        self.rank_wait = _clip(grown("rank_wait_seconds") / training_seconds)
+        self.get = _clip(grown("get_seconds") / training_seconds)
+        self.get_bandwidth = grown("get_bytes") / max(grown("get_seconds"), 1e-9)
+        worker_seconds = max(grown("worker_seconds"), 1e-9)
+        paused = grown("rank_pause_seconds") / max(grown("rank_seconds"), 1e-9)
+        self.worker_idle = _clip(1 - grown("worker_busy_seconds") / worker_seconds - paused)
+        """Without a lease, beyond what the ranks' pauses explain."""
+        self.worker_only_puts = _clip((grown("worker_busy_seconds") - grown("worker_engine_seconds")) / worker_seconds)
+        self.put_bandwidth = grown("put_bytes") / max(grown("put_seconds"), 1e-9)
+        self.credits = _clip(grown("credit_blocked_seconds") / seconds)
+        self.window = _clip(grown("window_blocked_seconds") / seconds)
 
 
 def _judge_stretch(a: HistoryPoint, b: HistoryPoint) -> Verdict:
-    shares = _shares(a, b)
+    shares = _Shares(a, b)
     if shares.rank_wait < WAITING:
         verdict = _training(shares) if shares.worker_idle >= IDLE else _balanced(shares)
     elif shares.get >= SATURATED:
@@ -227,21 +205,22 @@ def _training(shares: _Shares) -> Verdict:
     more = math.ceil(shares.ranks * idle / max(1 - idle, 0.05) - ROUNDING)
     text = f"inference workers are idle {idle:.0%} of the time"
     if more > 0:
-        text += f"; {_count(more, 'more training rank')} would balance"
-    advice = [f"have {_count(more, 'more training rank')} or so: torchspec scale RUN --dp D"] if more > 0 else []
+        text += f"; {plural(more, 'more training rank')} would balance"
+    advice = [f"have {plural(more, 'more training rank')} or so: torchspec scale RUN --dp D"] if more > 0 else []
     if spare > 0:
-        advice.append(f"or give up {_count(spare, 'inference worker')}: {enough} would do")
+        advice.append(f"or give up {plural(spare, 'inference worker')}: {enough} would do")
     advice.append("or make steps cheaper: training.compile, a smaller draft (the keys of section draft)")
-    verdict = Verdict("steady", "training", idle, "training is the bottleneck", text, tuple(advice))
-    return replace(verdict, possible_samples_per_s=shares.samples_per_s / max(1 - idle, 0.05))
+    possible = shares.samples_per_s / max(1 - idle, 0.05)
+    return Verdict(
+        "steady", "training", idle, "training is the bottleneck", text, tuple(advice), possible_samples_per_s=possible
+    )
 
 
 def _waiting(shares: _Shares, side: Side, headline: str, why: str, *advice: str) -> Verdict:
     """A verdict for ranks that wait; without the wait they would be that much faster."""
     text = f"trainers wait {shares.rank_wait:.0%} of the time; {why}"
     possible = shares.samples_per_s / max(1 - shares.rank_wait, 0.05)
-    verdict = Verdict("steady", side, shares.rank_wait, headline, text, advice)
-    return replace(verdict, possible_samples_per_s=possible)
+    return Verdict("steady", side, shares.rank_wait, headline, text, advice, possible_samples_per_s=possible)
 
 
 def _inference(shares: _Shares) -> Verdict:
@@ -251,7 +230,7 @@ def _inference(shares: _Shares) -> Verdict:
         shares,
         "inference",
         "inference is the bottleneck",
-        f"{_count(more, 'more inference worker')} would balance",
+        f"{plural(more, 'more inference worker')} would balance",
         f"raise inference.workers by {more}: torchspec scale RUN --inference {round(shares.workers) + more}",
         "or let each do more: inference.max_concurrency, a lower answer.max_tokens, answer.reuse",
     )
@@ -301,8 +280,8 @@ def _slow_gets(shares: _Shares) -> Verdict:
     )
 
 
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
+def plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _bandwidth(bytes_per_s: float) -> str:
