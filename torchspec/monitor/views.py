@@ -21,7 +21,7 @@ from torchspec.monitor.bottleneck import Verdict, judge_run
 from torchspec.monitor.health import Health, assess_run
 from torchspec.monitor.metrics import METRICS, prometheus_name
 from torchspec.monitor.series import lines_of, read_series, tail, thin
-from torchspec.monitor.snapshot import RANK_COLUMNS, WORKER_COLUMNS, Snapshot, adapter, read_latest
+from torchspec.monitor.snapshot import RANK_COLUMNS, RANK_PARTS, WORKER_COLUMNS, Snapshot, adapter, read_latest
 from torchspec.run_folder import RunFolder
 
 Record = dict[str, Any]
@@ -52,7 +52,6 @@ RATES = {
     "window_blocked_share": "window_blocked_seconds",
 }
 """Column to the counter whose growth a second it is."""
-RANK_PARTS = ("wait", "forward", "backward", "reduce", "optimizer", "pause")
 STEP_LISTS = ("full_accuracy", "accuracy", "loss_per_position")
 STEP_VALUES = ("time", "step", "loss", "accept_length", "learning_rate", "grad_norm", "tokens")
 

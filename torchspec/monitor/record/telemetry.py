@@ -14,7 +14,15 @@ from typing import Any, Literal, TypeVar
 
 from torchspec.contracts import RankReport, RunStatus, WorkerReport
 from torchspec.instruments import FEWEST_STEPS, WINDOW_SECONDS, percentile, since
-from torchspec.monitor.snapshot import SILENT_SECONDS, HistoryPoint, RankState, Snapshot, WorkerDoing, WorkerState
+from torchspec.monitor.snapshot import (
+    RANK_PARTS,
+    SILENT_SECONDS,
+    HistoryPoint,
+    RankState,
+    Snapshot,
+    WorkerDoing,
+    WorkerState,
+)
 
 GONE_KEPT = 16
 """How many workers that are no more stay visible."""
@@ -35,8 +43,7 @@ RANK_TOTALS = {
     "get_bytes": "get_bytes",
     "get_seconds": "get_seconds",
     "seconds": "rank_seconds",
-    **{f"{part}_seconds": f"rank_{part}_seconds" for part in ("wait", "forward", "backward", "reduce", "optimizer")},
-    "pause_seconds": "rank_pause_seconds",
+    **{f"{part}_seconds": f"rank_{part}_seconds" for part in RANK_PARTS},
 }
 """Field of a report to the counter of :class:`HistoryPoint` that sums it up."""
 
@@ -82,9 +89,8 @@ class Blocked:
     """Adds up how long something stood in the way."""
 
     def __init__(self, clock: Callable[[], float]):
-        self._clock, self._total, self._since = clock, 0.0, None
-
-    _since: float | None
+        self._clock, self._total = clock, 0.0
+        self._since: float | None = None
 
     def set(self, blocked: bool) -> None:
         now = self._clock()
@@ -211,10 +217,7 @@ class Telemetry:
         window = self._ranks[rank]
         latest, seconds = window.latest, window.change("seconds")
         latencies = since(latest.get_histogram, window.earlier.get_histogram)
-        shares = {
-            f"{part}_share": _ratio(window.change(f"{part}_seconds"), seconds)
-            for part in ("wait", "forward", "backward", "reduce", "optimizer", "pause")
-        }
+        shares = {f"{part}_share": _ratio(window.change(f"{part}_seconds"), seconds) for part in RANK_PARTS}
         steps = window.change("steps")
         return RankState(
             rank=rank,

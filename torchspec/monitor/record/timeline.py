@@ -108,9 +108,8 @@ class Timelines:
         if timing is not None:
             putting = now - timing.put_seconds
             computed = putting - timing.hold_seconds
-            moments: list[tuple[Moment, float]] = [("computing", computed - timing.compute_seconds)]
-            moments += [("computed", computed), ("putting", putting)]
-            followed.timeline += [(moment, at, "") for moment, at in moments]
+            computing = computed - timing.compute_seconds
+            followed.timeline += [("computing", computing, ""), ("computed", computed, ""), ("putting", putting, "")]
         followed.timeline.append(("stored", now, ""))
 
     def mark(self, samples: Iterable[SampleId], moment: Moment, detail: str = "") -> None:
