@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.metrics import Gauge
 
 from torchspec.contracts import RankReport, RunStatus, SampleId, SampleRef, SampleTiming, StepReport, WorkerReport
 from torchspec.files import JsonLines
 from torchspec.instruments import Rate
 from torchspec.monitor.health import FAULTS, count_faults
-from torchspec.monitor.record.ray_metrics import RayMetrics
+from torchspec.monitor.metrics import METRICS, PREFIX, read
 from torchspec.monitor.record.recorder import EventLog, Recorder
 from torchspec.monitor.record.telemetry import Telemetry
 from torchspec.monitor.record.timeline import PER_SECOND, Timelines
@@ -202,3 +203,24 @@ class Observer:
 
     def close(self) -> None:
         self._metrics.close()
+
+
+class RayMetrics:
+    """The same metrics in Ray's own: who scrapes a Ray cluster sees its runs there, too (as ``ray_torchspec_...``).
+
+    Totals and the draft's curves only; each worker and each rank stand at the run's own ``/metrics``. Counters are
+    gauges here, too, because Ray's own can only be incremented.
+    """
+
+    def __init__(self, run: str):
+        self._run = run
+        self._gauges = {
+            metric: Gauge(PREFIX + metric.name, metric.meaning, tag_keys=("run", *metric.labels))
+            for metric in METRICS
+            if metric.scope in ("run", "pools", "draft")
+        }
+
+    def update(self, snapshot: Snapshot) -> None:
+        for metric, gauge in self._gauges.items():
+            for labels, value in read(metric, snapshot):
+                gauge.set(value, {"run": self._run, **labels})
