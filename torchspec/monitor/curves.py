@@ -32,7 +32,7 @@ def draw_curves(run_dir: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    train, heldout = read_metrics(RunFolder(run_dir).steps)
+    train, heldout = undo(list(read_lines(RunFolder(run_dir).steps)))
     if not train and not heldout:
         raise ValueError(f"{run_dir} has no metrics yet: no step was trained")
     figure = Figure(figsize=(13, 8.5), dpi=110, layout="constrained")
@@ -48,11 +48,6 @@ def draw_curves(run_dir: Path) -> Path:
     path = RunFolder(run_dir).curves
     figure.savefig(path)
     return path
-
-
-def read_metrics(path: Path) -> tuple[Series, Series]:
-    """Records of training steps and of held-out evaluations, each by increasing step."""
-    return undo(list(read_lines(path)))
 
 
 def _draw_both(ax: Axes, title: str, name: str, train: Series, heldout: Series) -> None:
@@ -145,10 +140,5 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _smooth(y: np.ndarray) -> np.ndarray:
     """Centred running mean; near the ends over what there is."""
-    half = round(SMOOTHING * len(y) / 2)
-    if half == 0:
-        return y
-    sums = np.concatenate([[0.0], np.cumsum(y)])
-    low = np.maximum(np.arange(len(y)) - half, 0)
-    high = np.minimum(np.arange(len(y)) + half + 1, len(y))
-    return (sums[high] - sums[low]) / (high - low)
+    window = np.ones(2 * round(SMOOTHING * len(y) / 2) + 1)
+    return np.convolve(y, window, "same") / np.convolve(np.ones(len(y)), window, "same")
