@@ -177,18 +177,10 @@ class _Shares:
 
 def _judge_stretch(a: HistoryPoint, b: HistoryPoint) -> Verdict:
     shares = _Shares(a, b)
-    if shares.rank_wait < WAITING:
-        verdict = _training(shares) if shares.worker_idle >= IDLE else _balanced(shares)
-    elif shares.get >= SATURATED:
-        verdict = _slow_gets(shares)
-    elif shares.worker_only_puts >= HELD_UP:
-        verdict = _slow_puts(shares)
-    elif shares.credits >= HELD_UP:
-        verdict = _small_store(shares)
-    elif shares.window >= HELD_UP and shares.worker_idle >= HELD_UP:
-        verdict = _full_window(shares)
+    if shares.rank_wait >= WAITING:
+        verdict = _waiting(shares)
     else:
-        verdict = _inference(shares)
+        verdict = _training(shares) if shares.worker_idle >= IDLE else _balanced(shares)
     return replace(verdict, samples_per_s=shares.samples_per_s, seconds=shares.seconds)
 
 
@@ -216,67 +208,61 @@ def _training(shares: _Shares) -> Verdict:
     )
 
 
-def _waiting(shares: _Shares, side: Side, headline: str, why: str, *advice: str) -> Verdict:
+def _waiting(shares: _Shares) -> Verdict:
     """A verdict for ranks that wait; without the wait they would be that much faster."""
+    side, headline, why, advice = _what_holds_up(shares)
     text = f"trainers wait {shares.rank_wait:.0%} of the time; {why}"
     possible = shares.samples_per_s / max(1 - shares.rank_wait, 0.05)
     return Verdict("steady", side, shares.rank_wait, headline, text, advice, possible_samples_per_s=possible)
 
 
-def _inference(shares: _Shares) -> Verdict:
+def _what_holds_up(shares: _Shares) -> tuple[Side, str, str, tuple[str, ...]]:
+    """What ranks wait for: its side, headline, figures, and advice."""
+    if shares.get >= SATURATED:
+        return (
+            "store",
+            "reading from the store is the bottleneck",
+            f"they read {shares.get:.0%} of the time, at {_bandwidth(shares.get_bandwidth)}",
+            ("store.protocol=rdma where the network has it", "or let more ranks read: training.dp_size"),
+        )
+    if shares.worker_only_puts >= HELD_UP:
+        return (
+            "store",
+            "putting into the store is the bottleneck",
+            f"workers do nothing but put {shares.worker_only_puts:.0%} of the time, "
+            f"at {_bandwidth(shares.put_bandwidth)}",
+            (
+                "store.protocol=rdma where the network has it",
+                "or keep more samples under way: inference.buffer_bytes, inference.max_concurrency",
+            ),
+        )
+    if shares.credits >= HELD_UP:
+        return (
+            "store",
+            "the store is too small",
+            f"workers are refused leases {shares.credits:.0%} of the time because it has no credits left",
+            (
+                "raise store.segment_bytes",
+                "or have fewer samples in the making: inference.workers, inference.max_concurrency, answer.max_tokens",
+            ),
+        )
+    if shares.window >= HELD_UP and shares.worker_idle >= HELD_UP:
+        return (
+            "inference",
+            "a slow sample at the front holds up the others",
+            f"workers are refused leases {shares.window:.0%} of the time because the reorder window is full",
+            ("raise controller.reorder_window", "or bound what one sample takes: answer.max_tokens"),
+        )
     needed = shares.workers * (1 - shares.worker_idle) / max(1 - shares.rank_wait, 0.05)
     more = max(1, math.ceil(needed - shares.workers - ROUNDING))
-    return _waiting(
-        shares,
+    return (
         "inference",
         "inference is the bottleneck",
         f"{plural(more, 'more inference worker')} would balance",
-        f"raise inference.workers by {more}: torchspec scale RUN --inference {round(shares.workers) + more}",
-        "or let each do more: inference.max_concurrency, a lower answer.max_tokens, answer.reuse",
-    )
-
-
-def _full_window(shares: _Shares) -> Verdict:
-    return _waiting(
-        shares,
-        "inference",
-        "a slow sample at the front holds up the others",
-        f"workers are refused leases {shares.window:.0%} of the time because the reorder window is full",
-        "raise controller.reorder_window",
-        "or bound what one sample takes: answer.max_tokens",
-    )
-
-
-def _small_store(shares: _Shares) -> Verdict:
-    return _waiting(
-        shares,
-        "store",
-        "the store is too small",
-        f"workers are refused leases {shares.credits:.0%} of the time because it has no credits left",
-        "raise store.segment_bytes",
-        "or have fewer samples in the making: inference.workers, inference.max_concurrency, answer.max_tokens",
-    )
-
-
-def _slow_puts(shares: _Shares) -> Verdict:
-    return _waiting(
-        shares,
-        "store",
-        "putting into the store is the bottleneck",
-        f"workers do nothing but put {shares.worker_only_puts:.0%} of the time, at {_bandwidth(shares.put_bandwidth)}",
-        "store.protocol=rdma where the network has it",
-        "or keep more samples under way: inference.buffer_bytes, inference.max_concurrency",
-    )
-
-
-def _slow_gets(shares: _Shares) -> Verdict:
-    return _waiting(
-        shares,
-        "store",
-        "reading from the store is the bottleneck",
-        f"they read {shares.get:.0%} of the time, at {_bandwidth(shares.get_bandwidth)}",
-        "store.protocol=rdma where the network has it",
-        "or let more ranks read: training.dp_size",
+        (
+            f"raise inference.workers by {more}: torchspec scale RUN --inference {round(shares.workers) + more}",
+            "or let each do more: inference.max_concurrency, a lower answer.max_tokens, answer.reuse",
+        ),
     )
 
 
