@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
 
 from torchspec.instruments import BOUNDS, Histogram
 from torchspec.monitor.metrics import METRICS, PREFIX, Metric, read
@@ -16,7 +17,7 @@ from torchspec.monitor.snapshot import Snapshot
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class SnapshotCollector:
+class SnapshotCollector(Collector):
     """Collects from one snapshot; little where there is none yet.
 
     Args:
@@ -62,6 +63,4 @@ def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
 
 def exposition(run: str, snapshot: Snapshot | None, live: bool) -> bytes:
     """The text that ``/metrics`` answers with."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(SnapshotCollector(run, snapshot, live))
-    return generate_latest(registry)
+    return generate_latest(SnapshotCollector(run, snapshot, live))

@@ -75,8 +75,7 @@ class PageServer:
         candidates = [self._wanted] if self._wanted is not None else [DEFAULT_PORT, 0]
         for port in candidates:
             try:
-                site = web.TCPSite(runner, HOST, port)
-                await site.start()
+                await web.TCPSite(runner, HOST, port).start()
                 break
             except OSError as error:
                 if port == candidates[-1]:
@@ -95,6 +94,7 @@ class PageServer:
 
     def _application(self) -> web.Application:
         application = web.Application(middlewares=[_guard], client_max_size=4096)
+        application.on_response_prepare.append(_add_headers)
         read: dict[str, Callable[[Path, Query], Any]] = {
             "run": lambda run, _: views.run_view(run),
             "events": lambda run, query: views.events_view(run, _number(query, "since")),
@@ -243,16 +243,14 @@ class ServerThread:
 
 @web.middleware
 async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Names of this machine only; errors as JSON; the same headers on every answer."""
-    try:
-        if urlsplit(f"//{request.host}").hostname not in OWN_NAMES:
-            raise _refusal(web.HTTPForbidden, f"this server is not {request.host}")
-        response = await handler(request)
-    except web.HTTPException as error:
-        error.headers.update(HEADERS)
-        raise
+    """Names of this machine only."""
+    if urlsplit(f"//{request.host}").hostname not in OWN_NAMES:
+        raise _refusal(web.HTTPForbidden, f"this server is not {request.host}")
+    return await handler(request)
+
+
+async def _add_headers(_request: web.Request, response: web.StreamResponse) -> None:
     response.headers.update(HEADERS)
-    return response
 
 
 async def _page(_request: web.Request) -> web.FileResponse:
