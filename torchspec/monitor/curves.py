@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchspec.files import read_lines
-from torchspec.monitor.views import undo
+from torchspec.monitor.views import Record, undo
 from torchspec.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Series = list[dict[str, Any]]
 
 TRAIN, HELDOUT, WAIT, GREY = "#4c78a8", "#e4572e", "#b0b7c3", "#666666"
 MAX_POINTS = 1500
@@ -50,7 +48,7 @@ def draw_curves(run_dir: Path) -> Path:
     return path
 
 
-def _draw_both(ax: Axes, title: str, name: str, train: Series, heldout: Series) -> None:
+def _draw_both(ax: Axes, title: str, name: str, train: list[Record], heldout: list[Record]) -> None:
     ax.set_title(title, loc="left", fontsize=11)
     if train:
         _draw_line(ax, _column(train, "step"), _column(train, name), TRAIN, "train")
@@ -58,7 +56,7 @@ def _draw_both(ax: Axes, title: str, name: str, train: Series, heldout: Series) 
         _draw_points(ax, _column(heldout, "step"), _column(heldout, name), HELDOUT, "held-out")
 
 
-def _draw_accuracy(ax: Axes, train: Series, heldout: Series) -> None:
+def _draw_accuracy(ax: Axes, train: list[Record], heldout: list[Record]) -> None:
     """One line a drafted position, from dark (the first token) to light; held-out as points in the same colour."""
     from matplotlib import colormaps
 
@@ -74,7 +72,7 @@ def _draw_accuracy(ax: Axes, train: Series, heldout: Series) -> None:
     ax.set_ylim(bottom=0)
 
 
-def _draw_throughput(ax: Axes, train: Series) -> None:
+def _draw_throughput(ax: Axes, train: list[Record]) -> None:
     ax.set_title("Training: tokens/s, and the share of time spent waiting", loc="left", fontsize=11)
     if not train:
         return
@@ -125,8 +123,8 @@ def _style(ax: Axes) -> None:
         ax.legend(handles, labels, frameon=False, fontsize=9, ncols=columns)
 
 
-def _column(series: Series, name: str, index: int | None = None) -> np.ndarray:
-    return np.array([r[name] if index is None else r[name][index] for r in series], dtype=float)
+def _column(records: list[Record], name: str, index: int | None = None) -> np.ndarray:
+    return np.array([r[name] if index is None else r[name][index] for r in records], dtype=float)
 
 
 def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
