@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -51,7 +50,9 @@ class Observer:
         self.started = time.monotonic()
         self._steps: list[StepReport] = []
         self._steps_taken = 0  # before those
-        self._telemetry, self._timelines = Telemetry(), Timelines(run_dir, PER_SECOND if interval else 0)
+        self.timelines = Timelines(run_dir, PER_SECOND if interval else 0)
+        """Where each sample goes, which its movers tell at once."""
+        self._telemetry = Telemetry()
         self._metrics = JsonLines(RunFolder(run_dir).steps)
         self._events = EventLog(run_dir)
         self._recorder, self._recording = Recorder(run_dir), asyncio.Lock()
@@ -103,21 +104,13 @@ class Observer:
     def stored(self, ref: SampleRef, timing: SampleTiming | None) -> None:
         self.inference.add(1, ref.num_tokens)
         self._telemetry.totals.update(captured_samples=1, captured_tokens=ref.num_tokens)
-        self._timelines.published(ref.sample, timing)
+        self.timelines.published(ref.sample, timing)
 
     def failed(self, worker: str, sample: SampleId, name: str, reason: str) -> None:
         self._telemetry.totals["retries"] += 1
         self.note(f"{worker} failed {name}: {reason}", "sample_failed", worker=worker, sample=str(sample))
 
     # ---- samples ----
-
-    def moved(self, sample: SampleId, before: str, state: str, why: str) -> None:
-        """A sample has gone from state to state of the ledger."""
-        self._timelines.moved(sample, before, state, why)
-
-    def fetched(self, samples: Iterable[SampleId]) -> None:
-        """All ranks have them."""
-        self._timelines.mark(samples, "fetched")
 
     def sample_lost(self, sample: SampleId, name: str) -> None:
         self._telemetry.totals["lost_objects"] += 1
@@ -129,14 +122,6 @@ class Observer:
     def trained(self, samples: int, tokens: int) -> None:
         self.training.add(samples, tokens)
         self._telemetry.totals.update(trained_samples=samples, trained_tokens=tokens)
-
-    def follows(self, sample: SampleId) -> bool:
-        """Whether :meth:`freed` is to be told of it."""
-        return self._timelines.follows(sample)
-
-    def freed(self, ref: SampleRef, name: str, step: int, token_ids: bytes, prompt_tokens: int | None) -> None:
-        """It has left the store. ``prompt_tokens``: of the prompt that the target has answered."""
-        self._timelines.finish(ref, name, step, token_ids, prompt_tokens)
 
     # ---- training ----
 

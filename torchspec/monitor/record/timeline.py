@@ -112,10 +112,11 @@ class Timelines:
                 self._open[sample].append((moment, self._clock(), detail))
 
     def follows(self, sample: SampleId) -> bool:
+        """Whether :meth:`finish` is to be told of it."""
         return sample in self._open
 
     def finish(self, ref: SampleRef, name: str, step: int, token_ids: bytes, prompt_tokens: int | None) -> None:
-        """It has been freed: write it down."""
+        """It has left the store: write it down. ``prompt_tokens``: of the prompt that the target has answered."""
         now, timeline = self._clock(), self._open.pop(ref.sample)
         workers = [worker for moment, _, worker in timeline if moment == "leased"]
         record = SampleRecord(
