@@ -72,13 +72,10 @@ def judge_run(run_dir: Path, live: bool) -> Verdict:
         return judge_ended(list(map(adapter(HistoryPoint).validate_python, read_series(path, max_points=2000))))
     last = tail_lines(path, float("inf"), before=True)
     since = time_of(last[-1]) - LONGEST if last else 0.0
-    return judge([_point(line) for line in tail_lines(path, since)])
+    return judge(list(map(_point, tail_lines(path, since))))
 
 
-@lru_cache(maxsize=1024)
-def _point(line: bytes) -> HistoryPoint:
-    point: HistoryPoint = adapter(HistoryPoint).validate_json(line)
-    return point
+_point = lru_cache(maxsize=1024)(adapter(HistoryPoint).validate_json)  # a page asks for the same lines again
 
 
 def judge(points: Sequence[HistoryPoint]) -> Verdict:

@@ -84,7 +84,6 @@ def _draw_throughput(ax: Axes, train: list[Record]) -> None:
     share = ax.twinx()
     x, y = _thin(steps, 100 * wait / seconds)
     share.fill_between(x, _smooth(y), color=WAIT, alpha=0.35, linewidth=0)
-    share.plot([], [], color=WAIT, linewidth=6, alpha=0.5)
     ax.plot([], [], color=WAIT, linewidth=6, alpha=0.5, label="waiting for samples (right)")
     share.set_ylim(0, 100)
     share.yaxis.set_major_formatter("{x:.0f}%")

@@ -19,6 +19,7 @@ from typing import Any
 from torchspec.files import write_atomically
 
 _TIME = re.compile(rb'{"time":\s*([-+.0-9eE]+)')
+_parsed = lru_cache(maxsize=2048)(json.loads)
 
 
 class Series:
@@ -120,12 +121,6 @@ def tail_lines(path: Path, since: float, before: bool = False) -> list[bytes]:
         if older:
             break
     return lines[::-1]
-
-
-@lru_cache(maxsize=2048)
-def _parsed(line: bytes) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(line)
-    return record
 
 
 def _backwards(path: Path, block: int = 1 << 16) -> Iterator[bytes]:
