@@ -22,6 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+from torchspec.instruments import FEWEST_STEPS
 from torchspec.monitor.series import read_series, tail_lines, time_of
 from torchspec.monitor.snapshot import HistoryPoint, adapter
 from torchspec.run_folder import RunFolder
@@ -29,8 +30,8 @@ from torchspec.run_folder import RunFolder
 State = Literal["starting", "counting-vocabulary", "warming-up", "measuring", "steady", "finishing", "ended"]
 Side = Literal["inference", "training", "store", "balanced"]
 
-SHORTEST, LONGEST, FEWEST_STEPS = 20.0, 300.0, 4
-"""A verdict takes so many seconds of history, more while steps are rarer than this."""
+SHORTEST, LONGEST = 20.0, 300.0
+"""A verdict takes so many seconds of history, the more the rarer steps are: :data:`FEWEST_STEPS` of them."""
 WAITING = 0.08
 """Ranks that wait less of the time than this do not wait."""
 IDLE = 0.15
@@ -79,11 +80,7 @@ _point = lru_cache(maxsize=1024)(adapter(HistoryPoint).validate_json)  # a page 
 
 
 def judge(points: Sequence[HistoryPoint]) -> Verdict:
-    """The verdict on a run that goes on.
-
-    Args:
-        points: its newest history, oldest first, :data:`LONGEST` seconds or what there is.
-    """
+    """The verdict on a run that goes on, from its newest history: :data:`LONGEST` seconds, or what there is."""
     if not points:
         return Verdict("starting", headline="starting", text="nothing has been measured yet")
     points = _since_restart(points)

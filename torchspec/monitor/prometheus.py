@@ -18,12 +18,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class SnapshotCollector(Collector):
-    """Collects from one snapshot; little where there is none yet.
-
-    Args:
-        run: its name, a label of every series.
-        live: whether it is running.
-    """
+    """Collects from one snapshot; little where there is none yet. The run's name is a label of every series."""
 
     def __init__(self, run: str, snapshot: Snapshot | None, live: bool):
         self._run, self._snapshot, self._live = run, snapshot, live

@@ -103,11 +103,7 @@ def read_series(path: Path, since: float | None = None, max_points: int | None =
 
 
 def tail(path: Path, since: float, before: bool = False) -> list[dict[str, Any]]:
-    """Records after ``since``, without reading what is older. They are not to be changed.
-
-    Args:
-        before: and the one before them.
-    """
+    """Records after ``since``, and with ``before`` the one before them; older ones are not read. Not to be changed."""
     return [_parsed(line) for line in tail_lines(path, since, before)]
 
 

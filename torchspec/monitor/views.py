@@ -19,7 +19,7 @@ import yaml
 from torchspec.data.masks import unpack_mask
 from torchspec.monitor.bottleneck import Verdict, judge_run
 from torchspec.monitor.health import Health, assess_run
-from torchspec.monitor.metrics import METRICS, prometheus_name
+from torchspec.monitor.metrics import METRICS, PER_POSITION, prometheus_name
 from torchspec.monitor.series import lines_of, read_series, tail, thin
 from torchspec.monitor.snapshot import RANK_COLUMNS, RANK_PARTS, WORKER_COLUMNS, Snapshot, adapter, read_latest
 from torchspec.run_folder import RunFolder
@@ -52,7 +52,6 @@ RATES = {
     "window_blocked_share": "window_blocked_seconds",
 }
 """Column to the counter whose growth a second it is."""
-STEP_LISTS = ("full_accuracy", "accuracy", "loss_per_position")
 STEP_VALUES = ("time", "step", "loss", "accept_length", "learning_rate", "grad_norm", "tokens")
 
 
@@ -252,7 +251,7 @@ def _rest(share: float | None) -> float | None:
 
 def _step_columns(records: Sequence[Record]) -> Columns:
     columns: Columns = {name: [r[name] for r in records] for name in STEP_VALUES}
-    for name in STEP_LISTS:
+    for name in PER_POSITION:
         length = len(records[0][name]) if records else 0
         columns[name] = [[r[name][t] for r in records] for t in range(length)]
     return columns

@@ -32,11 +32,7 @@ RECENT_MESSAGES = 20
 
 
 class Observer:
-    """Takes note of what happens, and writes it down.
-
-    Args:
-        interval: seconds between two snapshots; 0 for none.
-    """
+    """Takes note of what happens, and writes it down: a snapshot every ``interval`` seconds, none where that is 0."""
 
     def __init__(self, run_dir: Path, interval: float):
         self.interval = interval

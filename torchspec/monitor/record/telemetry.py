@@ -76,17 +76,25 @@ class ReportWindow:
     def latest(self) -> Any:
         return self.reports[-1][1]
 
-    @property
-    def earlier(self) -> Any:
-        return self.reports[0][1]
+    def doing(self, now: float) -> WorkerDoing:
+        """What a worker does."""
+        if self.end is not None:
+            return self.end
+        if not self.reports:
+            return "starting"
+        if now - self.heard > SILENT_SECONDS:
+            return "silent"
+        return "working" if self.latest.leases else "waiting"
 
     def growth(self, name: str, by: str = "seconds") -> float:
         """How much a counter has grown over the window, for each that another one has; 0 where that has not."""
-        grown, other = (getattr(self.latest, n) - getattr(self.earlier, n) for n in (name, by))
+        earliest = self.reports[0][1]
+        grown, other = (getattr(self.latest, n) - getattr(earliest, n) for n in (name, by))
         return grown / other if other > 0 else 0.0
 
     def percentile(self, histogram: str, share: float) -> float | None:
-        return percentile(since(getattr(self.latest, histogram), getattr(self.earlier, histogram)), share)
+        """Of the latencies that came within the window."""
+        return percentile(since(getattr(self.latest, histogram), getattr(self.reports[0][1], histogram)), share)
 
 
 class Blocked:
@@ -108,11 +116,7 @@ class Blocked:
 
 
 class Telemetry:
-    """Reports in, snapshots out.
-
-    Args:
-        clock: seconds since the epoch.
-    """
+    """Reports in, snapshots out; ``clock`` in seconds since the epoch."""
 
     def __init__(self, clock: Callable[[], float] = time.time):
         self._clock = clock
@@ -200,10 +204,10 @@ class Telemetry:
     def _worker(self, name: str, now: float) -> WorkerState:
         window = self._workers[name]
         if not window.reports:
-            return WorkerState(name, window.end or "starting", window.started, window.heard, WorkerReport(name))
+            return WorkerState(name, window.doing(now), window.started, window.heard, WorkerReport(name))
         return WorkerState(
             name=name,
-            doing=_worker_doing(window, now),
+            doing=window.doing(now),
             since=window.started,
             heard=window.heard,
             report=window.latest,
@@ -230,14 +234,6 @@ class Telemetry:
             mfu=window.growth("flops") / peak_flops if peak_flops else None,
             **{f"{part}_share": window.growth(f"{part}_seconds") for part in RANK_PARTS},
         )
-
-
-def _worker_doing(window: ReportWindow, now: float) -> WorkerDoing:
-    if window.end is not None:
-        return window.end
-    if now - window.heard > SILENT_SECONDS:
-        return "silent"
-    return "working" if window.latest.leases else "waiting"
 
 
 def _natural(name: str) -> tuple[str, int]:

@@ -40,11 +40,7 @@ class Tracker(ABC):
 
 
 class Trackers:
-    """All trackers of a run behind one object. One that fails is left out from then on; the run goes on.
-
-    Args:
-        warn: told, in one line, of a tracker that failed.
-    """
+    """All trackers of a run. One that fails is left out from then on, which ``warn`` is told; the run goes on."""
 
     def __init__(self, trackers: Sequence[Tracker], warn: Callable[[str], None]):
         self._trackers, self._warn = list(trackers), warn
