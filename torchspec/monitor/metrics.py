@@ -44,7 +44,6 @@ class Metric:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """Names of its labels."""
         if self.source == "point.samples":
             return ("state",)
         if self.scope == "draft":

@@ -23,12 +23,7 @@ _parsed = lru_cache(maxsize=2048)(json.loads)
 
 
 class Series:
-    """Appends to a series.
-
-    Args:
-        max_lines: when there are so many, half of them go.
-        recent: the newest lines, which stay.
-    """
+    """Appends to a series. Of ``max_lines`` half go, but none of the ``recent`` newest."""
 
     def __init__(self, path: Path, max_lines: int, recent: int):
         assert recent < max_lines // 2
@@ -129,11 +124,9 @@ def _backwards(path: Path, block: int = 1 << 16) -> Iterator[bytes]:
         while end > 0:
             start = max(0, end - block)
             file.seek(start)
-            data = file.read(end - start) + rest
-            lines = data.splitlines(keepends=True)
-            first = 1 if start > 0 else 0
-            rest = lines[0] if first else b""
-            for line in reversed(lines[first:]):
+            lines = (file.read(end - start) + rest).splitlines(keepends=True)
+            rest = lines.pop(0) if start > 0 else b""  # it may begin further up
+            for line in reversed(lines):
                 if line.endswith(b"\n"):
                     yield line
             end = start

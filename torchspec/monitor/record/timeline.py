@@ -67,14 +67,12 @@ class SampleRecord:
 
 
 class Timelines:
-    """Follows samples and writes down some of them once they are freed.
+    """Follows ``per_second`` samples at most (0: none) and writes them down once they are freed.
 
-    Args:
-        per_second: so many samples at most; 0 for none.
-        clock: seconds since the epoch.
+    ``clock`` gives seconds since the epoch.
     """
 
-    def __init__(self, run_dir: Path, per_second: float = PER_SECOND, clock: Callable[[], float] = time.time):
+    def __init__(self, run_dir: Path, per_second: float, clock: Callable[[], float] = time.time):
         self._clock, self._spacing = clock, 1 / per_second if per_second else float("inf")
         self._file = Series(RunFolder(run_dir).samples, SAMPLE_LINES, SAMPLE_RECENT)
         self._open: dict[SampleId, list[Happening]] = {}
