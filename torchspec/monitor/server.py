@@ -161,10 +161,8 @@ class PageServer:
         folder, body = await self._controlled(request)
         workers = body.get("workers")
         if workers != "auto" and (type(workers) is not int or not 1 <= workers <= MAX_WORKERS):
-            raise _refusal(
-                web.HTTPBadRequest,
-                f"workers is {workers!r}, but must be a whole number from 1 to {MAX_WORKERS}, or auto",
-            )
+            reason = f"workers is {workers!r}, but must be a whole number from 1 to {MAX_WORKERS}, or auto"
+            raise _refusal(web.HTTPBadRequest, reason)
         await self._act(folder, lambda controls: controls.scale_inference(workers))
         size = "is sized automatically" if workers == "auto" else f"becomes {workers}"
         return web.json_response({"message": f"the inference pool {size}"})
