@@ -31,8 +31,7 @@ class Recorder:
     """Files of one run. Not thread-safe: one call at a time."""
 
     def __init__(self, run_dir: Path):
-        folder = RunFolder(run_dir)
-        self._latest = folder.latest
+        folder = self._folder = RunFolder(run_dir)
         self._history = Series(folder.history, HISTORY_LINES, HISTORY_RECENT)
         self._entities = Series(folder.entities, ENTITY_LINES, ENTITY_RECENT)
         self._entities_due = 0.0
@@ -43,7 +42,7 @@ class Recorder:
             self._entities.append(to_line(_entity_point(snapshot)))
             self._entities_due = snapshot.time + ENTITY_SECONDS
         latest = replace(snapshot, status=replace(snapshot.status, workers=()))  # which snapshot.workers say already
-        write_atomically(self._latest, lambda file: file.write(adapter(Snapshot).dump_json(latest)))
+        write_atomically(self._folder.latest, lambda file: file.write(adapter(Snapshot).dump_json(latest)))
 
 
 def _entity_point(snapshot: Snapshot) -> EntityPoint:

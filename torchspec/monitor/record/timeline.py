@@ -67,10 +67,7 @@ class SampleRecord:
 
 
 class Timelines:
-    """Follows ``per_second`` samples at most (0: none) and writes them down once they are freed.
-
-    ``clock`` gives seconds since the epoch.
-    """
+    """Follows ``per_second`` samples at most, and writes each down once it is freed. Times: seconds since the epoch."""
 
     def __init__(self, run_dir: Path, per_second: float, clock: Callable[[], float] = time.time):
         self._clock, self._spacing = clock, 1 / per_second if per_second else float("inf")
