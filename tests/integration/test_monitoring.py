@@ -45,7 +45,7 @@ def run(endpoint, tmp_path_factory) -> tuple[Path, Controller]:
     folder = tmp_path_factory.mktemp("monitored") / "run"
     client = HiddenStateStore(endpoint, 8 << 20)
     controller = make(endpoint, folder, prompts=PROMPTS, monitor={"history_seconds": 0.1})
-    controller.observer._timelines._spacing = 0.0  # follow every sample
+    controller.observer.timelines._spacing = 0.0  # follow every sample
     asyncio.run(monitored(controller, client))
     client.close()
     return folder, controller

@@ -57,7 +57,6 @@ class SimulatedRun:
         self._samples = Series(RunFolder(folder).samples, SAMPLE_LINES, SAMPLE_RECENT)
         self._random = random.Random(1)
         simulation.on_step = self._step
-        self.event("started", "the run starts")
         for worker in simulation.workers:
             self.event("worker_started", f"{worker.name} is starting", worker=worker.name)
 

@@ -108,10 +108,10 @@ class SampleBuffer:
         self._observer, self._changed = observer, changed
         window, max_failures = config.controller.reorder_window, config.controller.max_attempts
         shape, max_steps = ledger_shape(config, spec.train), config.training.max_steps
-        self.ledger = Ledger(shape, window, max_failures, max_steps, moved=observer.moved)
+        self.ledger = Ledger(shape, window, max_failures, max_steps, moved=observer.timelines.moved)
         content, one_batch = spec.heldout.content_hash if spec.heldout else "", max(1, heldout)
         shape = LedgerShape(content, heldout, 1, one_batch, config.run.seed)
-        self.heldout = Ledger(shape, one_batch, max_failures, first_epoch=HELDOUT_EPOCH, moved=observer.moved)
+        self.heldout = Ledger(shape, one_batch, max_failures, first_epoch=HELDOUT_EPOCH, moved=observer.timelines.moved)
         self.ledgers = self.heldout, self.ledger  # held-out samples come first
         self._journal, self._rejections = JsonLines(self._folder.journal), JsonLines(self._folder.rejected)
         self.prompts = Prompts(spec.train, spec.heldout, self._folder.answers, config.answer.reuse, config.run.seed)
@@ -278,10 +278,11 @@ class SampleBuffer:
 
         def freed() -> None:
             self.unpark()
+            timelines = self._observer.timelines
             for record in records:
-                if record.ref is not None and self._observer.follows(record.sample):  # there may have been a rewind
+                if record.ref is not None and timelines.follows(record.sample):  # there may have been a rewind
                     tokens = self.prompts.tokens(record.sample)
-                    self._observer.freed(record.ref, self.prompts.name(record.sample), record.step, *tokens)
+                    timelines.finish(record.ref, self.prompts.name(record.sample), record.step, *tokens)
 
         self._drop(records, freed)
         self._changed()

@@ -193,7 +193,7 @@ class Controller:
         """
         again = await self._group_of(rank).fetched(rank.rank, step, missing)
         if again is None and rank.rank == 0:
-            self.observer.fetched(record.sample for record in self.buffer.ledger.step_records(step))
+            self.observer.timelines.mark((r.sample for r in self.buffer.ledger.step_records(step)), "fetched")
         return again
 
     async def step_done(self, rank: RankId, step: int, report: StepReport | None) -> None:

@@ -1,1 +1,1 @@
-"""What is kept of a run's figures: trackers while it trains, curves when it has ended."""
+"""What a run tells of itself, and every view of that: in a terminal, on a page, for Prometheus, trackers and curves."""

@@ -22,6 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
+from torchspec.instruments import FEWEST_STEPS
 from torchspec.monitor.series import read_series, tail_lines, time_of
 from torchspec.monitor.snapshot import HistoryPoint, adapter
 from torchspec.run_folder import RunFolder
@@ -29,8 +30,8 @@ from torchspec.run_folder import RunFolder
 State = Literal["starting", "counting-vocabulary", "warming-up", "measuring", "steady", "finishing", "ended"]
 Side = Literal["inference", "training", "store", "balanced"]
 
-SHORTEST, LONGEST, FEWEST_STEPS = 20.0, 300.0, 4
-"""A verdict takes so many seconds of history, more while steps are rarer than this."""
+SHORTEST, LONGEST = 20.0, 300.0
+"""A verdict takes so many seconds of history, the more the rarer steps are: :data:`FEWEST_STEPS` of them."""
 WAITING = 0.08
 """Ranks that wait less of the time than this do not wait."""
 IDLE = 0.15
@@ -69,31 +70,21 @@ def judge_run(run_dir: Path, live: bool) -> Verdict:
     """The verdict on a run from its folder: of its latest stretch, or of the whole run once it has ended."""
     path = RunFolder(run_dir).history
     if not live:
-        kind = adapter(HistoryPoint)
-        return judge_ended([kind.validate_python(record) for record in read_series(path, max_points=2000)])
+        return judge_ended(list(map(adapter(HistoryPoint).validate_python, read_series(path, max_points=2000))))
     last = tail_lines(path, float("inf"), before=True)
     since = time_of(last[-1]) - LONGEST if last else 0.0
-    return judge([_point(line) for line in tail_lines(path, since)])
+    return judge(list(map(_point, tail_lines(path, since))))
 
 
-@lru_cache(maxsize=1024)
-def _point(line: bytes) -> HistoryPoint:
-    point: HistoryPoint = adapter(HistoryPoint).validate_json(line)
-    return point
+_point = lru_cache(maxsize=1024)(adapter(HistoryPoint).validate_json)  # a page asks for the same lines again
 
 
 def judge(points: Sequence[HistoryPoint]) -> Verdict:
-    """The verdict on a run that goes on.
-
-    Args:
-        points: its newest history, oldest first, :data:`LONGEST` seconds or what there is.
-    """
+    """The verdict on a run that goes on, from its newest history: :data:`LONGEST` seconds, or what there is."""
     if not points:
         return Verdict("starting", headline="starting", text="nothing has been measured yet")
     points = _since_restart(points)
-    now = points[-1]
-    early = _too_early(now)
-    if early is not None:
+    if (early := _too_early(points[-1])) is not None:
         return early
     stretch = _stretch(points)
     if stretch is None:
@@ -106,13 +97,13 @@ def judge(points: Sequence[HistoryPoint]) -> Verdict:
 
 def judge_ended(points: Sequence[HistoryPoint]) -> Verdict:
     """The verdict on the whole of a run, from its first step to its last."""
-    trained = [p for p in _since_restart(points) if p.ranks and p.trained_samples]
+    latest = _since_restart(points)
+    trained = [p for p in latest if p.ranks and p.trained_samples]
     if len(trained) < 2:
         return Verdict("ended", headline="ended", text="the run has ended; nothing was trained")
     verdict = _judge_stretch(trained[0], trained[-1])
-    whole = len(_since_restart(points)) == len(points)
-    text = f"{'over the whole run' if whole else 'since its controller last started'}, {verdict.text}"
-    return replace(verdict, state="ended", text=text, confidence="high")
+    since = "over the whole run" if len(latest) == len(points) else "since its controller last started"
+    return replace(verdict, state="ended", text=f"{since}, {verdict.text}", confidence="high")
 
 
 def _too_early(now: HistoryPoint) -> Verdict | None:
@@ -154,63 +145,36 @@ def _stretch(points: Sequence[HistoryPoint]) -> Sequence[HistoryPoint] | None:
     return None
 
 
-@dataclass(frozen=True)
 class _Shares:
-    """What became of the time between two points."""
+    """What became of the time between two points of the history."""
 
-    seconds: float
-    samples_per_s: float
-    ranks: float
-    rank_wait: float
-    get: float
-    get_bandwidth: float
-    workers: float
-    worker_idle: float
-    """Without a lease, beyond what the ranks' pauses explain."""
-    worker_only_puts: float
-    put_bandwidth: float
-    credits: float
-    window: float
+    def __init__(self, a: HistoryPoint, b: HistoryPoint):
+        def grown(name: str) -> float:
+            return getattr(b, name) - getattr(a, name)
 
-
-def _shares(a: HistoryPoint, b: HistoryPoint) -> _Shares:
-    def grown(name: str) -> float:
-        return getattr(b, name) - getattr(a, name)
-
-    seconds = max(b.time - a.time, 1e-9)
-    rank_seconds = max(grown("rank_seconds") - grown("rank_pause_seconds"), 1e-9)
-    worker_seconds = max(grown("worker_seconds"), 1e-9)
-    paused = grown("rank_pause_seconds") / max(grown("rank_seconds"), 1e-9)
-    return _Shares(
-        seconds=seconds,
-        samples_per_s=grown("trained_samples") / seconds,
-        ranks=grown("rank_seconds") / seconds,
-        rank_wait=_clip(grown("rank_wait_seconds") / rank_seconds),
-        get=_clip(grown("get_seconds") / rank_seconds),
-        get_bandwidth=grown("get_bytes") / max(grown("get_seconds"), 1e-9),
-        workers=grown("worker_seconds") / seconds,
-        worker_idle=_clip(1 - grown("worker_busy_seconds") / worker_seconds - paused),
-        worker_only_puts=_clip((grown("worker_busy_seconds") - grown("worker_engine_seconds")) / worker_seconds),
-        put_bandwidth=grown("put_bytes") / max(grown("put_seconds"), 1e-9),
-        credits=_clip(grown("credit_blocked_seconds") / seconds),
-        window=_clip(grown("window_blocked_seconds") / seconds),
-    )
+        self.seconds = seconds = max(b.time - a.time, 1e-9)
+        self.samples_per_s = grown("trained_samples") / seconds
+        self.workers, self.ranks = grown("worker_seconds") / seconds, grown("rank_seconds") / seconds
+        training_seconds = max(grown("rank_seconds") - grown("rank_pause_seconds"), 1e-9)
+        self.rank_wait = _clip(grown("rank_wait_seconds") / training_seconds)
+        self.get = _clip(grown("get_seconds") / training_seconds)
+        self.get_bandwidth = grown("get_bytes") / max(grown("get_seconds"), 1e-9)
+        worker_seconds = max(grown("worker_seconds"), 1e-9)
+        paused = grown("rank_pause_seconds") / max(grown("rank_seconds"), 1e-9)
+        self.worker_idle = _clip(1 - grown("worker_busy_seconds") / worker_seconds - paused)
+        """Without a lease, beyond what the ranks' pauses explain."""
+        self.worker_only_puts = _clip((grown("worker_busy_seconds") - grown("worker_engine_seconds")) / worker_seconds)
+        self.put_bandwidth = grown("put_bytes") / max(grown("put_seconds"), 1e-9)
+        self.credits = _clip(grown("credit_blocked_seconds") / seconds)
+        self.window = _clip(grown("window_blocked_seconds") / seconds)
 
 
 def _judge_stretch(a: HistoryPoint, b: HistoryPoint) -> Verdict:
-    shares = _shares(a, b)
-    if shares.rank_wait < WAITING:
-        verdict = _training(shares) if shares.worker_idle >= IDLE else _balanced(shares)
-    elif shares.get >= SATURATED:
-        verdict = _slow_gets(shares)
-    elif shares.worker_only_puts >= HELD_UP:
-        verdict = _slow_puts(shares)
-    elif shares.credits >= HELD_UP:
-        verdict = _small_store(shares)
-    elif shares.window >= HELD_UP and shares.worker_idle >= HELD_UP:
-        verdict = _full_window(shares)
+    shares = _Shares(a, b)
+    if shares.rank_wait >= WAITING:
+        verdict = _waiting(shares)
     else:
-        verdict = _inference(shares)
+        verdict = _training(shares) if shares.worker_idle >= IDLE else _balanced(shares)
     return replace(verdict, samples_per_s=shares.samples_per_s, seconds=shares.seconds)
 
 
@@ -227,82 +191,77 @@ def _training(shares: _Shares) -> Verdict:
     more = math.ceil(shares.ranks * idle / max(1 - idle, 0.05) - ROUNDING)
     text = f"inference workers are idle {idle:.0%} of the time"
     if more > 0:
-        text += f"; {_count(more, 'more training rank')} would balance"
-    advice = [f"have {_count(more, 'more training rank')} or so: torchspec scale RUN --dp D"] if more > 0 else []
+        text += f"; {plural(more, 'more training rank')} would balance"
+    advice = [f"have {plural(more, 'more training rank')} or so: torchspec scale RUN --dp D"] if more > 0 else []
     if spare > 0:
-        advice.append(f"or give up {_count(spare, 'inference worker')}: {enough} would do")
+        advice.append(f"or give up {plural(spare, 'inference worker')}: {enough} would do")
     advice.append("or make steps cheaper: training.compile, a smaller draft (the keys of section draft)")
-    verdict = Verdict("steady", "training", idle, "training is the bottleneck", text, tuple(advice))
-    return replace(verdict, possible_samples_per_s=shares.samples_per_s / max(1 - idle, 0.05))
+    possible = shares.samples_per_s / max(1 - idle, 0.05)
+    return Verdict(
+        "steady", "training", idle, "training is the bottleneck", text, tuple(advice), possible_samples_per_s=possible
+    )
 
 
-def _waiting(shares: _Shares, side: Side, headline: str, why: str, *advice: str) -> Verdict:
+def _waiting(shares: _Shares) -> Verdict:
     """A verdict for ranks that wait; without the wait they would be that much faster."""
+    side, headline, why, advice = _what_holds_up(shares)
     text = f"trainers wait {shares.rank_wait:.0%} of the time; {why}"
     possible = shares.samples_per_s / max(1 - shares.rank_wait, 0.05)
-    verdict = Verdict("steady", side, shares.rank_wait, headline, text, advice)
-    return replace(verdict, possible_samples_per_s=possible)
+    return Verdict("steady", side, shares.rank_wait, headline, text, advice, possible_samples_per_s=possible)
 
 
-def _inference(shares: _Shares) -> Verdict:
+def _what_holds_up(shares: _Shares) -> tuple[Side, str, str, tuple[str, ...]]:
+    """What ranks wait for: its side, headline, figures, and advice."""
+    if shares.get >= SATURATED:
+        return (
+            "store",
+            "reading from the store is the bottleneck",
+            f"they read {shares.get:.0%} of the time, at {_bandwidth(shares.get_bandwidth)}",
+            ("store.protocol=rdma where the network has it", "or let more ranks read: training.dp_size"),
+        )
+    if shares.worker_only_puts >= HELD_UP:
+        return (
+            "store",
+            "putting into the store is the bottleneck",
+            f"workers do nothing but put {shares.worker_only_puts:.0%} of the time, "
+            f"at {_bandwidth(shares.put_bandwidth)}",
+            (
+                "store.protocol=rdma where the network has it",
+                "or keep more samples under way: inference.buffer_bytes, inference.max_concurrency",
+            ),
+        )
+    if shares.credits >= HELD_UP:
+        return (
+            "store",
+            "the store is too small",
+            f"workers are refused leases {shares.credits:.0%} of the time because it has no credits left",
+            (
+                "raise store.segment_bytes",
+                "or have fewer samples in the making: inference.workers, inference.max_concurrency, answer.max_tokens",
+            ),
+        )
+    if shares.window >= HELD_UP and shares.worker_idle >= HELD_UP:
+        return (
+            "inference",
+            "a slow sample at the front holds up the others",
+            f"workers are refused leases {shares.window:.0%} of the time because the reorder window is full",
+            ("raise controller.reorder_window", "or bound what one sample takes: answer.max_tokens"),
+        )
     needed = shares.workers * (1 - shares.worker_idle) / max(1 - shares.rank_wait, 0.05)
     more = max(1, math.ceil(needed - shares.workers - ROUNDING))
-    return _waiting(
-        shares,
+    return (
         "inference",
         "inference is the bottleneck",
-        f"{_count(more, 'more inference worker')} would balance",
-        f"raise inference.workers by {more}: torchspec scale RUN --inference {round(shares.workers) + more}",
-        "or let each do more: inference.max_concurrency, a lower answer.max_tokens, answer.reuse",
+        f"{plural(more, 'more inference worker')} would balance",
+        (
+            f"raise inference.workers by {more}: torchspec scale RUN --inference {round(shares.workers) + more}",
+            "or let each do more: inference.max_concurrency, a lower answer.max_tokens, answer.reuse",
+        ),
     )
 
 
-def _full_window(shares: _Shares) -> Verdict:
-    return _waiting(
-        shares,
-        "inference",
-        "a slow sample at the front holds up the others",
-        f"workers are refused leases {shares.window:.0%} of the time because the reorder window is full",
-        "raise controller.reorder_window",
-        "or bound what one sample takes: answer.max_tokens",
-    )
-
-
-def _small_store(shares: _Shares) -> Verdict:
-    return _waiting(
-        shares,
-        "store",
-        "the store is too small",
-        f"workers are refused leases {shares.credits:.0%} of the time because it has no credits left",
-        "raise store.segment_bytes",
-        "or have fewer samples in the making: inference.workers, inference.max_concurrency, answer.max_tokens",
-    )
-
-
-def _slow_puts(shares: _Shares) -> Verdict:
-    return _waiting(
-        shares,
-        "store",
-        "putting into the store is the bottleneck",
-        f"workers do nothing but put {shares.worker_only_puts:.0%} of the time, at {_bandwidth(shares.put_bandwidth)}",
-        "store.protocol=rdma where the network has it",
-        "or keep more samples under way: inference.buffer_bytes, inference.max_concurrency",
-    )
-
-
-def _slow_gets(shares: _Shares) -> Verdict:
-    return _waiting(
-        shares,
-        "store",
-        "reading from the store is the bottleneck",
-        f"they read {shares.get:.0%} of the time, at {_bandwidth(shares.get_bandwidth)}",
-        "store.protocol=rdma where the network has it",
-        "or let more ranks read: training.dp_size",
-    )
-
-
-def _count(number: int, what: str) -> str:
-    return f"{number} {what}" + ("" if number == 1 else "s")
+def plural(number: int, noun: str) -> str:
+    return f"{number} {noun}" + ("" if number == 1 else "s")
 
 
 def _bandwidth(bytes_per_s: float) -> str:

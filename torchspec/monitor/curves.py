@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from torchspec.files import read_lines
-from torchspec.monitor.views import undo
+from torchspec.monitor.views import Record, undo
 from torchspec.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Series = list[dict[str, Any]]
 
 TRAIN, HELDOUT, WAIT, GREY = "#4c78a8", "#e4572e", "#b0b7c3", "#666666"
 MAX_POINTS = 1500
@@ -32,7 +30,7 @@ def draw_curves(run_dir: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    train, heldout = read_metrics(RunFolder(run_dir).steps)
+    train, heldout = undo(list(read_lines(RunFolder(run_dir).steps)))
     if not train and not heldout:
         raise ValueError(f"{run_dir} has no metrics yet: no step was trained")
     figure = Figure(figsize=(13, 8.5), dpi=110, layout="constrained")
@@ -50,12 +48,7 @@ def draw_curves(run_dir: Path) -> Path:
     return path
 
 
-def read_metrics(path: Path) -> tuple[Series, Series]:
-    """Records of training steps and of held-out evaluations, each by increasing step."""
-    return undo(list(read_lines(path)))
-
-
-def _draw_both(ax: Axes, title: str, name: str, train: Series, heldout: Series) -> None:
+def _draw_both(ax: Axes, title: str, name: str, train: list[Record], heldout: list[Record]) -> None:
     ax.set_title(title, loc="left", fontsize=11)
     if train:
         _draw_line(ax, _column(train, "step"), _column(train, name), TRAIN, "train")
@@ -63,7 +56,7 @@ def _draw_both(ax: Axes, title: str, name: str, train: Series, heldout: Series) 
         _draw_points(ax, _column(heldout, "step"), _column(heldout, name), HELDOUT, "held-out")
 
 
-def _draw_accuracy(ax: Axes, train: Series, heldout: Series) -> None:
+def _draw_accuracy(ax: Axes, train: list[Record], heldout: list[Record]) -> None:
     """One line a drafted position, from dark (the first token) to light; held-out as points in the same colour."""
     from matplotlib import colormaps
 
@@ -79,7 +72,7 @@ def _draw_accuracy(ax: Axes, train: Series, heldout: Series) -> None:
     ax.set_ylim(bottom=0)
 
 
-def _draw_throughput(ax: Axes, train: Series) -> None:
+def _draw_throughput(ax: Axes, train: list[Record]) -> None:
     ax.set_title("Training: tokens/s, and the share of time spent waiting", loc="left", fontsize=11)
     if not train:
         return
@@ -91,7 +84,6 @@ def _draw_throughput(ax: Axes, train: Series) -> None:
     share = ax.twinx()
     x, y = _thin(steps, 100 * wait / seconds)
     share.fill_between(x, _smooth(y), color=WAIT, alpha=0.35, linewidth=0)
-    share.plot([], [], color=WAIT, linewidth=6, alpha=0.5)
     ax.plot([], [], color=WAIT, linewidth=6, alpha=0.5, label="waiting for samples (right)")
     share.set_ylim(0, 100)
     share.yaxis.set_major_formatter("{x:.0f}%")
@@ -130,8 +122,8 @@ def _style(ax: Axes) -> None:
         ax.legend(handles, labels, frameon=False, fontsize=9, ncols=columns)
 
 
-def _column(series: Series, name: str, index: int | None = None) -> np.ndarray:
-    return np.array([r[name] if index is None else r[name][index] for r in series], dtype=float)
+def _column(records: list[Record], name: str, index: int | None = None) -> np.ndarray:
+    return np.array([r[name] if index is None else r[name][index] for r in records], dtype=float)
 
 
 def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -145,10 +137,5 @@ def _thin(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _smooth(y: np.ndarray) -> np.ndarray:
     """Centred running mean; near the ends over what there is."""
-    half = round(SMOOTHING * len(y) / 2)
-    if half == 0:
-        return y
-    sums = np.concatenate([[0.0], np.cumsum(y)])
-    low = np.maximum(np.arange(len(y)) - half, 0)
-    high = np.minimum(np.arange(len(y)) + half + 1, len(y))
-    return (sums[high] - sums[low]) / (high - low)
+    window = np.ones(2 * round(SMOOTHING * len(y) / 2) + 1)
+    return np.convolve(y, window, "same") / np.convolve(np.ones(len(y)), window, "same")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from torchspec.monitor.bottleneck import plural
 from torchspec.monitor.series import read_series, tail
 from torchspec.monitor.snapshot import Snapshot
 from torchspec.run_folder import RunFolder
@@ -76,17 +77,17 @@ def assess(
     silent = [worker for worker in alive if worker.doing == "silent"]
     if silent:
         longest = _words(now - min(worker.heard for worker in silent))
-        return Health(
-            "warning", _lost(len(silent), "worker", "silent"), f"{silent[0].name}: nothing heard for {longest}"
-        )
+        headline = f"{plural(len(silent), 'worker')} silent"
+        return Health("warning", headline, f"{silent[0].name}: nothing heard for {longest}")
     faults = [event for event in events if event["kind"] in FAULTS and event["time"] > now - RECENT_SECONDS]
     if training and snapshot.status.step and not snapshot.ranks:
         return Health("warning", "No ranks", "the training group is being started again")
     if faults:
         newest = faults[-1]
         same = sum(event["kind"] == newest["kind"] for event in faults)
-        ago = _words(now - newest["time"])
-        return Health("warning", _lost(same, FAULTS[newest["kind"]], "lost"), f"{ago} ago: {newest['message']}")
+        what = FAULTS[newest["kind"]]
+        lost = what.capitalize() if what in ("store", "controller") else plural(same, what)
+        return Health("warning", f"{lost} lost", f"{_words(now - newest['time'])} ago: {newest['message']}")
     return Health("good", "Healthy", _calm(snapshot, len(alive)))
 
 
@@ -112,24 +113,14 @@ def _stalled(snapshot: Snapshot, history: Sequence[dict[str, Any]]) -> bool:
 
 def _calm(snapshot: Snapshot, workers: int) -> str:
     starting = sum(worker.doing == "starting" for worker in snapshot.workers)
-    pools = f"{workers} worker{'s' if workers != 1 else ''}" + (f" ({starting} starting)" if starting else "")
-    ranks = len(snapshot.ranks)
-    return f"{pools}, {ranks} rank{'s' if ranks != 1 else ''}\n{_losses(snapshot)}"
+    pool = plural(workers, "worker") + (f" ({starting} starting)" if starting else "")
+    return f"{pool}, {plural(len(snapshot.ranks), 'rank')}\n{_losses(snapshot)}"
 
 
 def _losses(snapshot: Snapshot) -> str:
-    lost = snapshot.point.faults
-    rejected = snapshot.status.samples.get("rejected", 0)
-    parts = [
-        f"{lost} recovered faults so far" if lost > 1 else "1 recovered fault so far" if lost else "no faults so far"
-    ]
-    return ", ".join([*parts, *([f"{rejected:,} samples rejected"] if rejected else [])])
-
-
-def _lost(count: int, what: str, state: str) -> str:
-    if what in ("store", "controller"):
-        return f"{what.capitalize()} {state}"
-    return f"{count} {what}{'s' if count > 1 else ''} {state}"
+    lost, rejected = snapshot.point.faults, snapshot.status.samples.get("rejected", 0)
+    text = f"{plural(lost, 'recovered fault')} so far" if lost else "no faults so far"
+    return text + (f", {rejected:,} samples rejected" if rejected else "")
 
 
 def _words(seconds: float) -> str:

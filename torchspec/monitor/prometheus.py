@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric as Family
+from prometheus_client.registry import Collector
 
 from torchspec.instruments import BOUNDS, Histogram
 from torchspec.monitor.metrics import METRICS, PREFIX, Metric, read
@@ -16,13 +17,8 @@ from torchspec.monitor.snapshot import Snapshot
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-class SnapshotCollector:
-    """Collects from one snapshot; little where there is none yet.
-
-    Args:
-        run: its name, a label of every series.
-        live: whether it is running.
-    """
+class SnapshotCollector(Collector):
+    """Collects from one snapshot; little where there is none yet. The run's name is a label of every series."""
 
     def __init__(self, run: str, snapshot: Snapshot | None, live: bool):
         self._run, self._snapshot, self._live = run, snapshot, live
@@ -62,6 +58,4 @@ def _buckets(histogram: Histogram) -> list[tuple[str, float]]:
 
 def exposition(run: str, snapshot: Snapshot | None, live: bool) -> bytes:
     """The text that ``/metrics`` answers with."""
-    registry = CollectorRegistry(auto_describe=False)
-    registry.register(SnapshotCollector(run, snapshot, live))
-    return generate_latest(registry)
+    return generate_latest(SnapshotCollector(run, snapshot, live))

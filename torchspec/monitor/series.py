@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -18,40 +19,28 @@ from typing import Any
 from torchspec.files import write_atomically
 
 _TIME = re.compile(rb'{"time":\s*([-+.0-9eE]+)')
+_parsed = lru_cache(maxsize=2048)(json.loads)
 
 
 class Series:
-    """Appends to a series.
-
-    Args:
-        max_lines: when there are so many, half of them go.
-        recent: the newest lines, which stay.
-    """
+    """Appends to a series. Of ``max_lines`` half go, but none of the ``recent`` newest."""
 
     def __init__(self, path: Path, max_lines: int, recent: int):
         assert recent < max_lines // 2
         self._path, self._max_lines, self._recent = path, max_lines, recent
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lines = _whole_lines(path.read_bytes()) if path.exists() else []
-        self._count = len(lines)
-        self._replace(lines)  # without a line that a crash has torn
+        self._replace(lines_of(path))  # without a line that a crash has torn
 
-    def append(self, *lines: bytes) -> None:
-        """Add lines, each with its line feed."""
+    def append(self, line: bytes) -> None:
+        """Add a line, with its line feed."""
         with self._path.open("ab") as file:
-            file.write(b"".join(lines))
-        self._count += len(lines)
+            file.write(line)
+        self._count += 1
         if self._count >= self._max_lines:
-            self._thin()
-
-    def _thin(self) -> None:
-        lines = _whole_lines(self._path.read_bytes())
-        kept = thin(lines, self._max_lines // 2, self._recent)
-        self._replace(kept)
-        self._count = len(kept)
+            self._replace(thin(lines_of(self._path), self._max_lines // 2, self._recent))
 
     def _replace(self, lines: Sequence[bytes]) -> None:
         write_atomically(self._path, lambda file: file.writelines(lines))
+        self._count = len(lines)
 
 
 def thin(lines: Sequence[bytes], most: int, recent: int) -> list[bytes]:
@@ -76,47 +65,40 @@ def time_of(line: bytes) -> float:
 
 
 class Follower:
-    """Reads what is new in a series or in any file of JSON lines, also across its being rewritten."""
+    """The newest ``kept`` records of a file, of which only what was added is read again, also once it was rewritten."""
 
-    def __init__(self, path: Path):
-        self._path = path
-        self._inode, self._offset, self._last_time = 0, 0, float("-inf")
+    def __init__(self, path: Path, kept: int):
+        self._path, self._records = path, deque[dict[str, Any]](maxlen=kept)
+        self._inode, self._offset = 0, 0
 
     def read(self) -> list[dict[str, Any]]:
-        """Records since the last call; all of them the first time. Nothing where there is no file yet."""
+        """The records of now, oldest first; none where there is no file yet."""
         after = float("-inf")
         try:
             with self._path.open("rb") as file:
                 status = os.fstat(file.fileno())
                 if status.st_ino != self._inode or status.st_size < self._offset:
-                    self._inode, self._offset, after = status.st_ino, 0, self._last_time
+                    self._inode, self._offset = status.st_ino, 0
+                    after = self._records[-1]["time"] if self._records else after
                 file.seek(self._offset)
                 lines = _whole_lines(file.read())
         except FileNotFoundError:
-            return []
+            lines = []
         self._offset += sum(map(len, lines))
-        records = [r for r in map(json.loads, lines) if r["time"] > after]
-        if records:
-            self._last_time = records[-1]["time"]
-        return records
+        self._records.extend(record for record in map(json.loads, lines) if record["time"] > after)
+        return list(self._records)
 
 
-def read_series(path: Path, since: float = float("-inf"), max_points: int | None = None) -> list[dict[str, Any]]:
-    """Records after ``since``, at most ``max_points``: the last, and the others evenly in time."""
-    lines = _whole_lines(path.read_bytes()) if path.exists() else []
-    if since > float("-inf"):
-        lines = [line for line in lines if time_of(line) > since]
+def read_series(path: Path, since: float | None = None, max_points: int | None = None) -> list[dict[str, Any]]:
+    """Records after ``since``, at most ``max_points`` (2 or more): the last, and the others evenly in time."""
+    lines = lines_of(path) if since is None else tail_lines(path, since)
     if max_points is not None:
-        lines = thin(lines, max(2, max_points), 1)
+        lines = thin(lines, max_points, 1)
     return [json.loads(line) for line in lines]
 
 
 def tail(path: Path, since: float, before: bool = False) -> list[dict[str, Any]]:
-    """The newest records, back to ``since``, without reading what is older. They are not to be changed.
-
-    Args:
-        before: and the one before them.
-    """
+    """Records after ``since``, and with ``before`` the one before them; older ones are not read. Not to be changed."""
     return [_parsed(line) for line in tail_lines(path, since, before)]
 
 
@@ -124,18 +106,12 @@ def tail_lines(path: Path, since: float, before: bool = False) -> list[bytes]:
     """The lines of :func:`tail`. A view that stays open asks for the same ones again: parse each once."""
     lines = []
     for line in _backwards(path):
-        older = time_of(line) < since
+        older = time_of(line) <= since
         if not older or before:
             lines.append(line)
         if older:
             break
     return lines[::-1]
-
-
-@lru_cache(maxsize=2048)
-def _parsed(line: bytes) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads(line)
-    return record
 
 
 def _backwards(path: Path, block: int = 1 << 16) -> Iterator[bytes]:
@@ -148,14 +124,17 @@ def _backwards(path: Path, block: int = 1 << 16) -> Iterator[bytes]:
         while end > 0:
             start = max(0, end - block)
             file.seek(start)
-            data = file.read(end - start) + rest
-            lines = data.splitlines(keepends=True)
-            first = 1 if start > 0 else 0
-            rest = lines[0] if first else b""
-            for line in reversed(lines[first:]):
+            lines = (file.read(end - start) + rest).splitlines(keepends=True)
+            rest = lines.pop(0) if start > 0 else b""  # it may begin further up
+            for line in reversed(lines):
                 if line.endswith(b"\n"):
                     yield line
             end = start
+
+
+def lines_of(path: Path) -> list[bytes]:
+    """All whole lines, with their line feeds; none where there is no file."""
+    return _whole_lines(path.read_bytes()) if path.exists() else []
 
 
 def _whole_lines(data: bytes) -> list[bytes]:

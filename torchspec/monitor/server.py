@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import secrets
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, Protocol
 from urllib.parse import urlsplit
@@ -38,6 +40,7 @@ MAX_WORKERS = 4096
 SCRAPE_SECONDS = 5.0
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+Query = Mapping[str, str]
 
 
 class Controls(Protocol):
@@ -72,8 +75,7 @@ class PageServer:
         candidates = [self._wanted] if self._wanted is not None else [DEFAULT_PORT, 0]
         for port in candidates:
             try:
-                site = web.TCPSite(runner, HOST, port)
-                await site.start()
+                await web.TCPSite(runner, HOST, port).start()
                 break
             except OSError as error:
                 if port == candidates[-1]:
@@ -92,17 +94,15 @@ class PageServer:
 
     def _application(self) -> web.Application:
         application = web.Application(middlewares=[_guard], client_max_size=4096)
-        read = {
-            "/api/run": lambda run, _: views.run_view(run),
-            "/api/history": lambda run, q: views.history_view(run, _number(q, "since"), _count(q, "points")),
-            "/api/entities": lambda run, q: views.entities_view(run, _number(q, "since"), _count(q, "points")),
-            "/api/steps": lambda run, q: views.steps_view(run, _number(q, "since"), _count(q, "points")),
-            "/api/events": lambda run, q: views.events_view(run, _number(q, "since")),
-            "/api/samples": lambda run, _: views.samples_view(run),
-            "/api/update": lambda run, q: views.update_view(run, _since(q)),
-        }
-        for path, view in read.items():
-            application.router.add_get(path, self._reader(view))
+        application.on_response_prepare.append(_add_headers)
+        read: dict[str, Callable[[Path, Query], Any]] = {
+            "run": lambda run, _: views.run_view(run),
+            "events": lambda run, query: views.events_view(run, _number(query, "since")),
+            "samples": lambda run, _: views.samples_view(run),
+            "update": lambda run, query: views.update_view(run, _since(query)),
+        } | {name: _course(view) for name, view in views.COURSES.items()}
+        for name, view in read.items():
+            application.router.add_get(f"/api/{name}", self._reader(view))
         application.router.add_get("/api/runs", self._runs)
         application.router.add_get("/api/sample/{sample}", self._sample)
         application.router.add_post("/api/scale", self._scale)
@@ -115,9 +115,9 @@ class PageServer:
 
     # ---- reading ----
 
-    def _reader(self, view: Callable[[Path, Any], Any]) -> Handler:
+    def _reader(self, view: Callable[[Path, Query], Any]) -> Handler:
         async def handle(request: web.Request) -> web.Response:
-            return _json(await asyncio.to_thread(view, self._folder(request), request.query))
+            return web.json_response(await asyncio.to_thread(view, self._folder(request), request.query))
 
         return handle
 
@@ -126,16 +126,16 @@ class PageServer:
             {"index": i, "name": folder.name, "folder": str(folder), "live": RunFolder(folder).is_live()}
             for i, folder in enumerate(self._folders)
         ]
-        return _json(runs)
+        return web.json_response(runs)
 
     async def _sample(self, request: web.Request) -> web.Response:
         """What was asked and answered is for who has the token; figures are not."""
         sample, folder = request.match_info["sample"], self._folder(request)
         _require_token(request, folder)
         try:
-            return _json(await asyncio.to_thread(views.sample_view, folder, sample))
+            return web.json_response(await asyncio.to_thread(views.sample_view, folder, sample))
         except KeyError:
-            raise _refusal(404, f"{sample} is not among the samples that were followed") from None
+            raise _refusal(web.HTTPNotFound, f"{sample} is not among the samples that were followed") from None
 
     async def _metrics(self, request: web.Request) -> web.Response:
         folder = self._folder(request)
@@ -153,7 +153,7 @@ class PageServer:
             async with ClientSession(timeout=patience) as session, session.get(f"http://{address}/metrics") as answer:
                 return web.Response(body=await answer.read(), headers={"Content-Type": CONTENT_TYPE})
         except (OSError, KeyError, ClientError, TimeoutError):
-            raise _refusal(503, "the run's store does not answer") from None
+            raise _refusal(web.HTTPServiceUnavailable, "the run's store does not answer") from None
 
     # ---- controls ----
 
@@ -161,29 +161,30 @@ class PageServer:
         folder, body = await self._controlled(request)
         workers = body.get("workers")
         if workers != "auto" and (type(workers) is not int or not 1 <= workers <= MAX_WORKERS):
-            raise _refusal(400, f"workers is {workers!r}, but must be a whole number from 1 to {MAX_WORKERS}, or auto")
+            reason = f"workers is {workers!r}, but must be a whole number from 1 to {MAX_WORKERS}, or auto"
+            raise _refusal(web.HTTPBadRequest, reason)
         await self._act(folder, lambda controls: controls.scale_inference(workers))
         size = "is sized automatically" if workers == "auto" else f"becomes {workers}"
-        return _json({"message": f"the inference pool {size}"})
+        return web.json_response({"message": f"the inference pool {size}"})
 
     async def _stop(self, request: web.Request) -> web.Response:
         folder, _ = await self._controlled(request)
         await self._act(folder, lambda controls: controls.stop("asked from the page"))
-        return _json({"message": "the run stops after its current step and saves a checkpoint"})
+        return web.json_response({"message": "the run stops after its current step and saves a checkpoint"})
 
     async def _act(self, folder: Path, action: Callable[[Controls], None]) -> None:
         if not RunFolder(folder).is_live():
-            raise _refusal(409, f"{folder.name} is not running")
+            raise _refusal(web.HTTPConflict, f"{folder.name} is not running")
         try:
             await asyncio.to_thread(lambda: action(self._controls(folder)))
         except ValueError as error:
-            raise _refusal(409, str(error)) from None
+            raise _refusal(web.HTTPConflict, str(error)) from None
 
     async def _controlled(self, request: web.Request) -> tuple[Path, dict[str, Any]]:
         """The run and the request's body, if it may control the run."""
         origin = request.headers.get("Origin")
         if origin is not None and urlsplit(origin).netloc != request.host:
-            raise _refusal(403, "controls answer to their own page alone")
+            raise _refusal(web.HTTPForbidden, "controls answer to their own page alone")
         folder = self._folder(request)
         _require_token(request, folder)
         try:
@@ -191,13 +192,13 @@ class PageServer:
         except json.JSONDecodeError:
             body = None
         if not isinstance(body, dict):
-            raise _refusal(400, "the body must be a JSON object")
+            raise _refusal(web.HTTPBadRequest, "the body must be a JSON object")
         return folder, body
 
     def _folder(self, request: web.Request) -> Path:
         index = request.query.get("run", "0")
         if not index.isdecimal() or int(index) >= len(self._folders):
-            raise _refusal(404, f"run={index}: there are {len(self._folders)} runs here")
+            raise _refusal(web.HTTPNotFound, f"run={index}: there are {len(self._folders)} runs here")
         return self._folders[int(index)]
 
 
@@ -217,25 +218,19 @@ class ServerThread:
 
     def __init__(self, server: PageServer):
         self.server = server
-        self._ready: asyncio.Future[None] | None = None
-        self._started, self._failure = threading.Event(), None
+        self._started: Future[None] = Future()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()), name="page", daemon=True)
         self._thread.start()
-        self._started.wait()
-        if self._failure is not None:
-            raise self._failure
-
-    _failure: ValueError | None
+        self._started.result()
 
     async def _serve(self) -> None:
         self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
         try:
             runner = await self.server.start()
-        except ValueError as error:
-            self._failure = error
+        except Exception as error:  # for the constructor to raise
+            self._started.set_exception(error)
             return
-        finally:
-            self._started.set()
+        self._started.set_result(None)
         await self._end.wait()
         await runner.cleanup()
 
@@ -246,63 +241,58 @@ class ServerThread:
 
 @web.middleware
 async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Names of this machine only; errors as JSON; the same headers on every answer."""
-    try:
-        if urlsplit(f"//{request.host}").hostname not in OWN_NAMES:
-            raise _refusal(403, f"this server is not {request.host}")
-        response = await handler(request)
-    except web.HTTPException as error:
-        error.headers.update(HEADERS)
-        raise
+    """Names of this machine only."""
+    if urlsplit(f"//{request.host}").hostname not in OWN_NAMES:
+        raise _refusal(web.HTTPForbidden, f"this server is not {request.host}")
+    return await handler(request)
+
+
+async def _add_headers(_request: web.Request, response: web.StreamResponse) -> None:
     response.headers.update(HEADERS)
-    return response
 
 
 async def _page(_request: web.Request) -> web.FileResponse:
     return web.FileResponse(PAGE / "index.html")
 
 
-def _json(data: Any) -> web.Response:
-    return web.json_response(data)
-
-
-def _refusal(status: int, reason: str) -> web.HTTPException:
-    kinds = {
-        400: web.HTTPBadRequest,
-        401: web.HTTPUnauthorized,
-        403: web.HTTPForbidden,
-        404: web.HTTPNotFound,
-        409: web.HTTPConflict,
-        503: web.HTTPServiceUnavailable,
-    }
-    return kinds[status](text=json.dumps({"error": reason}), content_type="application/json")
+def _refusal(kind: type[web.HTTPError], reason: str) -> web.HTTPError:
+    return kind(text=json.dumps({"error": reason}), content_type="application/json")
 
 
 def _require_token(request: web.Request, folder: Path) -> None:
     path = RunFolder(folder).token
     token = path.read_text() if path.exists() else ""
     if not token:
-        raise _refusal(401, f"{folder.name} has no token, so this is nobody's to see or to do from here")
+        raise _refusal(
+            web.HTTPUnauthorized, f"{folder.name} has no token, so this is nobody's to see or to do from here"
+        )
     given = request.headers.get("Authorization", "").removeprefix("Bearer ")
     if not secrets.compare_digest(given.encode(), token.encode()):
-        raise _refusal(401, f"the token is missing or wrong; it is in {path}, and goes into Control")
+        raise _refusal(web.HTTPUnauthorized, f"the token is missing or wrong; it is in {path}, and goes into Control")
 
 
-def _number(query: Any, name: str) -> float | None:
-    text = query.get(name)
-    if text is None:
+def _course(view: Callable[[Path, float | None, int | None], Any]) -> Callable[[Path, Query], Any]:
+    """A view of what is new and thin enough, with its arguments from a query."""
+    return lambda run, query: view(run, _number(query, "since"), _count(query, "points"))
+
+
+def _number(query: Query, name: str) -> float | None:
+    if name not in query:
         return None
     try:
-        return float(text)
+        number = float(query[name])
     except ValueError:
-        raise _refusal(400, f"{name}={text} is not a number") from None
+        number = math.nan
+    if not math.isfinite(number):
+        raise _refusal(web.HTTPBadRequest, f"{name}={query[name]} is not a number")
+    return number
 
 
-def _count(query: Any, name: str) -> int | None:
+def _count(query: Query, name: str) -> int | None:
     number = _number(query, name)
     return None if number is None else max(2, int(number))
 
 
-def _since(query: Any) -> dict[str, float]:
+def _since(query: Query) -> dict[str, float]:
     names = [name for name in ("history", "entities", "steps", "events") if name in query]
     return {name: _number(query, name) or 0.0 for name in names}

@@ -8,13 +8,13 @@ controller, so a smaller value than before marks a restart.
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import TypeAdapter
 
 from torchspec.contracts import RankReport, RunStatus, WorkerReport
-from torchspec.files import write_atomically
 from torchspec.monitor.series import read_series
 from torchspec.run_folder import RunFolder
 
@@ -22,7 +22,6 @@ SCHEMA = 1
 """Of all files here; a reader refuses a newer one."""
 
 EventKind = Literal[
-    "started",
     "resumed",
     "stopping",
     "finished",
@@ -165,17 +164,17 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class EntityPoint:
-    """Counters of each worker and rank; rates are differences over time.
-
-    Workers by name: samples, tokens, put_bytes, busy_seconds, seconds. Ranks by number: tokens, wait_seconds, seconds,
-    get_bytes, fetched_steps.
-    """
+    """Counters of each worker (by name) and rank (by number); rates are differences over time."""
 
     time: float
     workers: dict[str, tuple[float, ...]]
+    """In the order of :data:`WORKER_COLUMNS`."""
     ranks: dict[str, tuple[float, ...]]
+    """In the order of :data:`RANK_COLUMNS`."""
 
 
+RANK_PARTS = ("wait", "forward", "backward", "reduce", "optimizer", "pause")
+"""What becomes of a rank's time."""
 WORKER_COLUMNS = ("samples", "tokens", "put_bytes", "busy_seconds", "seconds")
 RANK_COLUMNS = ("tokens", "wait_seconds", "seconds", "get_bytes", "fetched_steps")
 
@@ -191,35 +190,15 @@ class Event:
     """By kind: ``worker``, ``rank``, ``step``, ``sample``, ``best`` and the like."""
 
 
+@cache
 def adapter(kind: type[Any]) -> TypeAdapter[Any]:
     """Reads and writes a dataclass as JSON."""
-    if kind not in _adapters:
-        _adapters[kind] = TypeAdapter(kind)
-    return _adapters[kind]
-
-
-_adapters: dict[Any, TypeAdapter[Any]] = {}
+    return TypeAdapter(kind)
 
 
 def to_line(record: Any) -> bytes:
     """A record of any of the dataclasses here as a line of its file."""
-    return adapter(type(record)).dump_json(record) + b"\n"
-
-
-def entity_point(snapshot: Snapshot) -> EntityPoint:
-    """The few counters of each worker and rank that are kept over time."""
-    alive = [w for w in snapshot.workers if w.alive]
-    return EntityPoint(
-        snapshot.time,
-        {w.name: tuple(getattr(w.report, name) for name in WORKER_COLUMNS) for w in alive},
-        {str(r.rank): tuple(getattr(r.report, name) for name in RANK_COLUMNS) for r in snapshot.ranks},
-    )
-
-
-def write_latest(run_dir: Path, snapshot: Snapshot) -> None:
-    """Replace ``latest.json``; a reader sees the old one or the new one."""
-    text = adapter(Snapshot).dump_json(replace(snapshot, status=replace(snapshot.status, workers=())))
-    write_atomically(RunFolder(run_dir).latest, lambda file: file.write(text))
+    return adapter(record.__class__).dump_json(record) + b"\n"
 
 
 def read_latest(run_dir: Path) -> Snapshot | None:

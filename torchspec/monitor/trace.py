@@ -51,10 +51,8 @@ def write_trace(run_dir: Path, sample: str | None, path: Path) -> int:
 def _events(number: int, record: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """Complete events ("X"): microseconds, one from each moment to the next."""
     worker = record["worker"]
-    timeline = record["timeline"]
-    for (moment, start, detail), (_, end, _) in itertools.pairwise(timeline):
-        if moment == "leased":
-            worker = detail
+    for (moment, start, detail), (_, end, _) in itertools.pairwise(record["timeline"]):
+        worker = detail if moment == "leased" else worker
         place, what = PHASES[moment]
         place = worker if place == "worker" else place
         yield {

@@ -9,22 +9,25 @@ import json
 import time
 from base64 import b64decode
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from torchspec.data.masks import unpack_mask
 from torchspec.monitor.bottleneck import Verdict, judge_run
 from torchspec.monitor.health import Health, assess_run
-from torchspec.monitor.metrics import METRICS, prometheus_name
-from torchspec.monitor.series import read_series, tail, thin
-from torchspec.monitor.snapshot import RANK_COLUMNS, WORKER_COLUMNS, Snapshot, adapter, read_latest
+from torchspec.monitor.metrics import METRICS, PER_POSITION, prometheus_name
+from torchspec.monitor.series import lines_of, read_series, tail, thin
+from torchspec.monitor.snapshot import RANK_COLUMNS, RANK_PARTS, WORKER_COLUMNS, Snapshot, adapter, read_latest
 from torchspec.run_folder import RunFolder
 
 Record = dict[str, Any]
 Columns = dict[str, list[Any]]
+Pair = tuple[Record | None, Record]
+"""A record and the one before it."""
 
 GAUGES = (
     "step",
@@ -49,23 +52,17 @@ RATES = {
     "window_blocked_share": "window_blocked_seconds",
 }
 """Column to the counter whose growth a second it is."""
-RANK_PARTS = ("wait", "forward", "backward", "reduce", "optimizer", "pause")
-STEP_LISTS = ("full_accuracy", "accuracy", "loss_per_position")
 STEP_VALUES = ("time", "step", "loss", "accept_length", "learning_rate", "grad_norm", "tokens")
 
 
 def run_view(run_dir: Path) -> Record:
     """What does not change, and how the run is doing now."""
     config = RunFolder(run_dir).config
-    metrics = [
-        {**{f.name: getattr(m, f.name) for f in fields(m)}, "key": m.key, "prometheus": prometheus_name(m)}
-        for m in METRICS
-    ]
     return {
         "name": run_dir.resolve().name,
         "folder": str(run_dir.resolve()),
         "config": yaml.safe_load(config.read_text()) if config.exists() else {},
-        "metrics": metrics,
+        "metrics": [{**asdict(m), "key": m.key, "prometheus": prometheus_name(m)} for m in METRICS],
         **now_view(run_dir),
     }
 
@@ -89,8 +86,7 @@ def history_view(run_dir: Path, since: float | None = None, points: int | None =
         since: rows after this time only; the last row of an earlier answer.
         points: at most so many rows.
     """
-    records = _records(RunFolder(run_dir).history, since, points)
-    pairs = _pairs(records, since)
+    pairs = _pairs(RunFolder(run_dir).history, since, points)
     columns: Columns = {"time": [b["time"] for _, b in pairs]}
     for name in GAUGES:
         columns[name] = [b[name] for _, b in pairs]
@@ -100,16 +96,14 @@ def history_view(run_dir: Path, since: float | None = None, points: int | None =
         columns[name] = [_growth(a, b, counter, "time") for a, b in pairs]
     for part in RANK_PARTS:
         columns[f"rank_{part}_share"] = [_growth(a, b, f"rank_{part}_seconds", "rank_seconds") for a, b in pairs]
-    busy = [_growth(a, b, "worker_busy_seconds", "worker_seconds") for a, b in pairs]
-    columns["worker_wait_share"] = [None if share is None else 1 - share for share in busy]
+    columns["worker_wait_share"] = [_rest(_growth(a, b, "worker_busy_seconds", "worker_seconds")) for a, b in pairs]
     columns["worker_engine_share"] = [_growth(a, b, "worker_engine_seconds", "worker_seconds") for a, b in pairs]
     return columns
 
 
 def entities_view(run_dir: Path, since: float | None = None, points: int | None = None) -> Record:
     """The same for each worker and each rank; None where there was none."""
-    records = _records(RunFolder(run_dir).entities, since, points)
-    pairs = _pairs(records, since)
+    pairs = _pairs(RunFolder(run_dir).entities, since, points)
     workers = {
         "samples_per_s": lambda a, b: _growth(a, b, "samples", "seconds"),
         "tokens_per_s": lambda a, b: _growth(a, b, "tokens", "seconds"),
@@ -133,17 +127,20 @@ def steps_view(run_dir: Path, since: float | None = None, points: int | None = N
     """Curves of training and of held-out samples. With ``points``, every so many-th step."""
     path = RunFolder(run_dir).steps
     if since is not None:
-        records = [r for r in tail(path, since) if r["time"] > since]
+        records = tail(path, since)
     else:
-        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        lines = lines_of(path)
         heldout = [line for line in lines if b'"split": "heldout"' in line]
         train = [line for line in lines if b'"split": "train"' in line]
         if points is not None:
-            train = thin(train, max(2, points), 1)
-        records = [json.loads(line) for line in (*train, *heldout) if line.endswith(b"\n")]
-        records.sort(key=lambda r: r["time"])
+            train = thin(train, points, 1)
+        records = sorted(map(json.loads, (*train, *heldout)), key=lambda r: r["time"])
     train_steps, heldout_steps = undo(records)
     return {"train": _step_columns(train_steps), "heldout": _step_columns(heldout_steps)}
+
+
+COURSES = {"history": history_view, "entities": entities_view, "steps": steps_view}
+"""What a chart is told: from a folder, ``since`` and ``points``, as :func:`history_view` says."""
 
 
 def undo(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
@@ -165,18 +162,13 @@ def undo(records: Sequence[Record]) -> tuple[list[Record], list[Record]]:
 
 def events_view(run_dir: Path, since: float | None = None) -> Record:
     path = RunFolder(run_dir).events
-    return {"events": read_series(path) if since is None else [r for r in tail(path, since) if r["time"] > since]}
+    return {"events": read_series(path) if since is None else tail(path, since)}
 
 
 def update_view(run_dir: Path, since: dict[str, float]) -> Record:
     """Everything that is new; ``since`` says for each part what the caller has."""
-    parts: dict[str, Callable[[Path, float], Any]] = {
-        "history": history_view,
-        "entities": entities_view,
-        "steps": steps_view,
-    }
     update = now_view(run_dir)
-    update |= {name: view(run_dir, since[name]) for name, view in parts.items() if name in since}
+    update |= {name: view(run_dir, since[name]) for name, view in COURSES.items() if name in since}
     return update | (events_view(run_dir, since["events"]) if "events" in since else {})
 
 
@@ -196,7 +188,7 @@ def sample_view(run_dir: Path, sample: str) -> Record:
     if not found:
         raise KeyError(sample)
     record = found[-1]
-    ids = [int.from_bytes(word, "little") for word in _words(b64decode(record.pop("token_ids")))]
+    ids = np.frombuffer(b64decode(record.pop("token_ids")), "<i4").tolist()
     mask = unpack_mask(b64decode(record.pop("loss_mask")), len(ids))
     pieces, special = _decode(run_dir, ids)
     return {**record, "pieces": pieces, "special": special, "mask": [int(m) for m in mask]}
@@ -217,15 +209,12 @@ def _decode(run_dir: Path, ids: Sequence[int]) -> tuple[list[str], list[int]]:
     return pieces, [int(i in added and added[i].special) for i in ids]
 
 
-def _records(path: Path, since: float | None, points: int | None) -> list[Record]:
-    """With ``since``, the record before is there, too: what the first new rates start from."""
+def _pairs(path: Path, since: float | None, points: int | None) -> list[Pair]:
+    """Each record after ``since`` with the one before it, where its rates start; with ``points``, not the first."""
     if since is not None and points is None:
-        return tail(path, since, before=True)
-    return read_series(path, float("-inf") if since is None else since, points)
-
-
-def _pairs(records: Sequence[Record], since: float | None) -> list[tuple[Record | None, Record]]:
-    """Each record after ``since`` with the one before it."""
+        records = tail(path, since, before=True)
+    else:
+        records = read_series(path, since, points)
     pairs = list(zip([None, *records], records, strict=False))
     return [(a, b) for a, b in pairs if since is None or b["time"] > since]
 
@@ -237,23 +226,23 @@ def _growth(a: Record | None, b: Record, counter: str, by: str) -> float | None:
 
 
 def _entities(
-    pairs: Sequence[tuple[Record | None, Record]],
+    pairs: Sequence[Pair],
     kind: str,
     names: Sequence[str],
     columns: dict[str, Callable[[Record | None, Record], Any]],
 ) -> dict[str, Columns]:
+    def of(entity: str, record: Record | None) -> Record | None:
+        if record is None or entity not in record[kind]:
+            return None
+        return dict(zip(names, record[kind][entity], strict=True))
+
     found: dict[str, Columns] = {}
     for entity in sorted({name for _, b in pairs for name in b[kind]}):
-        rows = [
-            (None if a is None else _named(a[kind].get(entity), names), _named(b[kind].get(entity), names))
-            for a, b in pairs
-        ]
-        found[entity] = {column: [None if b is None else of(a, b) for a, b in rows] for column, of in columns.items()}
+        rows = [(of(entity, a), of(entity, b)) for a, b in pairs]
+        found[entity] = {
+            name: [None if b is None else column(a, b) for a, b in rows] for name, column in columns.items()
+        }
     return found
-
-
-def _named(values: Sequence[float] | None, names: Sequence[str]) -> Record | None:
-    return None if values is None else dict(zip(names, values, strict=True))
 
 
 def _rest(share: float | None) -> float | None:
@@ -262,11 +251,7 @@ def _rest(share: float | None) -> float | None:
 
 def _step_columns(records: Sequence[Record]) -> Columns:
     columns: Columns = {name: [r[name] for r in records] for name in STEP_VALUES}
-    for name in STEP_LISTS:
+    for name in PER_POSITION:
         length = len(records[0][name]) if records else 0
         columns[name] = [[r[name][t] for r in records] for t in range(length)]
     return columns
-
-
-def _words(data: bytes) -> list[bytes]:
-    return [data[i : i + 4] for i in range(0, len(data), 4)]

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left, bisect_right
-from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from torchspec.monitor.bottleneck import Verdict, judge_run
 from torchspec.monitor.health import Health, assess
 from torchspec.monitor.series import Follower
 from torchspec.monitor.snapshot import Snapshot, read_latest
-from torchspec.monitor.views import undo
+from torchspec.monitor.views import Record, undo
 from torchspec.run_folder import RunFolder
-
-Record = dict[str, Any]
 
 HISTORY_KEPT, STEPS_KEPT, EVENTS_KEPT = 8192, 20_000, 1000
 
@@ -39,18 +35,14 @@ class Look:
 
 
 class RunWatch:
-    """Follows the run in ``run_dir``, also across its end and its being resumed.
+    """Follows the run in ``run_dir``, also across its end and its being resumed."""
 
-    Args:
-        clock: seconds since the epoch.
-    """
-
-    def __init__(self, run_dir: Path, clock: Callable[[], float] = time.time):
-        self.run_dir, self._clock = run_dir, clock
+    def __init__(self, run_dir: Path):
+        self.run_dir = run_dir
         folder = RunFolder(run_dir)
-        self._history = TailedFile(folder.history, HISTORY_KEPT)
-        self._events = TailedFile(folder.events, EVENTS_KEPT)
-        self._steps = TailedFile(folder.steps, STEPS_KEPT)
+        self._history = Follower(folder.history, HISTORY_KEPT)
+        self._events = Follower(folder.events, EVENTS_KEPT)
+        self._steps = Follower(folder.steps, STEPS_KEPT)
 
     def look(self) -> Look:
         """What is there now.
@@ -61,27 +53,8 @@ class RunWatch:
         snapshot, live = read_latest(self.run_dir), RunFolder(self.run_dir).is_live()
         history, events = self._history.read(), self._events.read()
         train, heldout = undo(self._steps.read())
-        return Look(
-            snapshot,
-            live,
-            judge_run(self.run_dir, live),
-            assess(snapshot, events, history, live, self._clock()),
-            history,
-            train,
-            heldout,
-            events,
-        )
-
-
-class TailedFile:
-    """The newest lines of a file that grows."""
-
-    def __init__(self, path: Path, kept: int):
-        self._follower, self._lines = Follower(path), deque[Record](maxlen=kept)
-
-    def read(self) -> list[Record]:
-        self._lines.extend(self._follower.read())
-        return list(self._lines)
+        verdict, health = judge_run(self.run_dir, live), assess(snapshot, events, history, live, time.time())
+        return Look(snapshot, live, verdict, health, history, train, heldout, events)
 
 
 def growth(history: list[Record], counter: str, cells: int) -> list[float]:

@@ -92,7 +92,7 @@ def test_workers_that_were_not_needed_any_more_are_no_fault(snapshot: Snapshot) 
 
 def test_faults_of_the_whole_run_are_counted(tmp_path: Path) -> None:
     log = EventLog(tmp_path)
-    for kind in ("started", "worker_lost", "controller_lost", "checkpoint", "worker_left"):
+    for kind in ("resumed", "worker_lost", "controller_lost", "checkpoint", "worker_left"):
         log.write(0.0, kind, "")
     assert count_faults(tmp_path) == 2
 

@@ -43,7 +43,7 @@ def test_thinning_keeps_at_most_so_many() -> None:
 def test_a_torn_line_is_dropped_and_never_read(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
     path.write_bytes(line(1) + line(2) + b'{"time": 3, "cou')
-    assert times(read_series(path)) == times(tail(path, 0)) == times(Follower(path).read()) == [1, 2]
+    assert times(read_series(path)) == times(tail(path, 0)) == times(Follower(path, 9).read()) == [1, 2]
     Series(path, 100, 10).append(line(4))
     assert times(read_series(path)) == [1, 2, 4]
 
@@ -53,19 +53,20 @@ def test_the_tail_is_what_reading_all_would_give(tmp_path: Path, count: int) -> 
     path = tmp_path / "s.jsonl"
     path.write_bytes(b"".join(line(float(i)) for i in range(count)))
     for start in (-1.0, 0.0, count / 2, count - 1.0, count + 5.0):
-        assert times(tail(path, start)) == [t for t in map(float, range(count)) if t >= start]
+        newer = [t for t in map(float, range(count)) if t > start]
+        assert times(tail(path, start)) == times(read_series(path, start)) == newer
+        assert times(tail(path, start, before=True)) == [float(t) for t in range(count)][-len(newer) - 1 :]
     assert tail(tmp_path / "absent", 0) == read_series(tmp_path / "absent") == []
 
 
 def test_a_follower_sees_every_record_once_also_when_the_file_is_rewritten(tmp_path: Path) -> None:
     path = tmp_path / "s.jsonl"
-    follower = Follower(path)
-    assert follower.read() == []
+    whole, newest = Follower(path, 1000), Follower(path, 10)
+    assert whole.read() == []
     series = Series(path, max_lines=60, recent=20)
-    seen: list[float] = []
     for i in range(500):
         series.append(line(float(i)))
         if i % 7 == 0:
-            seen += times(follower.read())
-    seen += times(follower.read())
-    assert seen == [float(i) for i in range(500)]
+            whole.read()
+    assert times(whole.read()) == [float(i) for i in range(500)]
+    assert times(newest.read()) == [float(i) for i in range(490, 500)]

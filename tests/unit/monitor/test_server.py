@@ -117,6 +117,8 @@ def test_the_page_may_load_nothing_from_elsewhere(client: Client) -> None:
         ("/api/run?run=2", 404),
         ("/api/run?run=x", 404),
         ("/api/history?since=x", 400),
+        ("/api/history?points=nan", 400),
+        ("/api/steps?points=inf", 400),
         ("/api/sample/e9p9", 401),
         ("/../server.py", 404),
         ("/%2e%2e/server.py", 404),

@@ -118,6 +118,13 @@ def test_a_resumed_runs_steps_replace_those_they_repeat(tmp_path: Path, run: Sim
     assert len(view["train"]["full_accuracy"]) == 5
 
 
+def test_with_undone_steps_go_the_evaluations_that_came_after_them() -> None:
+    kept = [(1, "train"), (2, "train"), (2, "heldout")]
+    written = [*kept, (3, "train"), (4, "train"), (4, "heldout"), (3, "train")]
+    train, heldout = views.undo([{"step": step, "split": split} for step, split in written])
+    assert [[record["step"] for record in records] for records in (train, heldout)] == [[1, 2, 3], [2]]
+
+
 def test_curves_of_long_runs_are_thinned_but_held_out_points_are_not(run: SimulatedRun) -> None:
     whole, thinned = views.steps_view(run.folder), views.steps_view(run.folder, points=30)
     assert len(thinned["train"]["step"]) <= 30 < len(whole["train"]["step"])

@@ -60,9 +60,9 @@ function draw() {
   say(by("run-name"), run.name);
   by("run-name").title = run.folder;
   const phase = run.snapshot ? run.snapshot.status.phase.replaceAll("-", " ") : "no data yet";
-  say(by("phase"), run.live ? phase : phase === "finished" ? phase : `${phase} · not running`);
+  say(by("phase"), run.live || phase === "finished" ? phase : `${phase} · not running`);
   by("phase").dataset.live = run.live;
-  document.title = `${run.name} · ${run.verdict?.headline ?? phase} · TorchSpec`;
+  document.title = `${run.name} · ${run.verdict.headline} · TorchSpec`;
   for (const view of Object.values(views)) view.update(run);
   if (tab === "compare") panels.compare.update(runs);
   else if (tab !== "samples") panels[tab].update(run);

@@ -17,7 +17,7 @@ export function redrawCharts() {
 
 const AXES = {
   time: {
-    values: (_, splits, __, ___, step) => splits.map((t) => (step < 60 ? clock(t) : moment(t, last(splits)))),
+    values: (_, splits, __, ___, step) => splits.map((t) => (step < 60 ? clock(t) : moment(t, splits.at(-1)))),
     show: (x) => moment(x),
   },
   elapsed: {
@@ -28,7 +28,6 @@ const AXES = {
 };
 const SECONDS = [1, 5, 10, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 21600, 43200, 86400, 172800, 604800];
 const BINARY = Array.from({ length: 50 }, (_, i) => 2 ** i);
-const last = (list) => list[list.length - 1];
 
 /**
  * options: title, note, x ("time" | "elapsed" | "step"), format (of a value), axis (of the axis' values), range
@@ -156,7 +155,9 @@ export class Chart {
 
 /** A piece of the line as it is drawn, so that a legend does not go by colour alone. */
 function swatch(series) {
-  return h("span", { class: `swatch swatch-${series.colour}${series.dash ? " dashed" : ""}`, "aria-hidden": "true" });
+  const piece = h("span", { class: `swatch${series.dash ? " dashed" : ""}`, "aria-hidden": "true" });
+  piece.style.color = `var(--${series.colour})`;
+  return piece;
 }
 
 /** Sums, the last series lowest: each is drawn over the one above it. */

@@ -3,7 +3,6 @@
 import { Chart } from "./chart.js";
 import { h, reconcile, say } from "./dom.js";
 import { bytes, count, fixed, percent, rate, span } from "./format.js";
-import { last } from "./run.js";
 import { mean, smooth, windowMean } from "./smooth.js";
 import { join } from "./training.js";
 
@@ -21,7 +20,7 @@ const ROWS = [
   ["Training ranks", (run) => run.snapshot?.point.ranks, count],
   ["Faults", (run) => run.snapshot?.point.faults, count],
   ["Store capacity", (run) => run.snapshot?.point.store_capacity_bytes, bytes],
-  ["Time", (run) => (run.history.time.length ? last(run.history.time) - run.history.time[0] : null), span],
+  ["Time", (run) => (run.history.time.length ? run.history.time.at(-1) - run.history.time[0] : null), span],
 ];
 
 export class Compare {

@@ -12,7 +12,7 @@ const GROUPS = {
   rejected: { title: "Rejections", sign: "⊘", kinds: ["rejected"] },
   scaling: { title: "Scaling", sign: "⇅", kinds: ["scaled", "worker_started", "worker_ready", "worker_left", "trainer_started"] },
   checkpoint: { title: "Checkpoints", sign: "✓", kinds: ["checkpoint", "evaluated"] },
-  run: { title: "Run", sign: "●", kinds: ["started", "resumed", "stopping", "finished", "note"] },
+  run: { title: "Run", sign: "●", kinds: ["resumed", "stopping", "finished", "note"] },
 };
 const SHOWN = 500;
 

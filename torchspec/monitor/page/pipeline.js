@@ -51,7 +51,7 @@ export class Pipeline {
   update(run) {
     this.run = run;
     if (!this.stations || !run.snapshot) return;
-    const limit = { inference: "inference", training: "training", store: "store" }[run.verdict?.side] ?? null;
+    const limit = STATIONS.find((name) => name === run.verdict.side); // none where they are balanced
     const views = describe(run);
     for (const station of this.stations) station.set(views[station.name], station.name === limit);
     const running = run.live && run.snapshot.status.phase === "training";
@@ -75,16 +75,8 @@ function describe(run) {
   const draft = status.last_heldout ?? status.last_step;
   const steps = point.step && status.last_step ? status.training_samples_per_s / batchSize(snapshot) : null;
   const capacity = point.store_capacity_bytes || 1;
-  const puts = {
-    value: rate(status.inference_samples_per_s),
-    text: "samples/s",
-    more: bandwidth(run.recent("put_bytes_per_s")),
-  };
-  const gets = {
-    value: rate(status.training_samples_per_s),
-    text: "samples/s",
-    more: bandwidth(run.recent("get_bytes_per_s")),
-  };
+  const captured = { value: rate(status.inference_samples_per_s), text: "samples/s" };
+  const trained = { value: rate(status.training_samples_per_s), text: "samples/s" };
   const curve = run.steps.heldout.time.length > 5 ? run.steps.heldout : run.steps.train;
   const ahead = Math.max(1, (run.config.controller?.prefetch_steps ?? 2) - 1); // the step in training is one of them
   const pending = status.samples.pending ?? 0;
@@ -132,10 +124,10 @@ function describe(run) {
       curve: [curve.step, curve.accept_length ?? []],
     },
     edges: [
-      { value: puts.value, text: "samples/s" },
-      puts,
-      { ...gets, more: "" },
-      gets,
+      captured,
+      { ...captured, more: bandwidth(run.recent("put_bytes_per_s")) },
+      trained,
+      { ...trained, more: bandwidth(run.recent("get_bytes_per_s")) },
       { value: rate(steps), text: "steps/s" },
     ],
   };

@@ -50,19 +50,19 @@ export class Run {
   /** What is new since the last call; the history is of the last `range` seconds (null: of the whole run). */
   async update(range) {
     const since = {
-      history: last(this.history.time) ?? 0,
-      events: last(this.events)?.time ?? 0,
-      steps: Math.max(last(this.steps.train.time) ?? 0, last(this.steps.heldout.time) ?? 0),
+      history: this.history.time.at(-1) ?? 0,
+      events: this.events.at(-1)?.time ?? 0,
+      steps: Math.max(this.steps.train.time.at(-1) ?? 0, this.steps.heldout.time.at(-1) ?? 0),
     };
     const fresh = await get("/api/update", { run: this.index, ...since });
     this.#take(fresh);
     append(this.history, fresh.history);
     const splits = ["train", "heldout"];
-    const again = splits.some((split) => fresh.steps[split].step[0] <= last(this.steps[split].step));
+    const again = splits.some((split) => fresh.steps[split].step[0] <= this.steps[split].step.at(-1));
     if (again) await this.#loadSteps(); // steps that were undone have been made again
     else for (const split of splits) append(this.steps[split], fresh.steps[split]);
     this.events.push(...fresh.events);
-    if (range !== null) dropBefore(this.history, (last(this.history.time) ?? 0) - range);
+    if (range !== null) dropBefore(this.history, (this.history.time.at(-1) ?? 0) - range);
     if (range !== this.range || this.history.time.length > 2 * POINTS) {
       this.range = range;
       await this.#loadHistory();
@@ -79,8 +79,6 @@ export class Run {
     Object.assign(this, { live, snapshot, verdict, health });
   }
 }
-
-export const last = (list) => list[list.length - 1];
 
 function empty() {
   return { time: [], step: [] };

@@ -134,7 +134,7 @@ const visible = (piece) => piece.replaceAll("\n", "⏎\n") || "∅";
 
 function timeline(moments) {
   const start = moments[0][1],
-    total = Math.max(1e-9, moments[moments.length - 1][1] - start);
+    total = Math.max(1e-9, moments.at(-1)[1] - start);
   return h(
     "ol",
     { class: "timeline" },

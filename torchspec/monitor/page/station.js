@@ -1,7 +1,7 @@
 // A station of the pipeline: a box with its figures, and below them a gauge, squares, columns or a curve.
 
 import { reconcile, s, say } from "./dom.js";
-import { sparkline } from "./sparkline.js";
+import { canvas, sparkline } from "./sparkline.js";
 
 const PAD = 13;
 const UNITS_PER_ROW = 16;
@@ -113,9 +113,6 @@ function drawBars(group, room, bars) {
 }
 
 function drawCurve(group, room, [xs, values]) {
-  if (!group.firstChild) {
-    const box = { width: room, height: 24, y: 0, viewBox: "0 0 100 24", preserveAspectRatio: "none" };
-    group.append(s("svg", { ...box, class: "station-curve" }));
-  }
+  if (!group.firstChild) group.append(canvas("station-curve", { width: room, height: 24 }));
   sparkline(group.firstChild, xs, values);
 }

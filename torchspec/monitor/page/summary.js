@@ -1,19 +1,10 @@
 // The answers of the first ten seconds: which side is slow, is it healthy, how fast, how good, when is it finished.
 
-import { h, s, say } from "./dom.js";
+import { h, say } from "./dom.js";
 import { count, fixed, moment, rate, span } from "./format.js";
-import { last } from "./run.js";
 import { windowMean } from "./smooth.js";
-import { sparkline } from "./sparkline.js";
+import { canvas, sparkline } from "./sparkline.js";
 
-const STATES = {
-  starting: "Starting",
-  "warming-up": "Warming up",
-  "counting-vocabulary": "Counting the draft's vocabulary",
-  measuring: "Measuring",
-  finishing: "Finishing",
-  ended: "Ended",
-};
 const SIGNS = { good: "✓", warning: "!", bad: "✕", idle: "–" };
 
 export class Summary {
@@ -40,13 +31,12 @@ export class Summary {
 
   update(run) {
     const { snapshot, verdict, health } = run;
-    this.verdict.dataset.side = verdict?.side ?? "none";
-    say(this.headline, capital(verdict?.headline ?? STATES[verdict?.state] ?? "No data yet"));
-    const doubt = verdict?.confidence === "low" ? " (Something has just changed: look again in a minute.)" : "";
-    say(this.text, capital(verdict?.text ?? "Nothing has been measured yet.") + doubt);
-    const advice = verdict?.advice ?? [];
-    if (this.advice.textContent !== advice.join(""))
-      this.advice.replaceChildren(...advice.map((text) => h("li", {}, ...withCommand(text))));
+    this.verdict.dataset.side = verdict.side ?? "none";
+    say(this.headline, capital(verdict.headline));
+    const doubt = verdict.confidence === "low" ? " (Something has just changed: look again in a minute.)" : "";
+    say(this.text, capital(verdict.text) + doubt);
+    if (this.advice.textContent !== verdict.advice.join(""))
+      this.advice.replaceChildren(...verdict.advice.map((text) => h("li", {}, ...withCommand(text))));
     this.health.element.dataset.level = health.level;
     this.health.set(health.headline, health.text, "", SIGNS[health.level]);
     if (!snapshot) return [this.speed, this.quality, this.left].forEach((tile) => tile.set("–", ""));
@@ -83,7 +73,7 @@ export class Summary {
     const steps = `step ${count(status.step)} of ${count(status.total_steps)}\nepoch ${Math.min(status.epoch + 1, status.epochs)} of ${status.epochs}`;
     const over = !run.live || ["finished", "stopped", "failed"].includes(status.phase);
     if (over) {
-      const ended = last(run.history.time);
+      const ended = run.history.time.at(-1);
       this.left.set(status.phase === "finished" ? "Done" : "Ended", steps, ended ? `at ${moment(ended)}` : "");
     } else if (status.eta_seconds === null) this.left.set("–", steps);
     else
@@ -102,14 +92,9 @@ class Tile {
     this.value = h("span", { class: "tile-value" });
     this.unit = h("span", { class: "tile-unit" });
     this.text = h("p", { class: "tile-text" });
-    this.line = s("svg", {
-      class: `spark spark-${name}`,
-      viewBox: "0 0 100 24",
-      preserveAspectRatio: "none",
-      "aria-hidden": "true",
-    });
+    this.line = name && canvas(`spark spark-${name}`);
     const figure = h("p", { class: "tile-figure" }, this.sign, this.value, this.unit);
-    this.element = h("div", { class: "tile panel" }, h("h2", { text: label }), figure, this.text, name && this.line);
+    this.element = h("div", { class: "tile panel" }, h("h2", { text: label }), figure, this.text, this.line);
   }
 
   set(value, text, unit = "", sign = "") {
@@ -119,7 +104,7 @@ class Tile {
     say(this.text, text);
   }
 
-  spark(xs, values = [], floor = undefined) {
+  spark(xs, values = [], floor) {
     sparkline(this.line, xs, values, floor);
   }
 }

@@ -1,7 +1,7 @@
 // A sortable table of many rows that change all the time: only cells whose text has changed are touched.
 
-import { h, reconcile, say, s } from "./dom.js";
-import { sparkline } from "./sparkline.js";
+import { h, reconcile, say } from "./dom.js";
+import { canvas, sparkline } from "./sparkline.js";
 
 /**
  * columns: [{name, key (of its metric), value (row => what to sort by), show (row => text), title (row => a cell's),
@@ -69,18 +69,7 @@ export class Table {
 
   #row(key) {
     const cells = this.columns.map((column, i) => {
-      const attributes = { class: column.numeric ? "numeric" : "" };
-      if (column.spark)
-        return h(
-          "td",
-          {},
-          s("svg", {
-            class: `spark spark-${column.spark}`,
-            viewBox: "0 0 100 24",
-            preserveAspectRatio: "none",
-            "aria-hidden": "true",
-          }),
-        );
+      if (column.spark) return h("td", {}, canvas(`spark spark-${column.spark}`));
       if (i === 0 && this.onSelect)
         return h(
           "th",
@@ -88,7 +77,7 @@ export class Table {
           h("button", { type: "button", class: "link", on: { click: () => this.onSelect(key) } }),
         );
       if (column.badge) return h("td", {}, h("span"));
-      return h(i === 0 ? "th" : "td", i === 0 ? { scope: "row" } : attributes);
+      return i === 0 ? h("th", { scope: "row" }) : h("td", { class: column.numeric ? "numeric" : "" });
     });
     return h("tr", {}, ...cells);
   }

@@ -8,18 +8,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.metrics import Gauge
 
 from torchspec.contracts import RankReport, RunStatus, SampleId, SampleRef, SampleTiming, StepReport, WorkerReport
 from torchspec.files import JsonLines
 from torchspec.instruments import Rate
 from torchspec.monitor.health import FAULTS, count_faults
-from torchspec.monitor.record.ray_metrics import RayMetrics
+from torchspec.monitor.metrics import METRICS, PREFIX, read
 from torchspec.monitor.record.recorder import EventLog, Recorder
 from torchspec.monitor.record.telemetry import Telemetry
 from torchspec.monitor.record.timeline import PER_SECOND, Timelines
@@ -32,11 +32,7 @@ RECENT_MESSAGES = 20
 
 
 class Observer:
-    """Takes note of what happens, and writes it down.
-
-    Args:
-        interval: seconds between two snapshots; 0 for none.
-    """
+    """Takes note of what happens, and writes it down: a snapshot every ``interval`` seconds, none where that is 0."""
 
     def __init__(self, run_dir: Path, interval: float):
         self.interval = interval
@@ -50,7 +46,9 @@ class Observer:
         self.started = time.monotonic()
         self._steps: list[StepReport] = []
         self._steps_taken = 0  # before those
-        self._telemetry, self._timelines = Telemetry(), Timelines(run_dir, PER_SECOND if interval else 0)
+        self.timelines = Timelines(run_dir, PER_SECOND if interval else 0)
+        """Where each sample goes, which its movers tell at once."""
+        self._telemetry = Telemetry()
         self._metrics = JsonLines(RunFolder(run_dir).steps)
         self._events = EventLog(run_dir)
         self._recorder, self._recording = Recorder(run_dir), asyncio.Lock()
@@ -102,21 +100,13 @@ class Observer:
     def stored(self, ref: SampleRef, timing: SampleTiming | None) -> None:
         self.inference.add(1, ref.num_tokens)
         self._telemetry.totals.update(captured_samples=1, captured_tokens=ref.num_tokens)
-        self._timelines.published(ref.sample, timing)
+        self.timelines.published(ref.sample, timing)
 
     def failed(self, worker: str, sample: SampleId, name: str, reason: str) -> None:
         self._telemetry.totals["retries"] += 1
         self.note(f"{worker} failed {name}: {reason}", "sample_failed", worker=worker, sample=str(sample))
 
     # ---- samples ----
-
-    def moved(self, sample: SampleId, before: str, state: str, why: str) -> None:
-        """A sample has gone from state to state of the ledger."""
-        self._timelines.moved(sample, before, state, why)
-
-    def fetched(self, samples: Iterable[SampleId]) -> None:
-        """All ranks have them."""
-        self._timelines.mark(samples, "fetched")
 
     def sample_lost(self, sample: SampleId, name: str) -> None:
         self._telemetry.totals["lost_objects"] += 1
@@ -128,14 +118,6 @@ class Observer:
     def trained(self, samples: int, tokens: int) -> None:
         self.training.add(samples, tokens)
         self._telemetry.totals.update(trained_samples=samples, trained_tokens=tokens)
-
-    def follows(self, sample: SampleId) -> bool:
-        """Whether :meth:`freed` is to be told of it."""
-        return self._timelines.follows(sample)
-
-    def freed(self, ref: SampleRef, name: str, step: int, token_ids: bytes, prompt_tokens: int | None) -> None:
-        """It has left the store. ``prompt_tokens``: of the prompt that the target has answered."""
-        self._timelines.finish(ref, name, step, token_ids, prompt_tokens)
 
     # ---- training ----
 
@@ -202,3 +184,24 @@ class Observer:
 
     def close(self) -> None:
         self._metrics.close()
+
+
+class RayMetrics:
+    """The same metrics in Ray's own: who scrapes a Ray cluster sees its runs there, too (as ``ray_torchspec_...``).
+
+    Totals and the draft's curves only; each worker and each rank stand at the run's own ``/metrics``. Counters are
+    gauges here, too, because Ray's own can only be incremented.
+    """
+
+    def __init__(self, run: str):
+        self._run = run
+        self._gauges = {
+            metric: Gauge(PREFIX + metric.name, metric.meaning, tag_keys=("run", *metric.labels))
+            for metric in METRICS
+            if metric.scope in ("run", "pools", "draft")
+        }
+
+    def update(self, snapshot: Snapshot) -> None:
+        for metric, gauge in self._gauges.items():
+            for labels, value in read(metric, snapshot):
+                gauge.set(value, {"run": self._run, **labels})

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from torchspec.files import write_atomically
 from torchspec.monitor.series import Series
 from torchspec.monitor.snapshot import (
+    RANK_COLUMNS,
+    WORKER_COLUMNS,
+    EntityPoint,
     Event,
     EventKind,
     Snapshot,
-    entity_point,
+    adapter,
     to_line,
-    write_latest,
 )
 from torchspec.run_folder import RunFolder
 
@@ -27,7 +31,7 @@ class Recorder:
     """Files of one run. Not thread-safe: one call at a time."""
 
     def __init__(self, run_dir: Path):
-        self._run_dir, folder = run_dir, RunFolder(run_dir)
+        folder = self._folder = RunFolder(run_dir)
         self._history = Series(folder.history, HISTORY_LINES, HISTORY_RECENT)
         self._entities = Series(folder.entities, ENTITY_LINES, ENTITY_RECENT)
         self._entities_due = 0.0
@@ -35,9 +39,19 @@ class Recorder:
     def write(self, snapshot: Snapshot) -> None:
         self._history.append(to_line(snapshot.point))
         if snapshot.time >= self._entities_due:
-            self._entities.append(to_line(entity_point(snapshot)))
+            self._entities.append(to_line(_entity_point(snapshot)))
             self._entities_due = snapshot.time + ENTITY_SECONDS
-        write_latest(self._run_dir, snapshot)
+        latest = replace(snapshot, status=replace(snapshot.status, workers=()))  # which snapshot.workers say already
+        write_atomically(self._folder.latest, lambda file: file.write(adapter(Snapshot).dump_json(latest)))
+
+
+def _entity_point(snapshot: Snapshot) -> EntityPoint:
+    """The few counters of each worker and rank that are kept over time."""
+    return EntityPoint(
+        snapshot.time,
+        {w.name: tuple(getattr(w.report, name) for name in WORKER_COLUMNS) for w in snapshot.workers if w.alive},
+        {str(r.rank): tuple(getattr(r.report, name) for name in RANK_COLUMNS) for r in snapshot.ranks},
+    )
 
 
 class EventLog:

@@ -14,7 +14,15 @@ from typing import Any, Literal, TypeVar
 
 from torchspec.contracts import RankReport, RunStatus, WorkerReport
 from torchspec.instruments import FEWEST_STEPS, WINDOW_SECONDS, percentile, since
-from torchspec.monitor.snapshot import SILENT_SECONDS, HistoryPoint, RankState, Snapshot, WorkerDoing, WorkerState
+from torchspec.monitor.snapshot import (
+    RANK_PARTS,
+    SILENT_SECONDS,
+    HistoryPoint,
+    RankState,
+    Snapshot,
+    WorkerDoing,
+    WorkerState,
+)
 
 GONE_KEPT = 16
 """How many workers that are no more stay visible."""
@@ -35,8 +43,7 @@ RANK_TOTALS = {
     "get_bytes": "get_bytes",
     "get_seconds": "get_seconds",
     "seconds": "rank_seconds",
-    **{f"{part}_seconds": f"rank_{part}_seconds" for part in ("wait", "forward", "backward", "reduce", "optimizer")},
-    "pause_seconds": "rank_pause_seconds",
+    **{f"{part}_seconds": f"rank_{part}_seconds" for part in RANK_PARTS},
 }
 """Field of a report to the counter of :class:`HistoryPoint` that sums it up."""
 
@@ -69,22 +76,33 @@ class ReportWindow:
     def latest(self) -> Any:
         return self.reports[-1][1]
 
-    @property
-    def earlier(self) -> Any:
-        return self.reports[0][1]
+    def doing(self, now: float) -> WorkerDoing:
+        """What a worker does."""
+        if self.end is not None:
+            return self.end
+        if not self.reports:
+            return "starting"
+        if now - self.heard > SILENT_SECONDS:
+            return "silent"
+        return "working" if self.latest.leases else "waiting"
 
-    def change(self, name: str) -> float:
-        """How much a counter has grown over the window."""
-        return getattr(self.latest, name) - getattr(self.earlier, name)
+    def growth(self, name: str, by: str = "seconds") -> float:
+        """How much a counter has grown over the window, for each that another one has; 0 where that has not."""
+        earliest = self.reports[0][1]
+        grown, other = (getattr(self.latest, n) - getattr(earliest, n) for n in (name, by))
+        return grown / other if other > 0 else 0.0
+
+    def percentile(self, histogram: str, share: float) -> float | None:
+        """Of the latencies that came within the window."""
+        return percentile(since(getattr(self.latest, histogram), getattr(self.reports[0][1], histogram)), share)
 
 
 class Blocked:
     """Adds up how long something stood in the way."""
 
     def __init__(self, clock: Callable[[], float]):
-        self._clock, self._total, self._since = clock, 0.0, None
-
-    _since: float | None
+        self._clock, self._total = clock, 0.0
+        self._since: float | None = None
 
     def set(self, blocked: bool) -> None:
         now = self._clock()
@@ -98,11 +116,7 @@ class Blocked:
 
 
 class Telemetry:
-    """Reports in, snapshots out.
-
-    Args:
-        clock: seconds since the epoch.
-    """
+    """Reports in, snapshots out; ``clock`` in seconds since the epoch."""
 
     def __init__(self, clock: Callable[[], float] = time.time):
         self._clock = clock
@@ -141,8 +155,8 @@ class Telemetry:
 
     def rank_report(self, report: RankReport) -> None:
         now = self._clock()
-        window = self._ranks.setdefault(report.rank, ReportWindow(now, now, of_steps=True))
-        if window.reports and report.seconds < window.latest.seconds:  # another process has taken its place
+        window = self._ranks.get(report.rank)
+        if window is None or report.seconds < window.latest.seconds:  # another process has taken its place
             window = self._ranks[report.rank] = ReportWindow(now, now, of_steps=True)
         self._add(window, RankReport(report.rank), report, RANK_TOTALS)
 
@@ -190,59 +204,39 @@ class Telemetry:
     def _worker(self, name: str, now: float) -> WorkerState:
         window = self._workers[name]
         if not window.reports:
-            return WorkerState(name, window.end or "starting", window.started, window.heard, WorkerReport(name))
-        latest, seconds = window.latest, window.change("seconds")
-        latencies = since(latest.put_histogram, window.earlier.put_histogram)
+            return WorkerState(name, window.doing(now), window.started, window.heard, WorkerReport(name))
         return WorkerState(
             name=name,
-            doing=_worker_doing(window, now),
+            doing=window.doing(now),
             since=window.started,
             heard=window.heard,
-            report=latest,
-            samples_per_s=_ratio(window.change("samples"), seconds),
-            tokens_per_s=_ratio(window.change("tokens"), seconds),
-            put_bytes_per_s=_ratio(window.change("put_bytes"), window.change("put_seconds")),
-            put_p50_seconds=percentile(latencies, 0.5),
-            put_p99_seconds=percentile(latencies, 0.99),
-            wait_share=_ratio(seconds - window.change("busy_seconds"), seconds),
+            report=window.latest,
+            samples_per_s=window.growth("samples"),
+            tokens_per_s=window.growth("tokens"),
+            put_bytes_per_s=window.growth("put_bytes", by="put_seconds"),
+            put_p50_seconds=window.percentile("put_histogram", 0.5),
+            put_p99_seconds=window.percentile("put_histogram", 0.99),
+            wait_share=window.growth("seconds") - window.growth("busy_seconds"),  # of 1, or of 0 before a second report
         )
 
     def _rank(self, rank: int) -> RankState:
         window = self._ranks[rank]
-        latest, seconds = window.latest, window.change("seconds")
-        latencies = since(latest.get_histogram, window.earlier.get_histogram)
-        shares = {
-            f"{part}_share": _ratio(window.change(f"{part}_seconds"), seconds)
-            for part in ("wait", "forward", "backward", "reduce", "optimizer", "pause")
-        }
-        steps = window.change("steps")
+        peak_flops = window.latest.peak_flops
         return RankState(
             rank=rank,
             heard=window.heard,
-            report=latest,
-            tokens_per_s=_ratio(window.change("tokens"), seconds),
-            step_seconds=seconds / steps if steps else None,
-            get_bytes_per_s=_ratio(window.change("get_bytes"), window.change("get_seconds")),
-            get_p50_seconds=percentile(latencies, 0.5),
-            get_p99_seconds=percentile(latencies, 0.99),
-            mfu=_ratio(window.change("flops"), seconds * latest.peak_flops) if latest.peak_flops else None,
-            **shares,
+            report=window.latest,
+            tokens_per_s=window.growth("tokens"),
+            step_seconds=window.growth("seconds", by="steps") or None,
+            get_bytes_per_s=window.growth("get_bytes", by="get_seconds"),
+            get_p50_seconds=window.percentile("get_histogram", 0.5),
+            get_p99_seconds=window.percentile("get_histogram", 0.99),
+            mfu=window.growth("flops") / peak_flops if peak_flops else None,
+            **{f"{part}_share": window.growth(f"{part}_seconds") for part in RANK_PARTS},
         )
-
-
-def _worker_doing(window: ReportWindow, now: float) -> WorkerDoing:
-    if window.end is not None:
-        return window.end
-    if now - window.heard > SILENT_SECONDS:
-        return "silent"
-    return "working" if window.latest.leases else "waiting"
 
 
 def _natural(name: str) -> tuple[str, int]:
     """Sorts ``worker-10`` after ``worker-9``."""
     head, _, number = name.rpartition("-")
     return head, int(number) if number.isdigit() else 0
-
-
-def _ratio(amount: float, by: float) -> float:
-    return amount / by if by > 0 else 0.0

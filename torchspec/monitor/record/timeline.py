@@ -38,6 +38,8 @@ Moment = Literal[
     "failed",
     "lost",
 ]
+Happening = tuple[Moment, float, str]
+"""What happened, when, and to whom or why (worker, step or reason; else empty)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,33 +59,20 @@ class SampleRecord:
     prompt_tokens: int | None
     """Of the prompt that the target answered; None where the conversation came with its answers."""
     num_bytes: int
-    timeline: tuple[tuple[Moment, float, str], ...]
-    """What happened, when, and to whom or why (worker, step or reason; else empty)."""
+    timeline: tuple[Happening, ...]
     token_ids: str
     """base64 of little-endian int32, of the first :data:`TOKENS_KEPT` tokens."""
     loss_mask: str
     """base64 of their packed mask (``data.masks.pack_mask``)."""
 
 
-@dataclass(slots=True)
-class _Open:
-    timeline: list[tuple[Moment, float, str]]
-    worker: str
-    attempts: int = 1
-
-
 class Timelines:
-    """Follows samples and writes down some of them once they are freed.
+    """Follows ``per_second`` samples at most, and writes each down once it is freed. Times: seconds since the epoch."""
 
-    Args:
-        per_second: so many samples at most; 0 for none.
-        clock: seconds since the epoch.
-    """
-
-    def __init__(self, run_dir: Path, per_second: float = PER_SECOND, clock: Callable[[], float] = time.time):
+    def __init__(self, run_dir: Path, per_second: float, clock: Callable[[], float] = time.time):
         self._clock, self._spacing = clock, 1 / per_second if per_second else float("inf")
         self._file = Series(RunFolder(run_dir).samples, SAMPLE_LINES, SAMPLE_RECENT)
-        self._open: dict[SampleId, _Open] = {}
+        self._open: dict[SampleId, list[Happening]] = {}
         self._due = clock() if per_second else float("inf")
 
     def moved(self, sample: SampleId, before: str, state: str, why: str) -> None:
@@ -101,43 +90,41 @@ class Timelines:
 
     def published(self, sample: SampleId, timing: SampleTiming | None) -> None:
         """It is in the store. What its worker measured is laid out backwards from now."""
-        followed = self._open.get(sample)
-        if followed is None:
+        if sample not in self._open:
             return
-        now = self._clock()
+        now, timeline = self._clock(), self._open[sample]
         if timing is not None:
             putting = now - timing.put_seconds
             computed = putting - timing.hold_seconds
-            moments: list[tuple[Moment, float]] = [("computing", computed - timing.compute_seconds)]
-            moments += [("computed", computed), ("putting", putting)]
-            followed.timeline += [(moment, at, "") for moment, at in moments]
-        followed.timeline.append(("stored", now, ""))
+            computing = computed - timing.compute_seconds
+            timeline += [("computing", computing, ""), ("computed", computed, ""), ("putting", putting, "")]
+        timeline.append(("stored", now, ""))
 
     def mark(self, samples: Iterable[SampleId], moment: Moment, detail: str = "") -> None:
         """The same happened to all of ``samples``."""
         for sample in samples:
             if sample in self._open:
-                self._open[sample].timeline.append((moment, self._clock(), detail))
+                self._open[sample].append((moment, self._clock(), detail))
 
     def follows(self, sample: SampleId) -> bool:
+        """Whether :meth:`finish` is to be told of it."""
         return sample in self._open
 
     def finish(self, ref: SampleRef, name: str, step: int, token_ids: bytes, prompt_tokens: int | None) -> None:
-        """It has been freed: write it down."""
-        followed = self._open.pop(ref.sample)
-        now = self._clock()
-        followed.timeline.append(("freed", now, ""))
+        """It has left the store: write it down. ``prompt_tokens``: of the prompt that the target has answered."""
+        now, timeline = self._clock(), self._open.pop(ref.sample)
+        workers = [worker for moment, _, worker in timeline if moment == "leased"]
         record = SampleRecord(
             time=now,
             sample=str(ref.sample),
             id=name,
-            worker=followed.worker,
+            worker=workers[-1],
             step=step,
-            attempts=followed.attempts,
+            attempts=len(workers),
             tokens=ref.num_tokens,
             prompt_tokens=prompt_tokens,
             num_bytes=ref.num_bytes,
-            timeline=tuple(followed.timeline),
+            timeline=(*timeline, ("freed", now, "")),
             token_ids=b64encode(token_ids[: 4 * TOKENS_KEPT]).decode(),
             loss_mask=b64encode(ref.loss_mask[: TOKENS_KEPT // 8]).decode(),
         )
@@ -145,16 +132,10 @@ class Timelines:
 
     def _leased(self, sample: SampleId, worker: str) -> None:
         """Follow ``sample`` from here on, if it is time for another one. Held-out samples are not followed."""
-        if sample.epoch == HELDOUT_EPOCH:
-            return
         now = self._clock()
-        followed = self._open.get(sample)
-        if followed is not None:
-            followed.attempts += 1
-            followed.worker = worker
-        elif now >= self._due:
+        if sample not in self._open:
+            if sample.epoch == HELDOUT_EPOCH or now < self._due:
+                return
             self._due = now + self._spacing
-            followed = self._open[sample] = _Open([], worker)
-        else:
-            return
-        followed.timeline.append(("leased", now, worker))
+            self._open[sample] = []
+        self._open[sample].append(("leased", now, worker))

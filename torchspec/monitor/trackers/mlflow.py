@@ -6,11 +6,10 @@ import os
 import time
 from pathlib import Path
 
-from torchspec.contracts import RunStatus, StepReport
-from torchspec.monitor.trackers.scalars import report_scalars, status_scalars
+from torchspec.monitor.trackers import Tracker
 
 
-class MlflowTracker:
+class MlflowTracker(Tracker):
     """One MLflow run for a run of ours, resumes included."""
 
     def __init__(self, run_dir: Path, project: str):
@@ -26,17 +25,11 @@ class MlflowTracker:
         self._run_id = path.read_text()
         self._client.update_run(self._run_id, status="RUNNING")
 
-    def step(self, report: StepReport) -> None:
-        self._log(report.step, report_scalars(report))
-
-    def status(self, status: RunStatus) -> None:
-        self._log(status.step, status_scalars(status))
-
-    def close(self) -> None:
-        self._client.set_terminated(self._run_id)
-
-    def _log(self, step: int, scalars: dict[str, float]) -> None:
+    def log(self, step: int, scalars: dict[str, float]) -> None:
         from mlflow.entities import Metric
 
         now = round(1000 * time.time())
         self._client.log_batch(self._run_id, [Metric(tag, value, now, step) for tag, value in scalars.items()])
+
+    def close(self) -> None:
+        self._client.set_terminated(self._run_id)

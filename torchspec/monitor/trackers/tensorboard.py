@@ -5,11 +5,11 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
-from torchspec.contracts import RunStatus, StepReport
-from torchspec.monitor.trackers.scalars import report_scalars, status_scalars
+from torchspec.contracts import StepReport
+from torchspec.monitor.trackers import Tracker
 
 
-class TensorBoardTracker:
+class TensorBoardTracker(Tracker):
     """Writes to ``tensorboard`` in the run's folder."""
 
     def __init__(self, run_dir: Path, _project: str):
@@ -23,10 +23,14 @@ class TensorBoardTracker:
             if self._last is None or report.step <= self._last:
                 self._forget(report.step)
             self._last = report.step
-        self._write(report.step, report_scalars(report))
+        super().step(report)
 
-    def status(self, status: RunStatus) -> None:
-        self._write(status.step, status_scalars(status))
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
+        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
 
     def close(self) -> None:
         self._writer.close()
@@ -37,10 +41,3 @@ class TensorBoardTracker:
 
         start = SessionLog(status=SessionLog.START)
         self._writer.add_event(Event(wall_time=time.time(), step=step, session_log=start))
-
-    def _write(self, step: int, scalars: dict[str, float]) -> None:
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.compat.proto.summary_pb2 import Summary
-
-        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in scalars.items()]
-        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import yaml
 
-from torchspec.contracts import RunStatus, StepReport
-from torchspec.monitor.trackers.scalars import report_scalars, status_scalars
+from torchspec.monitor.trackers import Tracker
 from torchspec.run_folder import RunFolder
 
 
-class WandbTracker:
+class WandbTracker(Tracker):
     """One W&B run for a run of ours, resumes included.
 
     W&B's own step counter must not go back, which a resume does: figures are plotted over ``step`` instead.
@@ -21,10 +20,13 @@ class WandbTracker:
     def __init__(self, run_dir: Path, project: str):
         import wandb
 
+        path = run_dir / "wandb_id"
+        if not path.exists():
+            path.write_text(secrets.token_hex(8))
         self._run = wandb.init(
             project=project,
             name=run_dir.name,
-            id=_kept(run_dir / "wandb_id"),
+            id=path.read_text(),
             resume="allow",
             dir=str(run_dir),
             config=yaml.safe_load(RunFolder(run_dir).config.read_text()),
@@ -33,18 +35,8 @@ class WandbTracker:
         self._run.define_metric("step")
         self._run.define_metric("*", step_metric="step")
 
-    def step(self, report: StepReport) -> None:
-        self._run.log({**report_scalars(report), "step": report.step})
-
-    def status(self, status: RunStatus) -> None:
-        self._run.log({**status_scalars(status), "step": status.step})
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        self._run.log({**scalars, "step": step})
 
     def close(self) -> None:
         self._run.finish()
-
-
-def _kept(path: Path) -> str:
-    """A random id, the same each time."""
-    if not path.exists():
-        path.write_text(secrets.token_hex(8))
-    return path.read_text()
