@@ -1,8 +1,8 @@
-"""One inference worker: pulls leases, has its source turn them into samples, publishes what the store holds.
+"""One inference worker: pulls leases, has its engine turn them into samples, publishes what the store holds.
 
-    controller --lease--> [prompt] --source--> store --publish--> controller
+    controller --lease--> [prompt] --engine--> store --publish--> controller
 
-The worker keeps ``max_concurrency`` samples in its source, the target's engine. It asks for more as soon as one is done
+The worker keeps ``max_concurrency`` samples in its engine. It asks for more as soon as one is done
 and never waits for a whole batch. It keeps no state that anybody would miss: when it dies, its leases are given to
 another worker, and what it has published lies in the store. While the controller is away it goes on with what it has;
 the next one throws away what it did not ask for.
@@ -19,9 +19,8 @@ import ray
 
 from torchspec.config.schema import AnswerConfig, InferenceConfig
 from torchspec.contracts import Lease, WorkerReport
-from torchspec.inference.engine import TargetEngine
+from torchspec.inference.engine import LeaseFailed, Produced, TargetEngine
 from torchspec.inference.sglang_process import EngineConfig
-from torchspec.inference.source import Produced, SampleSource, SourceFailed
 from torchspec.instruments import Stopwatch, observe
 from torchspec.store.endpoint import StoreEndpoint
 
@@ -29,7 +28,7 @@ _CONTROLLER_PAUSE_SECONDS = 0.5
 
 
 class InferenceWorker:
-    """A Ray actor class around one :class:`SampleSource`.
+    """A Ray actor class around one :class:`TargetEngine`.
 
     Args:
         name: This worker, unique in the run.
@@ -57,13 +56,13 @@ class InferenceWorker:
         self._alive, self._busy = Stopwatch(), Stopwatch()
         self._held: set[str] = set()
         assert inference.buffer_bytes is not None, "resolved before the run starts"
-        self._source: SampleSource = TargetEngine(engine, endpoint, inference.buffer_bytes, answer)
+        self._engine = TargetEngine(engine, endpoint, inference.buffer_bytes, answer)
 
     async def run(self) -> None:
-        """Work until the controller has no more leases for this worker, then stop the source.
+        """Work until the controller has no more leases for this worker, then stop the engine.
 
         Raises:
-            Exception: the source is gone; the controller takes the open leases back.
+            Exception: the engine is gone; the controller takes the open leases back.
         """
         samples: set[asyncio.Task[None]] = set()
         reporting = asyncio.create_task(self._report_regularly())
@@ -73,7 +72,7 @@ class InferenceWorker:
         finally:
             for task in (reporting, *samples):
                 task.cancel()
-            self._source.stop()
+            self._engine.stop()
 
     async def _work(self, samples: set[asyncio.Task[None]]) -> None:
         asking: asyncio.Task[list[Lease]] | None = None
@@ -114,10 +113,10 @@ class InferenceWorker:
         """Turn one lease into a published sample, or into a failure with a reason."""
         with self._busy:
             try:
-                produced = await self._source.produce(lease)
+                produced = await self._engine.produce(lease)
                 self._count_sample(produced)
                 await self._insist("publish", produced.ref, produced.answer, produced.timing)
-            except SourceFailed as error:
+            except LeaseFailed as error:
                 self._count(failures=1)
                 await self._insist("fail", lease.sample, lease.key, str(error), error.kind)
             finally:
@@ -155,6 +154,6 @@ class InferenceWorker:
             self._counts,
             seconds=self._alive.seconds,
             busy_seconds=self._busy.seconds,
-            engine_seconds=self._source.computing.seconds,
+            engine_seconds=self._engine.computing.seconds,
             leases=self._busy.count,
         )
