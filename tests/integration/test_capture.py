@@ -46,7 +46,7 @@ def engine(store: RunningStore, target_path: Path) -> Iterator[LiveEngine]:
 @pytest.fixture(scope="module")
 def cached_engine(store: RunningStore, target_path: Path) -> Iterator[LiveEngine]:
     """bf16, and against our advice with a prefix cache."""
-    with live_engine(store.endpoint, target_path, dtype="bfloat16", extra_args={"disable_radix_cache": False}) as live:
+    with live_engine(store.endpoint, target_path, dtype="bfloat16", engine_args={"disable_radix_cache": False}) as live:
         yield live
 
 
@@ -164,7 +164,7 @@ def test_states_of_an_answer_are_captured_while_it_is_written(engine, client, re
 def test_an_answer_that_was_retracted_is_captured_whole(store, target_path, client, reference) -> None:  # type: ignore[no-untyped-def]
     """A KV pool for half of what the answers come to: SGLang takes requests back and prefills them again."""
     hasty = {"schedule_conservativeness": 0.05, "page_size": 1}
-    with live_engine(store.endpoint, target_path, max_total_tokens=256, extra_args=hasty) as engine:
+    with live_engine(store.endpoint, target_path, max_total_tokens=256, engine_args=hasty) as engine:
         prompts = {f"retracted{i}": prompt(20 + i, i) for i in range(5)}
         answered = engine.run(answer_all(engine, prompts, [80] * 5))
         check_answers(answered, prompts, client, reference)

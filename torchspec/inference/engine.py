@@ -30,12 +30,11 @@ import numpy as np
 import psutil
 from transformers import AutoTokenizer
 
-from torchspec.config.schema import AnswerConfig
 from torchspec.contracts import Answer, FailureKind, Lease, SampleRef, SampleTiming
 from torchspec.data.masks import pack_mask
 from torchspec.inference.capture.protocol import CaptureConfig, Captured, capture_rid, decode_captured
 from torchspec.inference.sglang_process import (
-    EngineConfig,
+    EngineSpec,
     await_hello,
     end_engine,
     ignore_sigquit,
@@ -45,7 +44,6 @@ from torchspec.inference.sglang_process import (
 from torchspec.instruments import Stopwatch
 from torchspec.processes.leftovers import remove_shared_memory_leftovers
 from torchspec.shards import ShardFormula
-from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
 from torchspec.store.slot_pool import align
 from torchspec.target.shape import check_layers
@@ -96,29 +94,27 @@ class TargetEngine:
     The constructor belongs on a process's main thread, the other methods on one event loop.
 
     Args:
-        config: The engine.
-        endpoint: The store that captures go to.
-        buffer_bytes: Registered host memory of the plugin; bounds the bytes of samples under way.
-        answering: How leases are answered.
+        spec: The engine. Its ``inference.buffer_bytes`` bound the bytes of samples under way.
 
     Raises:
         EngineError: SGLang did not start, or the capture plugin did not load.
     """
 
-    def __init__(self, config: EngineConfig, endpoint: StoreEndpoint, buffer_bytes: int, answering: AnswerConfig):
-        self._config, self._answering = config, answering
-        self._tokenizer = AutoTokenizer.from_pretrained(config.model_path, trust_remote_code=config.trust_remote_code)
+    def __init__(self, spec: EngineSpec):
+        self._config, target, buffer_bytes = spec.config, spec.config.target, spec.config.inference.buffer_bytes
+        assert buffer_bytes is not None, "resolved before the run starts"
+        self._tokenizer = AutoTokenizer.from_pretrained(target.path, trust_remote_code=target.trust_remote_code)
         self._started = time.time()
         self._folder = Path(tempfile.mkdtemp(prefix="torchspec-"))
         self._engine: Any = None
         try:
-            capture = CaptureConfig(str(self._folder / "capture"), endpoint, buffer_bytes)
+            capture = CaptureConfig(str(self._folder / "capture"), spec.endpoint, buffer_bytes)
             with socket.socket(socket.AF_UNIX) as listener:
                 listener.bind(capture.socket)
                 listener.listen(1)
-                self._engine = start_capturing_engine(config, capture)
+                self._engine = start_capturing_engine(spec, capture)
                 self._socket, hello = await_hello(listener)
-            check_layers(hello.num_layers, config.aux_layers)
+            check_layers(hello.num_layers, spec.aux_layers)
         except BaseException:
             self._shut_down()
             raise
@@ -209,8 +205,8 @@ class TargetEngine:
         """The target's answer, with the token that ends the turn if it came to one, and its states."""
         sampling = {
             "max_new_tokens": lease.max_new_tokens,
-            "temperature": self._answering.temperature,
-            "top_p": self._answering.top_p,
+            "temperature": self._config.answer.temperature,
+            "top_p": self._config.answer.top_p,
             "sampling_seed": lease.seed,
         }
         answered = await self.answer(lease.key, input_ids, sampling, lease.sharding)
@@ -254,11 +250,11 @@ class TargetEngine:
     async def _watch_for_stops(self, pids: Sequence[int]) -> None:
         """A process that somebody has stopped (SIGSTOP) does not end, and would be waited for without end."""
         processes = [psutil.Process(pid) for pid in pids]
-        looks = 0
-        while looks < self._config.hang_seconds / _LOOK_SECONDS:
+        looks, hang_seconds = 0, self._config.recovery.hang_seconds
+        while looks < hang_seconds / _LOOK_SECONDS:
             await asyncio.sleep(_LOOK_SECONDS)
             looks = looks + 1 if any(is_stopped(process) for process in processes) else 0
-        self._declare_dead(f"an SGLang process has been stopped for {self._config.hang_seconds:.0f} s")
+        self._declare_dead(f"an SGLang process has been stopped for {hang_seconds:.0f} s")
 
     def _on_death(self, pid: int, descriptor: int) -> None:
         asyncio.get_running_loop().remove_reader(descriptor)

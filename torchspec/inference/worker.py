@@ -2,10 +2,10 @@
 
     controller --lease--> [prompt] --engine--> store --publish--> controller
 
-The worker keeps ``max_concurrency`` samples in its engine. It asks for more as soon as one is done
-and never waits for a whole batch. It keeps no state that anybody would miss: when it dies, its leases are given to
-another worker, and what it has published lies in the store. While the controller is away it goes on with what it has;
-the next one throws away what it did not ask for.
+The worker keeps ``max_concurrency`` samples in its engine. It asks for more as soon as one is done and never waits for
+a whole batch. It keeps no state that anybody would miss: when it dies, its leases are given to another worker, and what
+it has published lies in the store. While the controller is away it goes on with what it has; the next one throws away
+what it did not ask for.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ from typing import Any
 
 import ray
 
-from torchspec.config.schema import AnswerConfig, InferenceConfig
 from torchspec.contracts import Lease, WorkerReport
 from torchspec.inference.engine import LeaseFailed, Produced, TargetEngine
-from torchspec.inference.sglang_process import EngineConfig
+from torchspec.inference.sglang_process import EngineSpec
 from torchspec.instruments import Stopwatch, observe
-from torchspec.store.endpoint import StoreEndpoint
 
 _CONTROLLER_PAUSE_SECONDS = 0.5
 
@@ -34,29 +32,14 @@ class InferenceWorker:
         name: This worker, unique in the run.
         controller: Handle of the controller actor.
         engine: The engine to start.
-        endpoint: The run's store.
-        inference: Concurrency and buffer size.
-        answer: How the target answers.
-        report_seconds: How often it tells the controller how it is doing, besides asking for leases; 0: never.
     """
 
-    def __init__(
-        self,
-        name: str,
-        controller: Any,
-        engine: EngineConfig,
-        endpoint: StoreEndpoint,
-        inference: InferenceConfig,
-        answer: AnswerConfig,
-        report_seconds: float = 0.0,
-    ):
-        self._name, self._controller = name, controller
-        self._max_concurrency = inference.max_concurrency
-        self._counts, self._report_seconds = WorkerReport(name), report_seconds
+    def __init__(self, name: str, controller: Any, engine: EngineSpec):
+        self._name, self._controller, self._config = name, controller, engine.config
+        self._counts = WorkerReport(name)
         self._alive, self._busy = Stopwatch(), Stopwatch()
         self._held: set[str] = set()
-        assert inference.buffer_bytes is not None, "resolved before the run starts"
-        self._engine = TargetEngine(engine, endpoint, inference.buffer_bytes, answer)
+        self._engine = TargetEngine(engine)
 
     async def run(self) -> None:
         """Work until the controller has no more leases for this worker, then stop the engine.
@@ -75,11 +58,11 @@ class InferenceWorker:
             self._engine.stop()
 
     async def _work(self, samples: set[asyncio.Task[None]]) -> None:
+        most, more = self._config.inference.max_concurrency, True
         asking: asyncio.Task[list[Lease]] | None = None
-        more = True
         while more or samples:
-            if more and asking is None and len(samples) < self._max_concurrency:
-                asking = asyncio.create_task(self._lease(self._max_concurrency - len(samples)))
+            if more and asking is None and len(samples) < most:
+                asking = asyncio.create_task(self._lease(most - len(samples)))
             waiting = samples | ({asking} if asking is not None else set())
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in [task for task in samples if task.done()]:
@@ -104,10 +87,12 @@ class InferenceWorker:
         return leases
 
     async def _report_regularly(self) -> None:
-        while self._report_seconds:
+        """How it is doing, besides what it says when it asks for leases."""
+        pause = self._config.monitor.history_seconds
+        while pause:
             with suppress(ray.exceptions.RayError):  # a controller that is away will be back, or ends the run
                 await self._controller.worker_report.remote(self._report())
-            await asyncio.sleep(self._report_seconds)
+            await asyncio.sleep(pause)
 
     async def _serve(self, lease: Lease) -> None:
         """Turn one lease into a published sample, or into a failure with a reason."""
