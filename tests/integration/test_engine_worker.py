@@ -111,7 +111,7 @@ def test_answers_are_captured_with_a_mask_on_the_answer(outcome, prompts, target
         read = prompt + list(answer.token_ids[:-1])
         length = len(read)
         assert ref.sample == SampleId(0, i) == SampleId(0, answer.prompt)
-        assert ref.num_tokens == length and ref.norm_state == "post_norm" and not ref.usp_sharded
+        assert ref.num_tokens == length and ref.norm_state == "post_norm" and ref.sharding is None
         assert unpack_mask(ref.loss_mask, length) == [False] * len(prompt) + [True] * (length - len(prompt))
         assert answer.text == tokenizer.decode(answer.token_ids, skip_special_tokens=True)
         assert (answer.finish_reason == "stop") == (answer.token_ids[-1] == tokenizer.eos_token_id)
