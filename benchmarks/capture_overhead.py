@@ -32,10 +32,10 @@ from torchspec.data.builtin_target import CACHE, MODEL
 from torchspec.hardware import fast_dtype
 from torchspec.inference.engine import TargetEngine
 from torchspec.inference.sglang_process import EngineSpec, start_token_engine
+from torchspec.store.client import StoreNode
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.hidden_state_store import HiddenStateStore
 from torchspec.store.master import MooncakeMaster
-from torchspec.store.node import StoreNode
 from torchspec.target.shape import early_middle_late
 
 BATCHES = {"512 x 1": (512, 1), "512 x 8": (512, 8), "2048 x 1": (2048, 1), "2048 x 2": (2048, 2)}

@@ -27,8 +27,8 @@ from torchspec.driver.prepare import Prepared
 from torchspec.inference.sglang_process import EngineSpec
 from torchspec.inference.worker import InferenceWorker
 from torchspec.processes.janitor import MARK, start_janitor
+from torchspec.store.client import StoreNode
 from torchspec.store.endpoint import StoreEndpoint
-from torchspec.store.node import StoreNode
 from torchspec.training.trainer import Trainer, TrainerSpec
 
 T = TypeVar("T")

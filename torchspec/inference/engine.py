@@ -45,7 +45,6 @@ from torchspec.instruments import Stopwatch
 from torchspec.processes.leftovers import remove_shared_memory_leftovers
 from torchspec.shards import ShardFormula
 from torchspec.store.geometry import SampleGeometry
-from torchspec.store.slot_pool import align
 from torchspec.target.shape import check_layers
 
 T = TypeVar("T")
@@ -174,9 +173,7 @@ class TargetEngine:
                 up, the states are bad, or the store did not take them.
             EngineDied: the engine is gone.
         """
-        tensors = self._geometry.tensors(len(input_ids) + sampling["max_new_tokens"])
-        size = sum(align(spec.num_bytes) for spec in tensors.values())
-        async with self._budget.taken(size):
+        async with self._budget.taken(self._geometry.slot_bytes(len(input_ids) + sampling["max_new_tokens"])):
             stored = self._captures[key] = asyncio.get_running_loop().create_future()
             started = time.perf_counter()
             try:

@@ -7,12 +7,13 @@ never evicts: all our objects are hard-pinned (``hidden_state_store.py``), so a 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import mooncake
 import psutil
 
-from torchspec.network import free_port, require_free_port
+from torchspec.network import LOOPBACK, free_port, require_free_port
 from torchspec.processes.child import ChildProcess
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.errors import StoreUnavailable
@@ -48,18 +49,14 @@ class MooncakeMaster:
         StoreUnavailable: the master does not come up (quotes its log).
     """
 
-    def __init__(self, log_path: Path, host: str = "127.0.0.1", port: int | None = None, protocol: str = "tcp"):
-        for _ in range(_START_ATTEMPTS):
+    def __init__(self, log_path: Path, host: str = LOOPBACK, port: int | None = None, protocol: str = "tcp"):
+        def find_addresses() -> StoreEndpoint:
             if port is not None:
                 require_free_port(host, port, "store.master_port")
-            self.endpoint = StoreEndpoint(
-                master=f"{host}:{port or free_port(host)}",
-                metrics=f"{host}:{free_port(host)}",
-                protocol=protocol,
-            )
-            if self._start(log_path):
-                return
-        raise self._failure()
+            return StoreEndpoint(f"{host}:{port or free_port(host)}", f"{host}:{free_port(host)}", protocol=protocol)
+
+        self._log_path = log_path
+        self._start(find_addresses)
 
     def restart(self) -> None:
         """End the process, if it has not ended by itself, and start another at the same addresses.
@@ -70,10 +67,7 @@ class MooncakeMaster:
             StoreUnavailable: it does not come up (quotes its log).
         """
         self._process.stop()
-        for _ in range(_START_ATTEMPTS):
-            if self._start(self._process.log_path):
-                return
-        raise self._failure()
+        self._start(lambda: self.endpoint)
 
     def alive(self) -> bool:
         return self._process.alive()
@@ -81,18 +75,15 @@ class MooncakeMaster:
     def stop(self) -> None:
         self._process.stop()
 
-    def _start(self, log_path: Path) -> bool:
-        self._process = ChildProcess(_command(self.endpoint), log_path)
-        ready = self._becomes_ready()
-        if not ready:
+    def _start(self, find_addresses: Callable[[], StoreEndpoint]) -> None:
+        for _ in range(_START_ATTEMPTS):
+            self.endpoint = find_addresses()
+            self._process = ChildProcess(_command(self.endpoint), self._log_path)
+            if self._becomes_ready():
+                return
             self._process.stop()
-        return ready
-
-    def _failure(self) -> StoreUnavailable:
-        process = self._process
-        return StoreUnavailable(
-            f"the store's master does not start; {process.log_path} ends with\n{process.log_tail()}"
-        )
+        log_end = self._process.log_tail()
+        raise StoreUnavailable(f"the store's master does not start; {self._log_path} ends with\n{log_end}")
 
     def _becomes_ready(self) -> bool:
         """Whether the child itself came to listen on both ports.
@@ -119,11 +110,6 @@ def _ports_of_children(pid: int) -> set[int]:
 def _command(endpoint: StoreEndpoint) -> list[str]:
     host, rpc_port = endpoint.master.rsplit(":", 1)
     _, metrics_port = endpoint.metrics.rsplit(":", 1)
-    addresses = {
-        "rpc_address": host,
-        "rpc_port": rpc_port,
-        "metrics_host": host,
-        "metrics_port": metrics_port,
-    }
+    addresses = {"rpc_address": host, "rpc_port": rpc_port, "metrics_host": host, "metrics_port": metrics_port}
     binary = Path(mooncake.__file__).with_name("mooncake_master")
     return [str(binary), *(f"--{name}={value}" for name, value in (addresses | _FLAGS).items())]

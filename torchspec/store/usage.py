@@ -25,12 +25,23 @@ class StoreUsage:
 
 
 def read_usage(endpoint: StoreEndpoint) -> StoreUsage:
-    """Ask the master.
+    """Ask the master; never through a proxy.
 
     Raises:
-        StoreUnavailable: it does not answer.
+        StoreUnavailable: no answer, or not a successful one.
     """
-    lines = _http_get(endpoint.metrics, "/metrics").splitlines()
+    address = endpoint.metrics
+    connection = HTTPConnection(address, timeout=_TIMEOUT_SECONDS)
+    try:
+        connection.request("GET", "/metrics")
+        response = connection.getresponse()
+        lines = response.read().decode().splitlines()
+    except OSError as error:
+        raise StoreUnavailable(f"the store's master does not answer at {address}: {error}") from error
+    finally:
+        connection.close()
+    if response.status != 200:
+        raise StoreUnavailable(f"the store's master at {address} answered {response.status} to /metrics")
     metrics = dict(line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
     return StoreUsage(
         allocated_bytes=int(metrics["master_allocated_bytes"]),
@@ -38,23 +49,3 @@ def read_usage(endpoint: StoreEndpoint) -> StoreUsage:
         objects=int(metrics["master_key_count"]),
         evicted_objects=int(metrics["master_evicted_key_count"]),
     )
-
-
-def _http_get(address: str, path: str) -> str:
-    """Body of a successful answer; never through a proxy.
-
-    Raises:
-        StoreUnavailable: no answer, or not a successful one.
-    """
-    connection = HTTPConnection(address, timeout=_TIMEOUT_SECONDS)
-    try:
-        connection.request("GET", path)
-        response = connection.getresponse()
-        body = response.read().decode()
-    except OSError as error:
-        raise StoreUnavailable(f"the store's master does not answer at {address}: {error}") from error
-    finally:
-        connection.close()
-    if response.status != 200:
-        raise StoreUnavailable(f"the store's master at {address} answered {response.status} to {path}")
-    return body

@@ -23,7 +23,6 @@ from torchspec.inference.capture.protocol import (
 from torchspec.shards import ShardFormula
 from torchspec.store.endpoint import P2P_HANDSHAKE, StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
-from torchspec.store.slot_pool import align
 
 SWITCH = "TORCHSPEC_USP_SHARDED_MOONCAKE"
 META_INFO = "torchspec"
@@ -118,8 +117,7 @@ class StandaloneConfig:
         if running is None:
             raise ValueError(f"{SWITCH} needs --max-running-requests: each one takes room in the buffer")
         # One more: a slot has a row for each token that may be written, the last one included.
-        tensors = SampleGeometry(len(aux_layers), hidden, dtype).tensors(self.max_length + 1)
-        needed = running * sum(align(spec.num_bytes) for spec in tensors.values())
+        needed = running * SampleGeometry(len(aux_layers), hidden, dtype).slot_bytes(self.max_length + 1)
         if needed > self.buffer_bytes:
             raise ValueError(
                 f"MOONCAKE_LOCAL_BUFFER_SIZE={self.buffer_bytes} must be at least {needed} for --max-running-requests "
