@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import IO, Any
 
@@ -74,16 +75,10 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def _drop_torn_line(path: Path, block: int = 1 << 16) -> None:
-    if not path.exists():
+def _drop_torn_line(path: Path) -> None:
+    if not path.exists() or path.stat().st_size == 0:  # which cannot be mapped
         return
     with path.open("rb+") as file:
-        kept = file.seek(0, os.SEEK_END)
-        while kept > 0:
-            start = max(0, kept - block)
-            file.seek(start)
-            line_feed = file.read(kept - start).rfind(b"\n")
-            kept = start + line_feed + 1
-            if line_feed >= 0:
-                break
+        with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            kept = content.rfind(b"\n") + 1  # looks from the end
         file.truncate(kept)
