@@ -20,7 +20,6 @@ from torchspec.store.client import ReplicateConfig
 from torchspec.store.errors import MissingObject, SizeMismatch, StoreFull
 from torchspec.store.geometry import USABLE_SHARE, SampleGeometry, object_bytes, stored_bytes
 from torchspec.store.hidden_state_store import HiddenStateStore
-from torchspec.store.usage import read_usage
 
 SEGMENT = 32 << 20
 MIB = 1 << 20
@@ -96,7 +95,7 @@ def test_several_processes_put_while_threads_get(running: RunningStore, store: H
         reader.join()
     assert [producer.close() for producer in producers] == [0, 0]
     assert wrong == []
-    assert read_usage(running.endpoint).objects == 2 * SAMPLES_PER_PRODUCER * 3
+    assert running.master.usage().objects == 2 * SAMPLES_PER_PRODUCER * 3
 
 
 def test_a_missing_object_is_named(store: HiddenStateStore) -> None:
@@ -123,19 +122,19 @@ def test_remove_ignores_leases_and_absence(running: RunningStore, store: HiddenS
     store.remove("k", tensors)
     store.remove("k", tensors)
     assert not store.exists("k", tensors)
-    assert read_usage(running.endpoint).allocated_bytes == 0
+    assert running.master.usage().allocated_bytes == 0
 
 
 def test_a_full_store_refuses_and_evicts_nothing(running: RunningStore, store: HiddenStateStore) -> None:
     tensors = raw(MIB)
     for i in range(SEGMENT // MIB):
         put(store, f"k{i}", tensors)
-    evicted = read_usage(running.endpoint).evicted_objects
+    evicted = running.master.usage().evicted_objects
     for _ in range(3):
         with pytest.raises(StoreFull, match=r"late_x.*store\.segment_bytes"):
             put(store, "late", tensors)
     assert all(store.exists(f"k{i}", tensors) for i in range(SEGMENT // MIB))
-    assert read_usage(running.endpoint).evicted_objects == evicted
+    assert running.master.usage().evicted_objects == evicted
     store.remove("k3", tensors)
     put(store, "late", tensors)
 
@@ -145,7 +144,7 @@ def test_unpinned_objects_would_be_evicted(
 ) -> None:
     """The control of the test above: without the pin, the same master does evict."""
     monkeypatch.setattr(store, "_replication", ReplicateConfig())
-    before = read_usage(running.endpoint).evicted_objects
+    before = running.master.usage().evicted_objects
     for i in range(SEGMENT // MIB):
         put(store, f"k{i}", raw(MIB))
     for i in range(200):  # the master evicts in the background
@@ -153,7 +152,7 @@ def test_unpinned_objects_would_be_evicted(
             put(store, f"late{i}", raw(MIB))
         except StoreFull:
             time.sleep(0.02)
-    assert read_usage(running.endpoint).evicted_objects > before
+    assert running.master.usage().evicted_objects > before
 
 
 def test_half_a_sample_is_not_kept(running: RunningStore, store: HiddenStateStore) -> None:
@@ -161,7 +160,7 @@ def test_half_a_sample_is_not_kept(running: RunningStore, store: HiddenStateStor
     tensors = {"small": TensorSpec((256,), "int32"), "large": TensorSpec((20 * MIB // 4,), "int32"), **raw(1024)}
     with pytest.raises(StoreFull, match="half_large"):
         put(store, "half", tensors)
-    assert read_usage(running.endpoint).objects == 1
+    assert running.master.usage().objects == 1
 
 
 @pytest.mark.parametrize("size", [4, 5000, 333_332, 1_000_004, 5 * MIB, 5 * MIB + 4, 8 * MIB + 4])
@@ -177,7 +176,7 @@ def test_stored_bytes_is_what_the_allocator_takes(running: RunningStore, store: 
         stored += 1
     fits = SEGMENT // object_bytes(size)
     assert stored == min(fits, limit) if object_bytes(size) > 4096 else stored >= min(fits, limit)
-    assert read_usage(running.endpoint).allocated_bytes == stored * size <= stored * stored_bytes(raw(size))
+    assert running.master.usage().allocated_bytes == stored * size <= stored * stored_bytes(raw(size))
     store.release(buffer)
 
 

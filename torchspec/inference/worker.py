@@ -102,7 +102,7 @@ class InferenceWorker:
                 self._count_sample(produced)
                 await self._insist("publish", produced.ref, produced.answer, produced.timing)
             except LeaseFailed as error:
-                self._count(failures=1)
+                self._counts = replace(self._counts, failures=self._counts.failures + 1)
                 await self._insist("fail", lease.sample, lease.key, str(error), error.kind)
             finally:
                 self._held.discard(lease.key)
@@ -121,18 +121,16 @@ class InferenceWorker:
 
     def _count_sample(self, produced: Produced) -> None:
         ref, answer, put_seconds = produced.ref, produced.answer, produced.timing.put_seconds
-        self._count(
-            samples=1,
-            tokens=ref.num_tokens,
-            answer_tokens=len(answer.token_ids) if answer else 0,
-            put_bytes=ref.num_bytes,
-            put_seconds=put_seconds,
+        counts = self._counts
+        self._counts = replace(
+            counts,
+            samples=counts.samples + 1,
+            tokens=counts.tokens + ref.num_tokens,
+            answer_tokens=counts.answer_tokens + (len(answer.token_ids) if answer else 0),
+            put_bytes=counts.put_bytes + ref.num_bytes,
+            put_seconds=counts.put_seconds + put_seconds,
+            put_histogram=observe(counts.put_histogram, put_seconds),
         )
-        self._counts = replace(self._counts, put_histogram=observe(self._counts.put_histogram, put_seconds))
-
-    def _count(self, **more: float) -> None:
-        current = self._counts
-        self._counts = replace(current, **{name: getattr(current, name) + value for name, value in more.items()})
 
     def _report(self) -> WorkerReport:
         return replace(

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from http.client import HTTPConnection
 from pathlib import Path
 
 import mooncake
@@ -21,6 +23,7 @@ from torchspec.store.errors import StoreUnavailable
 _START_ATTEMPTS = 3
 """A free port may be taken between looking and binding; the master then exits at once."""
 _START_SECONDS = 30.0
+_ANSWER_SECONDS = 5.0
 
 _FLAGS = {
     "enable_metric_reporting": "false",  # the periodic log line; /metrics stays
@@ -33,6 +36,19 @@ _FLAGS = {
     # Seconds without a heartbeat until a node's memory is written off. A busy machine can delay one for long.
     "client_ttl": "30",
 }
+
+
+@dataclass(frozen=True, slots=True)
+class StoreUsage:
+    """Counters of the master."""
+
+    allocated_bytes: int
+    """Bytes of all objects, those being put included, without what the allocator rounds up."""
+    capacity_bytes: int
+    """Bytes of all mounted segments."""
+    objects: int
+    evicted_objects: int
+    """Stays zero: objects are pinned."""
 
 
 class MooncakeMaster:
@@ -74,6 +90,32 @@ class MooncakeMaster:
 
     def stop(self) -> None:
         self._process.stop()
+
+    def usage(self) -> StoreUsage:
+        """How full the store is, as the master counts; never asked through a proxy.
+
+        Raises:
+            StoreUnavailable: no answer, or not a successful one.
+        """
+        address = self.endpoint.metrics
+        connection = HTTPConnection(address, timeout=_ANSWER_SECONDS)
+        try:
+            connection.request("GET", "/metrics")
+            response = connection.getresponse()
+            lines = response.read().decode().splitlines()
+        except OSError as error:
+            raise StoreUnavailable(f"the store's master does not answer at {address}: {error}") from error
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise StoreUnavailable(f"the store's master at {address} answered {response.status} to /metrics")
+        metrics = dict(line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+        return StoreUsage(
+            allocated_bytes=int(metrics["master_allocated_bytes"]),
+            capacity_bytes=int(metrics["master_total_capacity_bytes"]),
+            objects=int(metrics["master_key_count"]),
+            evicted_objects=int(metrics["master_evicted_key_count"]),
+        )
 
     def _start(self, find_addresses: Callable[[], StoreEndpoint]) -> None:
         for _ in range(_START_ATTEMPTS):

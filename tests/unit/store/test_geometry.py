@@ -57,7 +57,7 @@ def test_codes_become_our_errors() -> None:
 
 def test_counting_bytes_needs_neither_torch_nor_mooncake() -> None:
     code = (
-        "import sys, torchspec.store.geometry, torchspec.store.endpoint, torchspec.store.usage\n"
+        "import sys, torchspec.store.geometry, torchspec.store.endpoint, torchspec.store.errors\n"
         "assert not {'torch', 'mooncake', 'ray'} & set(sys.modules), sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
