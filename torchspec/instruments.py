@@ -79,10 +79,7 @@ class Rate:
     """Samples and tokens a second over the last :data:`WINDOW_SECONDS`, or :data:`FEWEST_STEPS` pieces of work.
 
     From piece to piece, so that neither the time before the first one nor the beginning of the next one counts; when
-    the next one is overdue, that time counts, too, and the rate falls.
-
-    Args:
-        clock: in seconds.
+    the next one is overdue, that time counts, too, and the rate falls. ``clock`` counts seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

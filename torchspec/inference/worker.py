@@ -26,13 +26,7 @@ _CONTROLLER_PAUSE_SECONDS = 0.5
 
 
 class InferenceWorker:
-    """A Ray actor class around one :class:`TargetEngine`.
-
-    Args:
-        name: This worker, unique in the run.
-        controller: Handle of the controller actor.
-        engine: The engine to start.
-    """
+    """A Ray actor class around one :class:`TargetEngine`. ``name`` is unique in the run."""
 
     def __init__(self, name: str, controller: Any, engine: EngineSpec):
         self._name, self._controller, self._config = name, controller, engine.config

@@ -29,13 +29,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class ChildProcess:
-    """One supervised command, its output appended to a log file.
-
-    Args:
-        command: Program and arguments.
-        log_path: File for stdout and stderr; its folder is created.
-        env: The command's environment; default: ours.
-    """
+    """One supervised command, its output appended to ``log_path``, whose folder is made; ``env`` is ours by default."""
 
     def __init__(self, command: Sequence[str], log_path: Path, env: dict[str, str] | None = None):
         self.log_path = log_path

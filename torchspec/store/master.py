@@ -55,10 +55,9 @@ class MooncakeMaster:
     """Starts on construction and is ready when the constructor returns.
 
     Args:
-        log_path: File for the master's log.
         host: Address to bind, and under which clients find it.
         port: Port for clients; default: a free one.
-        protocol: Transport of the tensors, handed on to the clients: ``tcp`` or ``rdma``.
+        protocol: Handed on to the clients.
 
     Raises:
         ValueError: ``port`` cannot be had (names ``store.master_port``).

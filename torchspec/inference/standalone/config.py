@@ -103,10 +103,9 @@ class StandaloneConfig:
 
         Args:
             aux_layers: ``--return-aux-hidden-state-layer-ids``.
-            prefix_cache: Whether there is one.
             running: ``--max-running-requests``.
-            hidden: Hidden size of the target.
-            dtype: Of its states, by torch's name.
+            hidden: Size of the target's states.
+            dtype: Of these, by torch's name.
 
         Raises:
             ValueError: names the argument.
