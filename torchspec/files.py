@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
@@ -21,7 +22,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any], durable: boo
         durable: it is on the disk when this returns, and outlives the machine's sudden end.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}-{os.getpid()}")
+    scratch = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     try:
         with scratch.open("wb") as file:
             write(file)
