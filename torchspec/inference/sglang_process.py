@@ -49,7 +49,7 @@ class EngineSpec:
     """OpenMP threads of the scheduler process on a CPU."""
 
     def engine_args(self) -> dict[str, Any]:
-        """Keyword arguments of ``sglang.Engine``."""
+        """Keyword arguments of ``sglang.Engine``; the user's own win over the rest."""
         target, inference = self.config.target, self.config.inference
         args = {
             "model_path": target.path,
@@ -75,6 +75,7 @@ class EngineSpec:
                 "attention_backend": "torch_native",
                 "sampling_backend": "pytorch",
                 "disable_cuda_graph": True,
+                # SGLang's own share would leave no room for whatever else starts at the same time
                 "mem_fraction_static": inference.mem_fraction_static or 0.5,
             }
         return args | inference.engine_args
