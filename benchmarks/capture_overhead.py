@@ -27,15 +27,15 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from torchspec.config.schema import AnswerConfig
+from torchspec.config.schema import Config
 from torchspec.data.builtin_target import CACHE, MODEL
 from torchspec.hardware import fast_dtype
 from torchspec.inference.engine import TargetEngine
-from torchspec.inference.sglang_process import EngineConfig, start_token_engine
+from torchspec.inference.sglang_process import EngineSpec, start_token_engine
+from torchspec.store.client import StoreNode
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.hidden_state_store import HiddenStateStore
 from torchspec.store.master import MooncakeMaster
-from torchspec.store.node import StoreNode
 from torchspec.target.shape import early_middle_late
 
 BATCHES = {"512 x 1": (512, 1), "512 x 8": (512, 8), "2048 x 1": (2048, 1), "2048 x 2": (2048, 2)}
@@ -81,15 +81,19 @@ def prompts_of(length: int, count: int, seed: int) -> list[list[int]]:
 
 def serve(role: str, model: Path, endpoint: StoreEndpoint) -> None:
     """Answer :meth:`Engine.ask` until stdin closes."""
-    config = EngineConfig(str(model), early_middle_late(30), dtype=fast_dtype("cpu"), max_total_tokens=10000)
+    sections = {
+        "target": {"path": str(model), "dtype": fast_dtype("cpu")},
+        "inference": {"max_total_tokens": 10000, "buffer_bytes": BUFFER_BYTES},
+    }
+    spec = EngineSpec(Config.model_validate(sections), endpoint, early_middle_late(30))
     engine: Any
     if role == "capture":
-        engine = TargetEngine(config, endpoint, BUFFER_BYTES, AnswerConfig())
+        engine = TargetEngine(spec)
         client = HiddenStateStore(endpoint, 1 << 20)
         pids = engine._engine.get_all_child_pids()
     else:
         os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
-        engine = start_token_engine(**{k: v for k, v in config.engine_args().items() if k not in CAPTURE_ARGS})
+        engine = start_token_engine(**{k: v for k, v in spec.engine_args().items() if k not in CAPTURE_ARGS})
         pids = engine.get_all_child_pids()
     processes = [psutil.Process(pid) for pid in pids]
 

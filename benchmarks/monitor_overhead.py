@@ -27,10 +27,10 @@ from torchspec.contracts import RankId, RankReport, SampleRef, SampleTiming, Wor
 from torchspec.controller.buffer import ControllerSpec
 from torchspec.controller.controller import Controller
 from torchspec.data.prompt_set import PromptSet
+from torchspec.store.client import StoreNode
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
 from torchspec.store.master import MooncakeMaster
-from torchspec.store.node import StoreNode
 
 RESULTS = Path(__file__).parent / "results" / "monitor_overhead.json"
 GEOMETRY = SampleGeometry(num_aux=3, hidden_size=576, dtype="bfloat16")

@@ -28,12 +28,11 @@ from rich.console import Console
 from rich.table import Table
 
 from torchspec.contracts import TensorSpec
-from torchspec.store.client import connect, pinned
+from torchspec.store.client import StoreNode, connect, pinned
 from torchspec.store.endpoint import StoreEndpoint
-from torchspec.store.geometry import sample_tensors
+from torchspec.store.geometry import SampleGeometry
 from torchspec.store.hidden_state_store import HiddenStateStore
 from torchspec.store.master import MooncakeMaster
-from torchspec.store.node import StoreNode
 
 SEGMENT_BYTES = 1 << 30
 RESULTS = Path(__file__).parent / "results" / "store_bandwidth.json"
@@ -121,7 +120,8 @@ def one_round(clients: dict[str, Raw | Ours], number: int, repeats: int) -> dict
 
 def measure(endpoint: StoreEndpoint, shape: tuple[int, int, int], rounds: int) -> dict[str, float]:
     """Median GB/s of each client and the medians of the paired ratios, for puts and gets."""
-    tensors = sample_tensors(*shape, "bfloat16")
+    num_tokens, num_aux, hidden_size = shape
+    tensors = SampleGeometry(num_aux, hidden_size, "bfloat16").tensors(num_tokens)
     size = sum(spec.num_bytes for spec in tensors.values())
     clients: dict[str, Raw | Ours] = {
         "raw": Raw(endpoint, tensors),

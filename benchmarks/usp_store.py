@@ -14,11 +14,11 @@ from pathlib import Path
 from torchspec.contracts import SampleId, SampleRef
 from torchspec.data.masks import pack_mask
 from torchspec.shards import ShardFormula
+from torchspec.store.client import StoreNode
 from torchspec.store.endpoint import StoreEndpoint
-from torchspec.store.geometry import SampleGeometry, sample_tensors
+from torchspec.store.geometry import SampleGeometry
 from torchspec.store.hidden_state_store import HiddenStateStore
 from torchspec.store.master import MooncakeMaster
-from torchspec.store.node import StoreNode
 from torchspec.training.fetch import SampleFetcher
 
 
@@ -70,7 +70,7 @@ def stored_rows(num_tokens: int, degrees: Sequence[int], ttt_length: int) -> lis
 
 
 def store_sample(store: HiddenStateStore, geometry: SampleGeometry, key: str, tokens: int) -> SampleRef:
-    tensors = sample_tensors(tokens, geometry.num_aux, geometry.hidden_size, geometry.dtype)
+    tensors = geometry.tensors(tokens)
     buffer = store.allocate(tensors)
     for view in buffer.views.values():
         view.zero_()

@@ -9,7 +9,7 @@ its tensors live in the store under ``{key}_{hs,lhs,ids}``; what travels here is
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import prod
 from typing import Literal, NamedTuple
 
@@ -21,7 +21,6 @@ HELDOUT_EPOCH = -1
 
 NormState = Literal["post_norm", "pre_norm"]
 """Whether ``lhs`` was taken after or before the target's final norm. SGLang hands over ``post_norm``."""
-
 
 FailureKind = Literal["retry", "final", "no_room", "no_store"]
 """What a failed lease calls for: another attempt, a rejection, a wait until the store has room, or until it is back.
@@ -113,14 +112,6 @@ class SampleRef:
     norm_state: NormState
     sharding: ShardFormula | None = None
     """How the objects are split among SP ranks: ``{key}_usp{rank}_{suffix}``. None: ``{key}_{suffix}``."""
-
-    @property
-    def usp_sharded(self) -> bool:
-        return self.sharding is not None
-
-    @property
-    def layout(self) -> Literal["full", "contiguous", "zigzag"]:
-        return "full" if self.sharding is None else self.sharding.layout
 
 
 MicroBatches = tuple[tuple[SampleRef, ...], ...]
@@ -220,7 +211,7 @@ class RankBatch:
     """
 
     step: int
-    micro_batches: tuple[tuple[SampleRef, ...], ...]
+    micro_batches: MicroBatches
     checkpoint: bool = False
     """Save a checkpoint after this step."""
     evaluate: bool = False
@@ -281,7 +272,7 @@ class RunStatus:
     training_samples_per_s: float
     eta_seconds: float | None
     uptime_seconds: float
-    messages: tuple[str, ...] = field(default=())
+    messages: tuple[str, ...] = ()
     """Recent events worth a person's attention, oldest first."""
     workers_wanted: int = 0
     """Inference workers that there should be; ``workers`` are those that there are."""

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,7 +22,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any], durable: boo
         durable: it is on the disk when this returns, and outlives the machine's sudden end.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}-{os.getpid()}")
+    scratch = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     try:
         with scratch.open("wb") as file:
             write(file)
@@ -74,16 +76,10 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 yield json.loads(line)
 
 
-def _drop_torn_line(path: Path, block: int = 1 << 16) -> None:
-    if not path.exists():
+def _drop_torn_line(path: Path) -> None:
+    if not path.exists() or path.stat().st_size == 0:  # which cannot be mapped
         return
     with path.open("rb+") as file:
-        kept = file.seek(0, os.SEEK_END)
-        while kept > 0:
-            start = max(0, kept - block)
-            file.seek(start)
-            line_feed = file.read(kept - start).rfind(b"\n")
-            kept = start + line_feed + 1
-            if line_feed >= 0:
-                break
+        with mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            kept = content.rfind(b"\n") + 1  # looks from the end
         file.truncate(kept)

@@ -10,7 +10,6 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from types import TracebackType
 
 BOUNDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 """Upper bounds of latencies in a histogram, in seconds."""
@@ -37,9 +36,7 @@ class Stopwatch:
             self._since = time.perf_counter()
         self.count += 1
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_error: object) -> None:
         self.count -= 1
         if self.count == 0:
             self._total += time.perf_counter() - self._since
@@ -82,10 +79,7 @@ class Rate:
     """Samples and tokens a second over the last :data:`WINDOW_SECONDS`, or :data:`FEWEST_STEPS` pieces of work.
 
     From piece to piece, so that neither the time before the first one nor the beginning of the next one counts; when
-    the next one is overdue, that time counts, too, and the rate falls.
-
-    Args:
-        clock: in seconds.
+    the next one is overdue, that time counts, too, and the rate falls. ``clock`` counts seconds.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:

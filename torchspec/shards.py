@@ -85,11 +85,6 @@ class ShardFormula:
         segments = [self._segment(num_tokens, rank, part) for rank in members]
         return min(s.start for s in segments), max(s.stop for s in segments)
 
-    def shard_rows(self, num_tokens: int, rank: int) -> tuple[int, int]:
-        """Stored rows of a rank's shard: of ``hs``, and of ``ids`` and ``lhs``."""
-        segments = self.segments(num_tokens, rank)
-        return sum(s.stop - s.start for s in segments), sum(s.halo_stop - s.start for s in segments)
-
     def windows(self, lengths: Sequence[int], rank: int) -> Iterator[tuple[int, Segment]]:
         """The rows of a rank's padded batch, top to bottom: for each sample its number and its segments."""
         for sample, num_tokens in enumerate(lengths):

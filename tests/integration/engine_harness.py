@@ -20,23 +20,28 @@ from typing import Any
 
 import psutil
 
-from torchspec.config.schema import AnswerConfig
+from torchspec.config.schema import Config
 from torchspec.inference.engine import Answered, EngineDied, TargetEngine
-from torchspec.inference.sglang_process import EngineConfig, EngineError
+from torchspec.inference.sglang_process import EngineError, EngineSpec
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.target.shape import early_middle_late
 
 CHUNK = 128
 AUX_LAYERS = early_middle_late(30)
+HANG_SECONDS = 3.0
 
 
 class LiveEngine:
     """A :class:`TargetEngine` and the loop that its coroutines run on."""
 
-    def __init__(self, endpoint: StoreEndpoint, model_path: Path, buffer_bytes: int = 16 << 20, **config: Any):
-        defaults: dict[str, Any] = {"chunked_prefill_size": CHUNK, "max_total_tokens": 8192, "dtype": "float32"}
-        engine = EngineConfig(str(model_path), AUX_LAYERS, **(defaults | config))
-        self.engine = TargetEngine(engine, endpoint, buffer_bytes, AnswerConfig())
+    def __init__(self, endpoint: StoreEndpoint, model_path: Path, dtype: str = "float32", **inference: Any):
+        sizes = {"chunked_prefill_size": CHUNK, "max_total_tokens": 8192, "buffer_bytes": 16 << 20}
+        sections = {
+            "target": {"path": str(model_path), "dtype": dtype},
+            "inference": sizes | inference,
+            "recovery": {"hang_seconds": HANG_SECONDS},
+        }
+        self.engine = TargetEngine(EngineSpec(Config.model_validate(sections), endpoint, AUX_LAYERS))
         self.runner = asyncio.Runner()
         self._keys = map("answer{}".format, count())
 
@@ -72,7 +77,6 @@ def live_engine(endpoint: StoreEndpoint, model_path: Path, **options: Any) -> It
 
 
 ENDS = {"scheduler-dies": signal.SIGKILL, "scheduler-hangs": signal.SIGSTOP}
-HANG_SECONDS = 3.0
 
 
 class EngineProcess:
@@ -106,7 +110,7 @@ def say(**message: Any) -> None:
 def main() -> None:
     task, endpoint, model_path = sys.argv[1], StoreEndpoint.from_json(sys.argv[2]), Path(sys.argv[3])
     try:
-        engine = LiveEngine(endpoint, model_path, hang_seconds=HANG_SECONDS)
+        engine = LiveEngine(endpoint, model_path)
     except EngineError as error:
         children = [
             child for child in psutil.Process().children() if "resource_tracker" not in "".join(child.cmdline())

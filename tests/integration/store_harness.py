@@ -16,11 +16,11 @@ import psutil
 import torch
 
 from torchspec.contracts import TensorSpec
+from torchspec.store.client import StoreNode
 from torchspec.store.endpoint import StoreEndpoint
-from torchspec.store.geometry import sample_tensors
+from torchspec.store.geometry import SampleGeometry
 from torchspec.store.hidden_state_store import HiddenStateStore
 from torchspec.store.master import MooncakeMaster
-from torchspec.store.node import StoreNode
 
 SAMPLES_PER_PRODUCER = 12
 
@@ -94,7 +94,7 @@ def pattern(key: str, num_tokens: int) -> dict[str, torch.Tensor]:
         data = torch.randint(0, 256, (*spec.shape, dtype.itemsize), dtype=torch.uint8, generator=generator)
         return data.view(dtype).squeeze(-1)
 
-    return {suffix: bits(spec) for suffix, spec in sample_tensors(num_tokens, 3, 64, "bfloat16").items()}
+    return {suffix: bits(spec) for suffix, spec in SampleGeometry(3, 64, "bfloat16").tensors(num_tokens).items()}
 
 
 def tokens_of(producer: int, number: int) -> int:

@@ -29,9 +29,9 @@ from torchspec.driver.scale import checked_change
 from torchspec.inference.sglang_patch import our_edits
 from torchspec.network import LOOPBACK
 from torchspec.run_folder import RunFolder
+from torchspec.store.client import StoreNode
 from torchspec.store.hidden_state_store import HiddenStateStore
 from torchspec.store.master import MooncakeMaster
-from torchspec.store.node import StoreNode
 
 ROLES = ClusterConfig(inference_resource="torchspec_inference", training_resource="torchspec_training")
 PLAN = Plan((), ThreadPlan(1, 1), 2, 0, 0, 0, 0, 0, 0, 0, ())
@@ -259,7 +259,7 @@ def test_two_runs_of_one_name_go_on_beside_each_other_and_share_nothing(cluster,
     for folder, client, (node, master) in zip("ab", clients, stores, strict=True):
         verdict = verify_run(tmp_path / folder / "run")
         assert verdict.violations == () and sum(epoch.trained for epoch in verdict.epochs) == 20
-        assert client.usage().objects == 0
+        assert master.usage().objects == 0
         client.close()
         node.close()
         master.stop()

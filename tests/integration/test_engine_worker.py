@@ -16,10 +16,10 @@ from transformers import AutoTokenizer
 
 from tests.integration.engine_harness import AUX_LAYERS
 from tests.integration.store_harness import RunningStore
-from torchspec.config.schema import AnswerConfig, InferenceConfig
+from torchspec.config.schema import Config
 from torchspec.contracts import Lease, SampleId
 from torchspec.data.masks import pack_mask, unpack_mask
-from torchspec.inference.sglang_process import EngineConfig
+from torchspec.inference.sglang_process import EngineSpec
 from torchspec.inference.worker import InferenceWorker
 from torchspec.shards import ShardFormula
 from torchspec.store.geometry import shard_tensors
@@ -84,12 +84,16 @@ def outcome(store: RunningStore, target_path: Path, prompts: list[list[int]]) ->
     leases += [lease(f"read{i}", 10 + i, CONVERSATION[i:], 0) for i in range(3)]
     leases += [replace(lease("split", 15, CONVERSATION, 0), sharding=FORMULA)]
     leases += [lease("large", 20, [7] * 2000, 0)]
-    engine = EngineConfig(str(target_path), AUX_LAYERS, max_total_tokens=4096, max_running_requests=4)
-    inference = InferenceConfig(max_concurrency=4, buffer_bytes=BUFFER_BYTES)
+    sections = {
+        "target": {"path": str(target_path), "dtype": "bfloat16"},
+        "inference": {"max_total_tokens": 4096, "max_concurrency": 4, "buffer_bytes": BUFFER_BYTES},
+        "monitor": {"history_seconds": 0},
+    }
+    engine = EngineSpec(Config.model_validate(sections), store.endpoint, AUX_LAYERS)
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
     try:
         desk = Desk.remote(leases)  # type: ignore[attr-defined]
-        worker = ray.remote(InferenceWorker).remote("w0", desk, engine, store.endpoint, inference, AnswerConfig())
+        worker = ray.remote(InferenceWorker).remote("w0", desk, engine)
         ray.get(worker.run.remote())
         report = ray.get(worker.__ray_call__.remote(lambda self: self._report()))
         published, failed, most, timings = ray.get(desk.outcome.remote())
@@ -107,7 +111,7 @@ def test_answers_are_captured_with_a_mask_on_the_answer(outcome, prompts, target
         read = prompt + list(answer.token_ids[:-1])
         length = len(read)
         assert ref.sample == SampleId(0, i) == SampleId(0, answer.prompt)
-        assert ref.num_tokens == length and ref.norm_state == "post_norm" and not ref.usp_sharded
+        assert ref.num_tokens == length and ref.norm_state == "post_norm" and ref.sharding is None
         assert unpack_mask(ref.loss_mask, length) == [False] * len(prompt) + [True] * (length - len(prompt))
         assert answer.text == tokenizer.decode(answer.token_ids, skip_special_tokens=True)
         assert (answer.finish_reason == "stop") == (answer.token_ids[-1] == tokenizer.eos_token_id)

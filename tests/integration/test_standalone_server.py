@@ -21,7 +21,7 @@ from tests.integration.standalone_harness import ServedModel, command, environme
 from tests.integration.store_harness import RunningStore, running_store
 from torchspec.inference.capture.protocol import capture_rid, decode_captured
 from torchspec.shards import ShardFormula
-from torchspec.store.geometry import sample_tensors, shard_suffix, shard_tensors
+from torchspec.store.geometry import SampleGeometry, shard_suffix, shard_tensors
 from torchspec.store.hidden_state_store import HiddenStateStore
 from torchspec.target.shape import early_middle_late
 
@@ -138,7 +138,7 @@ def test_what_cannot_be_stored_is_refused_or_said(server, client) -> None:  # ty
     status, answer = server.generate(rid, prompt(9), max_new_tokens=1, custom_params={"metadata": {"mine": 1}})
     entry = answer["meta_info"]["torchspec"]
     assert status == 200 and (entry["stored"], entry["mine"]) == (False, 1) and "under this key" in entry["reason"]
-    whole = sample_tensors(MAX_LENGTH, len(AUX_LAYERS), HIDDEN, "float32")
+    whole = SampleGeometry(len(AUX_LAYERS), HIDDEN, "float32").tensors(MAX_LENGTH)
     first = client.get("long", shard_tensors(whole, SHARDING, MAX_LENGTH, 0), timeout=10)
     assert first.views["usp0_ids"][:5].tolist() == prompt(MAX_LENGTH)[:5]  # the first request's, untouched
     client.release(first)

@@ -18,7 +18,7 @@ from tests.integration.store_harness import SAMPLES_PER_PRODUCER, Peer, RunningS
 from torchspec.contracts import TensorSpec
 from torchspec.store.client import ReplicateConfig
 from torchspec.store.errors import MissingObject, SizeMismatch, StoreFull
-from torchspec.store.geometry import USABLE_SHARE, object_bytes, sample_tensors, stored_bytes
+from torchspec.store.geometry import USABLE_SHARE, SampleGeometry, object_bytes, stored_bytes
 from torchspec.store.hidden_state_store import HiddenStateStore
 
 SEGMENT = 32 << 20
@@ -43,7 +43,7 @@ def store(client: HiddenStateStore) -> Iterator[HiddenStateStore]:
     """A client on an empty store; checks that the test gave back all of its buffer."""
     yield client
     client._client.remove_all(True)
-    assert client._pool.free_bytes == client._pool.capacity
+    assert client._pool._holes == [(0, client._pool.capacity)]
 
 
 def raw(size: int) -> dict[str, TensorSpec]:
@@ -82,7 +82,7 @@ def test_several_processes_put_while_threads_get(running: RunningStore, store: H
     def read(producer: int) -> None:
         for number in range(SAMPLES_PER_PRODUCER):
             key, tokens = f"p{producer}n{number}", tokens_of(producer, number)
-            buffer = store.get(key, sample_tensors(tokens, 3, 64, "bfloat16"), timeout=30)
+            buffer = store.get(key, SampleGeometry(3, 64, "bfloat16").tensors(tokens), timeout=30)
             for suffix, tensor in pattern(key, tokens).items():
                 if not torch.equal(buffer.views[suffix].view(torch.uint8), tensor.view(torch.uint8)):
                     wrong.append(f"{key}_{suffix}")
@@ -95,7 +95,7 @@ def test_several_processes_put_while_threads_get(running: RunningStore, store: H
         reader.join()
     assert [producer.close() for producer in producers] == [0, 0]
     assert wrong == []
-    assert store.usage().objects == 2 * SAMPLES_PER_PRODUCER * 3
+    assert running.master.usage().objects == 2 * SAMPLES_PER_PRODUCER * 3
 
 
 def test_a_missing_object_is_named(store: HiddenStateStore) -> None:
@@ -113,8 +113,8 @@ def test_a_wrong_size_is_refused(store: HiddenStateStore, expected: int) -> None
         store.get("k", raw(expected))
 
 
-def test_remove_ignores_leases_and_absence(store: HiddenStateStore) -> None:
-    tensors = sample_tensors(10, 3, 64, "bfloat16")
+def test_remove_ignores_leases_and_absence(running: RunningStore, store: HiddenStateStore) -> None:
+    tensors = SampleGeometry(3, 64, "bfloat16").tensors(10)
     put(store, "k", tensors)
     store.release(store.get("k", tensors))
     assert store._client.remove("k_hs") == -706, "the reader's lease should be fresh"
@@ -122,27 +122,29 @@ def test_remove_ignores_leases_and_absence(store: HiddenStateStore) -> None:
     store.remove("k", tensors)
     store.remove("k", tensors)
     assert not store.exists("k", tensors)
-    assert store.usage().allocated_bytes == 0
+    assert running.master.usage().allocated_bytes == 0
 
 
-def test_a_full_store_refuses_and_evicts_nothing(store: HiddenStateStore) -> None:
+def test_a_full_store_refuses_and_evicts_nothing(running: RunningStore, store: HiddenStateStore) -> None:
     tensors = raw(MIB)
     for i in range(SEGMENT // MIB):
         put(store, f"k{i}", tensors)
-    evicted = store.usage().evicted_objects
+    evicted = running.master.usage().evicted_objects
     for _ in range(3):
         with pytest.raises(StoreFull, match=r"late_x.*store\.segment_bytes"):
             put(store, "late", tensors)
     assert all(store.exists(f"k{i}", tensors) for i in range(SEGMENT // MIB))
-    assert store.usage().evicted_objects == evicted
+    assert running.master.usage().evicted_objects == evicted
     store.remove("k3", tensors)
     put(store, "late", tensors)
 
 
-def test_unpinned_objects_would_be_evicted(store: HiddenStateStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unpinned_objects_would_be_evicted(
+    running: RunningStore, store: HiddenStateStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The control of the test above: without the pin, the same master does evict."""
     monkeypatch.setattr(store, "_replication", ReplicateConfig())
-    before = store.usage().evicted_objects
+    before = running.master.usage().evicted_objects
     for i in range(SEGMENT // MIB):
         put(store, f"k{i}", raw(MIB))
     for i in range(200):  # the master evicts in the background
@@ -150,19 +152,19 @@ def test_unpinned_objects_would_be_evicted(store: HiddenStateStore, monkeypatch:
             put(store, f"late{i}", raw(MIB))
         except StoreFull:
             time.sleep(0.02)
-    assert store.usage().evicted_objects > before
+    assert running.master.usage().evicted_objects > before
 
 
-def test_half_a_sample_is_not_kept(store: HiddenStateStore) -> None:
+def test_half_a_sample_is_not_kept(running: RunningStore, store: HiddenStateStore) -> None:
     put(store, "filler", raw(16 * MIB))
     tensors = {"small": TensorSpec((256,), "int32"), "large": TensorSpec((20 * MIB // 4,), "int32"), **raw(1024)}
     with pytest.raises(StoreFull, match="half_large"):
         put(store, "half", tensors)
-    assert store.usage().objects == 1
+    assert running.master.usage().objects == 1
 
 
 @pytest.mark.parametrize("size", [4, 5000, 333_332, 1_000_004, 5 * MIB, 5 * MIB + 4, 8 * MIB + 4])
-def test_stored_bytes_is_what_the_allocator_takes(store: HiddenStateStore, size: int) -> None:
+def test_stored_bytes_is_what_the_allocator_takes(running: RunningStore, store: HiddenStateStore, size: int) -> None:
     """As many objects fit as the formula says; the smallest sizes are bounded, not exact."""
     limit = 2000
     buffer = store.allocate(raw(size))
@@ -174,7 +176,7 @@ def test_stored_bytes_is_what_the_allocator_takes(store: HiddenStateStore, size:
         stored += 1
     fits = SEGMENT // object_bytes(size)
     assert stored == min(fits, limit) if object_bytes(size) > 4096 else stored >= min(fits, limit)
-    assert store.usage().allocated_bytes == stored * size <= stored * stored_bytes(raw(size))
+    assert running.master.usage().allocated_bytes == stored * size <= stored * stored_bytes(raw(size))
     store.release(buffer)
 
 
@@ -184,7 +186,7 @@ def test_the_usable_share_of_the_segment_never_refuses_a_sample(store: HiddenSta
     held: deque[tuple[str, dict[str, TensorSpec]]] = deque()
     credits = 0
     for number in range(600):
-        tensors = sample_tensors(rng.randint(20, 650), 3, 128, "bfloat16")
+        tensors = SampleGeometry(3, 128, "bfloat16").tensors(rng.randint(20, 650))
         while credits + stored_bytes(tensors) > USABLE_SHARE * SEGMENT:
             held.rotate(-rng.randint(0, 3))  # steps free nearly, not quite, in order
             key, oldest = held.popleft()

@@ -93,7 +93,7 @@ def test_a_rank_reads_its_own_shard_and_nothing_else(bench: Bench) -> None:
     length, formula = 203, ShardFormula(2, 2, "zigzag", TTT)
     (whole,) = put_samples(bench.client, [length], prefix="whole")
     (ref,) = put_samples(bench.client, [length], prefix="shards", sharding=formula)
-    assert ref.usp_sharded and ref.layout == "zigzag" and ref.tensors == whole.tensors  # global shapes
+    assert ref.sharding == formula and ref.tensors == whole.tensors  # global shapes
     full = SampleFetcher(bench.client, GEOMETRY, 0, 0, pin_memory=False)
     ([expected], _) = full.fetch(((whole,),), {})
     seen = torch.zeros(length, dtype=torch.int64)

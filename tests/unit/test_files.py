@@ -21,6 +21,20 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
+def test_whoever_else_writes_has_a_scratch_file_of_his_own(tmp_path):
+    path = tmp_path / "file.bin"
+
+    def write(file):  # a process on another machine may even have our number
+        file.write(b"outer, ")
+        write_atomically(path, lambda inner: inner.write(b"inner"))
+        assert path.read_bytes() == b"inner"
+        file.write(b"whole")
+
+    write_atomically(path, write)
+    assert path.read_bytes() == b"outer, whole"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_torn_last_line_is_dropped_and_written_over(tmp_path):
     path = tmp_path / "x.jsonl"
     JsonLines(path).write({"a": 1})

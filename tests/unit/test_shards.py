@@ -20,14 +20,12 @@ def test_contiguous_by_hand() -> None:
     formula = ShardFormula(2, 2, "contiguous", halo=3)
     shards = [formula.segments(10, rank) for rank in range(4)]
     assert shards == [(Segment(0, 3, 6),), (Segment(3, 6, 9),), (Segment(6, 9, 10),), (Segment(9, 10, 10),)]
-    assert [formula.shard_rows(10, rank) for rank in range(4)] == [(3, 6), (3, 6), (3, 4), (1, 1)]
 
 
 def test_zigzag_by_hand() -> None:
     formula = ShardFormula(1, 2, "zigzag", halo=2)
     assert formula.segments(9, 0) == (Segment(0, 3, 5), Segment(9, 9, 9))
     assert formula.segments(9, 1) == (Segment(3, 6, 8), Segment(6, 9, 9))
-    assert formula.shard_rows(9, 1) == (6, 8)
 
 
 def test_fewer_tokens_than_ranks() -> None:
@@ -70,10 +68,6 @@ def test_windows_fit_into_one_shape_for_all_ranks(formula: ShardFormula, batch: 
         for sample, num_tokens in enumerate(batch):
             mine = [s for b, s in windows if b == sample]
             assert mine == list(formula.segments(num_tokens, rank))
-            assert formula.shard_rows(num_tokens, rank) == (
-                sum(s.stop - s.start for s in mine),
-                sum(s.halo_stop - s.start for s in mine),
-            )
 
 
 @pytest.mark.parametrize("ring_size", [2, 4, 8])

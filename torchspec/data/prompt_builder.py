@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -66,75 +66,58 @@ def tokenise(
     progress: Callable[[int], None] = lambda done: None,
 ) -> PromptSet:
     """Make a prompt set of ``lines``, which is not saved."""
-    rows = _Rows(options)
+    ids: list[str] = []
+    tokens, masks = [np.zeros(0, dtype=np.int32)], [np.zeros(0, dtype=np.uint8)]
+    max_answer_tokens: list[int] = []
+    rejected: list[tuple[str, str]] = []
     done = 0
     while batch := list(islice(lines, BATCH)):
-        rows.reject_lines(line for line in batch if isinstance(line, BadLine))
+        rejected += [(line.name, line.reason) for line in batch if isinstance(line, BadLine)]
         conversations = [line for line in batch if isinstance(line, Conversation)]
-        for conversation, tokens in zip(conversations, chat.encode(conversations, options.last_turn_only), strict=True):
-            rows.add(conversation.id, tokens)
+        for conversation, row in zip(conversations, chat.encode(conversations, options.last_turn_only), strict=True):
+            if isinstance(row, Refusal):
+                rejected.append((conversation.id, row.reason))
+            elif reason := _refuse(row, options):
+                rejected.append((conversation.id, reason))
+            else:
+                ids.append(conversation.id)
+                tokens.append(row.input_ids)
+                max_answer_tokens.append(0 if row.loss_mask is not None else _answer_room(row, options))
+                if row.loss_mask is not None:
+                    masks.append(np.packbits(row.loss_mask))
         done += len(batch)
         progress(done)
-    return rows.freeze(content_hash)
+    return PromptSet(
+        ids=ids,
+        token_ids=np.concatenate(tokens),
+        offsets=np.cumsum([len(row) for row in tokens], dtype=np.int64),
+        packed_masks=np.concatenate(masks),
+        max_answer_tokens=np.array(max_answer_tokens, dtype=np.int32),
+        rejected=rejected,
+        content_hash=content_hash,
+    )
 
 
-@dataclass
-class _Rows:
-    """A prompt set in the making."""
+def _answer_room(row: Tokenized, options: TokenizeOptions) -> int:
+    """Most tokens of the answer."""
+    return min(options.max_new_tokens, options.max_seq_length - len(row.input_ids))
 
-    options: TokenizeOptions
-    ids: list[str] = field(default_factory=list)
-    tokens: list[np.ndarray] = field(default_factory=list)
-    masks: list[np.ndarray] = field(default_factory=list)
-    max_answer_tokens: list[int] = field(default_factory=list)
-    rejected: list[tuple[str, str]] = field(default_factory=list)
 
-    def reject_lines(self, lines: Iterable[BadLine]) -> None:
-        self.rejected += [(line.name, line.reason) for line in lines]
-
-    def add(self, name: str, row: Tokenized | Refusal) -> None:
-        if isinstance(row, Refusal):
-            self.rejected.append((name, row.reason))
-        elif reason := self._refuse(row):
-            self.rejected.append((name, reason))
-        else:
-            self.ids.append(name)
-            self.tokens.append(row.input_ids)
-            self.max_answer_tokens.append(0 if row.loss_mask is not None else self._left(row))
-            if row.loss_mask is not None:
-                self.masks.append(np.packbits(row.loss_mask))
-
-    def freeze(self, content_hash: str) -> PromptSet:
-        return PromptSet(
-            ids=self.ids,
-            token_ids=np.concatenate([np.zeros(0, dtype=np.int32), *self.tokens]),
-            offsets=np.cumsum([0, *map(len, self.tokens)], dtype=np.int64),
-            packed_masks=np.concatenate([np.zeros(0, dtype=np.uint8), *self.masks]),
-            max_answer_tokens=np.array(self.max_answer_tokens, dtype=np.int32),
-            rejected=self.rejected,
-            content_hash=content_hash,
-        )
-
-    def _left(self, row: Tokenized) -> int:
-        """Most tokens of the answer."""
-        return min(self.options.max_new_tokens, self.options.max_seq_length - len(row.input_ids))
-
-    def _refuse(self, row: Tokenized) -> str:
-        """Why a conversation cannot be a row; empty if it can."""
-        length, limit, needed = len(row.input_ids), self.options.max_seq_length, self.options.min_loss_tokens
-        if length > limit:
-            return f"{length} tokens are more than data.max_seq_length={limit}"
-        if row.loss_mask is not None:
-            count = int(row.loss_mask.sum())
-            return (
-                "" if count >= needed else f"{count} tokens to learn from are fewer than data.min_loss_tokens={needed}"
-            )
-        if self._left(row) >= needed:
-            return ""
-        return (
-            f"a prompt of {length} tokens leaves {self._left(row)} for the answer (data.max_seq_length={limit}, "
-            f"answer.max_tokens={self.options.max_new_tokens}), fewer than data.min_loss_tokens={needed}"
-        )
+def _refuse(row: Tokenized, options: TokenizeOptions) -> str:
+    """Why a conversation cannot be a row; empty if it can."""
+    length, limit, needed = len(row.input_ids), options.max_seq_length, options.min_loss_tokens
+    if length > limit:
+        return f"{length} tokens are more than data.max_seq_length={limit}"
+    if row.loss_mask is not None:
+        count = int(row.loss_mask.sum())
+        return "" if count >= needed else f"{count} tokens to learn from are fewer than data.min_loss_tokens={needed}"
+    room = _answer_room(row, options)
+    if room >= needed:
+        return ""
+    return (
+        f"a prompt of {length} tokens leaves {room} for the answer (data.max_seq_length={limit}, "
+        f"answer.max_tokens={options.max_new_tokens}), fewer than data.min_loss_tokens={needed}"
+    )
 
 
 def _hash_inputs(files: Sequence[Path], tokenizer: Path, options: TokenizeOptions) -> str:

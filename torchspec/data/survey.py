@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from torchspec.data.conversations import BadLine, Conversation, read_conversations, require_clean
 from torchspec.data.prompt_builder import tokenise
 from torchspec.data.prompt_set import TokenizeOptions
 from torchspec.data.prompt_sources import find_files
-from torchspec.data.tokenize import ChatTokenizer, read_template
+from torchspec.data.tokenize import ChatTokenizer
 
 SAMPLE = 512
 """Up to twice as many conversations are tokenised, and so counted exactly."""
@@ -40,7 +40,6 @@ def survey(source: str, tokenizer_path: Path, options: TokenizeOptions, cache_di
     if options.on_error == "stop":
         require_clean(files, options.limit)
     count, sample = _sample(files, options.limit)
-    options = replace(options, chat_template=read_template(options.chat_template))
     chat = ChatTokenizer(tokenizer_path, options.chat_template, options.trust_remote_code)
     prompts = tokenise(iter(sample), chat, options)
     scale = count / max(1, len(sample))

@@ -50,11 +50,8 @@ class DraftVocab:
 
     def save(self, path: Path) -> None:
         """Write JSON, complete or not at all: without it no checkpoint can be resumed."""
-        content = {
-            "vocab_size": self.vocab_size,
-            "coverage": self.coverage,
-            "target_ids": self.target_ids.tolist(),
-        }
+        ids = self.target_ids.tolist()
+        content = {"vocab_size": self.vocab_size, "coverage": self.coverage, "target_ids": ids}
         write_atomically(path, lambda file: file.write(json.dumps(content).encode()), durable=True)
 
     @classmethod

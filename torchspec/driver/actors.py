@@ -24,11 +24,11 @@ from torchspec.data.vocabulary import DraftVocab
 from torchspec.driver.placement import Placement, RankSlots
 from torchspec.driver.plan import plan_threads
 from torchspec.driver.prepare import Prepared
-from torchspec.inference.sglang_process import EngineConfig
+from torchspec.inference.sglang_process import EngineSpec
 from torchspec.inference.worker import InferenceWorker
 from torchspec.processes.janitor import MARK, start_janitor
+from torchspec.store.client import StoreNode
 from torchspec.store.endpoint import StoreEndpoint
-from torchspec.store.node import StoreNode
 from torchspec.training.trainer import Trainer, TrainerSpec
 
 LONG_POLLS = 10_000
@@ -119,28 +119,17 @@ class ActorFactory:
         name = f"worker-{self._workers}"
         self._workers += 1
         prepared, resolved = self._prepared, self._prepared.resolved
-        inference = self._config.inference
         pooled = with_values(self._config, {"inference.workers": pool})
         fair = plan_threads(pooled, prepared.plan.cores, resolved.on_gpu)
-        engine = EngineConfig(
-            model_path=self._config.target.path,
-            dtype=self._config.target.dtype,
+        engine = EngineSpec(
+            config=self._config,
+            endpoint=self._endpoint,
+            aux_layers=resolved.draft.layers,
             device="cuda" if resolved.on_gpu else "cpu",
             threads=min(fair.inference, prepared.plan.threads.inference),
-            tp_size=inference.tp_size,
-            aux_layers=resolved.draft.layers,
-            chunked_prefill_size=inference.chunked_prefill_size,
-            max_total_tokens=inference.max_total_tokens,
-            max_running_requests=inference.max_concurrency,
-            mem_fraction_static=inference.mem_fraction_static,
-            trust_remote_code=self._config.target.trust_remote_code,
-            hang_seconds=self._config.recovery.hang_seconds,
-            stuck_seconds=self._config.recovery.stuck_seconds,
-            extra_args=inference.engine_args,
         )
-        gpus = inference.tp_size if resolved.on_gpu else 0
-        often = self._config.monitor.history_seconds
-        told = name, controller, engine, self._endpoint, inference, self._config.answer, often
+        gpus = self._config.inference.tp_size if resolved.on_gpu else 0
+        told = name, controller, engine
         return name, self._start(InferenceWorker, name, engine.threads, gpus, *told, **self._placement.worker())
 
     def rank_slots(self, plan: GroupPlan) -> RankSlots:

@@ -18,7 +18,6 @@ from torchspec.config.schema import RecoveryConfig
 from torchspec.driver.supervise import Pulse, RunFailed, actor_pulse
 from torchspec.store.errors import StoreUnavailable
 from torchspec.store.master import MooncakeMaster
-from torchspec.store.usage import read_usage
 
 _PAUSE_SECONDS = 0.2
 
@@ -87,7 +86,7 @@ class StoreSupervisor:
     def _watch(self) -> None:
         """Count silence from now on."""
         patience = self._recovery.hang_seconds
-        self._master_pulse = Pulse(lambda: self._thread.submit(read_usage, self._master.endpoint), patience)
+        self._master_pulse = Pulse(lambda: self._thread.submit(self._master.usage), patience)
         self._node_pulse = actor_pulse(self._node, self._recovery)
 
     def _node_gone(self) -> bool:
@@ -95,6 +94,6 @@ class StoreSupervisor:
 
     def _capacity(self) -> int:
         try:
-            return read_usage(self._master.endpoint).capacity_bytes
+            return self._master.usage().capacity_bytes
         except StoreUnavailable:
             return 0

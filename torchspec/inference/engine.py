@@ -1,4 +1,4 @@
-"""The live source: an SGLang engine that answers prompts and captures hidden states, on a CPU or on GPUs.
+"""Where samples come from: an SGLang engine that answers prompts and captures hidden states, on a CPU or on GPUs.
 
     answer(key, prompt) ---> sampled tokens, and the states of what was read on the way
     capture(key, text) ----> the states alone
@@ -30,25 +30,21 @@ import numpy as np
 import psutil
 from transformers import AutoTokenizer
 
-from torchspec.config.schema import AnswerConfig
-from torchspec.contracts import Answer, Lease, SampleRef, SampleTiming
+from torchspec.contracts import Answer, FailureKind, Lease, SampleRef, SampleTiming
 from torchspec.data.masks import pack_mask
 from torchspec.inference.capture.protocol import CaptureConfig, Captured, capture_rid, decode_captured
 from torchspec.inference.sglang_process import (
-    EngineConfig,
+    EngineSpec,
     await_hello,
     end_engine,
     ignore_sigquit,
     is_stopped,
     start_capturing_engine,
 )
-from torchspec.inference.source import Produced, SourceFailed
 from torchspec.instruments import Stopwatch
 from torchspec.processes.leftovers import remove_shared_memory_leftovers
 from torchspec.shards import ShardFormula
-from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
-from torchspec.store.slot_pool import align
 from torchspec.target.shape import check_layers
 
 T = TypeVar("T")
@@ -65,6 +61,23 @@ class EngineDied(RuntimeError):
     """A process of SGLang ended or hangs; the engine is of no more use."""
 
 
+class LeaseFailed(Exception):
+    """A lease came to nothing. ``kind`` says what that calls for."""
+
+    def __init__(self, kind: FailureKind, reason: str):
+        super().__init__(reason)
+        self.kind = kind
+
+
+@dataclass(frozen=True, slots=True)
+class Produced:
+    """A sample that lies in the store, what the target wrote if it was asked, and how long all of it took."""
+
+    ref: SampleRef
+    answer: Answer | None
+    timing: SampleTiming
+
+
 @dataclass(frozen=True, slots=True)
 class Answered:
     """What the target wrote: token ids, why it stopped (``stop``, ``length``), and where the states are."""
@@ -75,34 +88,32 @@ class Answered:
 
 
 class TargetEngine:
-    """A :class:`SampleSource`: an engine and its capture plugin. Blocks until the model is loaded.
+    """An engine and its capture plugin. Blocks until the model is loaded.
 
     The constructor belongs on a process's main thread, the other methods on one event loop.
 
     Args:
-        config: The engine.
-        endpoint: The store that captures go to.
-        buffer_bytes: Registered host memory of the plugin; bounds the bytes of samples under way.
-        answering: How leases are answered.
+        spec: The engine. Its ``inference.buffer_bytes`` bound the bytes of samples under way.
 
     Raises:
         EngineError: SGLang did not start, or the capture plugin did not load.
     """
 
-    def __init__(self, config: EngineConfig, endpoint: StoreEndpoint, buffer_bytes: int, answering: AnswerConfig):
-        self._config, self._answering = config, answering
-        self._tokenizer = AutoTokenizer.from_pretrained(config.model_path, trust_remote_code=config.trust_remote_code)
+    def __init__(self, spec: EngineSpec):
+        self._config, target, buffer_bytes = spec.config, spec.config.target, spec.config.inference.buffer_bytes
+        assert buffer_bytes is not None, "resolved before the run starts"
+        self._tokenizer = AutoTokenizer.from_pretrained(target.path, trust_remote_code=target.trust_remote_code)
         self._started = time.time()
         self._folder = Path(tempfile.mkdtemp(prefix="torchspec-"))
         self._engine: Any = None
         try:
-            capture = CaptureConfig(str(self._folder / "capture"), endpoint, buffer_bytes)
+            capture = CaptureConfig(str(self._folder / "capture"), spec.endpoint, buffer_bytes)
             with socket.socket(socket.AF_UNIX) as listener:
                 listener.bind(capture.socket)
                 listener.listen(1)
-                self._engine = start_capturing_engine(config, capture)
+                self._engine = start_capturing_engine(spec, capture)
                 self._socket, hello = await_hello(listener)
-            check_layers(hello.num_layers, config.aux_layers)
+            check_layers(hello.num_layers, spec.aux_layers)
         except BaseException:
             self._shut_down()
             raise
@@ -115,10 +126,10 @@ class TargetEngine:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def produce(self, lease: Lease) -> Produced:
-        """Have the target answer the lease's prompt, or read its text, in turn. See :class:`SampleSource`.
+        """Have the target answer the lease's prompt, or read its text, in turn; the states are in the store then.
 
         Raises:
-            SourceFailed: there is no sample.
+            LeaseFailed: there is no sample.
             EngineDied: the engine is gone.
         """
         started = time.perf_counter()
@@ -158,13 +169,11 @@ class TargetEngine:
             sharding: how to split the sample among the ranks that share it; None: store it whole.
 
         Raises:
-            SourceFailed: the longest possible sample does not fit into the plugin's buffer, SGLang gave the request
+            LeaseFailed: the longest possible sample does not fit into the plugin's buffer, SGLang gave the request
                 up, the states are bad, or the store did not take them.
             EngineDied: the engine is gone.
         """
-        tensors = self._geometry.tensors(len(input_ids) + sampling["max_new_tokens"])
-        size = sum(align(spec.num_bytes) for spec in tensors.values())
-        async with self._budget.taken(size):
+        async with self._budget.taken(self._geometry.slot_bytes(len(input_ids) + sampling["max_new_tokens"])):
             stored = self._captures[key] = asyncio.get_running_loop().create_future()
             started = time.perf_counter()
             try:
@@ -193,15 +202,15 @@ class TargetEngine:
         """The target's answer, with the token that ends the turn if it came to one, and its states."""
         sampling = {
             "max_new_tokens": lease.max_new_tokens,
-            "temperature": self._answering.temperature,
-            "top_p": self._answering.top_p,
+            "temperature": self._config.answer.temperature,
+            "top_p": self._config.answer.top_p,
             "sampling_seed": lease.seed,
         }
         answered = await self.answer(lease.key, input_ids, sampling, lease.sharding)
         ids, reason = answered.token_ids, answered.finish_reason
         text = self._tokenizer.decode(ids, skip_special_tokens=True)
         if not text.strip():
-            raise SourceFailed("final", f"the target's answer is empty ({len(ids)} tokens, {reason})")
+            raise LeaseFailed("final", f"the target's answer is empty ({len(ids)} tokens, {reason})")
         return Answer(lease.sample.prompt, tuple(ids), text, reason), answered.captured
 
     async def _generate(self, rid: str, input_ids: Sequence[int], sampling: Sampling) -> dict[str, Any]:
@@ -213,10 +222,10 @@ class TargetEngine:
             self._engine.tokenizer_manager.abort_request(rid)
             raise
         except ValueError as error:  # SGLang's word for a request that it cannot serve
-            raise SourceFailed("retry", str(error)) from error
+            raise LeaseFailed("retry", str(error)) from error
         reason = reply["meta_info"]["finish_reason"]
         if reason["type"] == "abort":
-            raise SourceFailed("retry", f"SGLang aborted the request: {reason['message']}")
+            raise LeaseFailed("retry", f"SGLang aborted the request: {reason['message']}")
         return reply
 
     def _watch(self) -> None:
@@ -238,11 +247,11 @@ class TargetEngine:
     async def _watch_for_stops(self, pids: Sequence[int]) -> None:
         """A process that somebody has stopped (SIGSTOP) does not end, and would be waited for without end."""
         processes = [psutil.Process(pid) for pid in pids]
-        looks = 0
-        while looks < self._config.hang_seconds / _LOOK_SECONDS:
+        looks, hang_seconds = 0, self._config.recovery.hang_seconds
+        while looks < hang_seconds / _LOOK_SECONDS:
             await asyncio.sleep(_LOOK_SECONDS)
             looks = looks + 1 if any(is_stopped(process) for process in processes) else 0
-        self._declare_dead(f"an SGLang process has been stopped for {self._config.hang_seconds:.0f} s")
+        self._declare_dead(f"an SGLang process has been stopped for {hang_seconds:.0f} s")
 
     def _on_death(self, pid: int, descriptor: int) -> None:
         asyncio.get_running_loop().remove_reader(descriptor)
@@ -278,7 +287,7 @@ class TargetEngine:
             if message["stored"]:
                 future.set_result(decode_captured(message))
             else:
-                future.set_exception(SourceFailed(message["kind"], message["reason"]))
+                future.set_exception(LeaseFailed(message["kind"], message["reason"]))
         self._declare_dead("SGLang's scheduler process ended: the capture plugin closed its socket")
 
     def _shut_down(self) -> None:
@@ -301,11 +310,11 @@ class _Budget:
         """Hold ``size`` bytes, once they are free.
 
         Raises:
-            SourceFailed: there will never be as many.
+            LeaseFailed: there will never be as many.
         """
         if size > self._capacity:
             reason = f"a sample of {size} bytes does not fit into inference.buffer_bytes={self._capacity}"
-            raise SourceFailed("final", reason)
+            raise LeaseFailed("final", reason)
         async with self._turn, self._freed:
             await self._freed.wait_for(lambda: self._free >= size)
             self._free -= size

@@ -50,13 +50,15 @@ class FileEdit:
         raise PatchError(f"{root / self.path} is not as SGLang {SUPPORTED_VERSION} shipped it; reinstall SGLang")
 
     def switch(self, root: Path, wanted: State) -> None:
-        """Bring the file into the wanted state, atomically."""
-        if self.state(root) == wanted:
-            return
-        text = _read(root / self.path)
+        """Bring the file from the other state into the wanted one, atomically."""
+        path = root / self.path
+        text = _read(path)
         for old, new in self.hunks:
             text = text.replace(old, new) if wanted == "patched" else text.replace(new, old)
-        _replace(root / self.path, text)
+        scratch = path.with_name(f".{path.name}.torchspec")
+        scratch.write_bytes(text.encode())
+        scratch.chmod(path.stat().st_mode)
+        os.replace(scratch, path)
 
 
 def load_edits(folder: Path) -> list[FileEdit]:
@@ -80,21 +82,12 @@ def find_sglang() -> Path:
         installed = distribution("sglang")
     except PackageNotFoundError:
         raise PatchError(f"sglang is not installed; TorchSpec needs sglang {SUPPORTED_VERSION}") from None
-    require_version(installed.version)
-    return Path(str(installed.locate_file("")))
-
-
-def require_version(installed: str) -> None:
-    """Refuse any SGLang but the one the patch was written for.
-
-    Raises:
-        PatchError: names both versions.
-    """
-    if installed != SUPPORTED_VERSION:
+    if installed.version != SUPPORTED_VERSION:
         raise PatchError(
-            f"sglang {installed} is installed, but TorchSpec's patch is for sglang {SUPPORTED_VERSION}; "
+            f"sglang {installed.version} is installed, but TorchSpec's patch is for sglang {SUPPORTED_VERSION}; "
             f"run: pip install --no-deps sglang=={SUPPORTED_VERSION}"
         )
+    return Path(str(installed.locate_file("")))
 
 
 def switch(root: Path, edits: list[FileEdit], wanted: State) -> list[str]:
@@ -141,13 +134,6 @@ def _parse_hunk(hunk: str) -> tuple[str, str]:
 
 def _read(path: Path) -> str:
     return path.read_bytes().decode()  # bytes: line ends must survive
-
-
-def _replace(path: Path, text: str) -> None:
-    scratch = path.with_name(f".{path.name}.torchspec")
-    scratch.write_bytes(text.encode())
-    scratch.chmod(path.stat().st_mode)
-    os.replace(scratch, path)
 
 
 def main() -> None:

@@ -14,14 +14,17 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from multiprocessing import resource_tracker
-from typing import Any, Literal
+from typing import Any
 
 import psutil
 
+from torchspec.config.schema import Config
+from torchspec.hardware import Device
 from torchspec.inference.capture.protocol import ENVIRONMENT_VARIABLE, CaptureConfig, Hello
+from torchspec.store.endpoint import StoreEndpoint
 
 _HELLO_SECONDS = 10.0
 """The plugin says hello while SGLang starts, so by then it is there or it will never be."""
@@ -32,49 +35,37 @@ class EngineError(RuntimeError):
 
 
 @dataclass(frozen=True)
-class EngineConfig:
-    """What SGLang's engine is started with."""
+class EngineSpec:
+    """One engine of a run."""
 
-    model_path: str
+    config: Config
+    """Resolved."""
+    endpoint: StoreEndpoint
+    """Where captures go."""
     aux_layers: tuple[int, ...]
     """Layers whose outputs are captured (``target/shape.py``)."""
-    device: Literal["cpu", "cuda"] = "cpu"
-    dtype: str = "bfloat16"
+    device: Device = "cpu"
     threads: int = 1
     """OpenMP threads of the scheduler process on a CPU."""
-    tp_size: int = 1
-    chunked_prefill_size: int = 2048
-    """Tokens of one prefill chunk."""
-    max_total_tokens: int = 32768
-    """KV-cache pool in tokens."""
-    max_running_requests: int = 32
-    mem_fraction_static: float | None = None
-    """Default: SGLang's on a GPU; on a CPU a half, which leaves room for whatever else starts at the same time."""
-    trust_remote_code: bool = False
-    hang_seconds: float = 15.0
-    """An engine one of whose processes has been stopped for so long is taken for dead."""
-    stuck_seconds: float = 600.0
-    """One step of the scheduler that takes longer is stuck, and ends the engine."""
-    extra_args: Mapping[str, Any] = field(default_factory=dict)
-    """More arguments of ``sglang.Engine``; they win over the ones above."""
 
     def engine_args(self) -> dict[str, Any]:
-        """Keyword arguments of ``sglang.Engine``."""
+        """Keyword arguments of ``sglang.Engine``; the user's own win over the rest."""
+        target, inference = self.config.target, self.config.inference
         args = {
-            "model_path": self.model_path,
+            "model_path": target.path,
             "device": self.device,
-            "dtype": self.dtype,
-            "tp_size": self.tp_size,
-            "chunked_prefill_size": self.chunked_prefill_size,
-            "max_total_tokens": self.max_total_tokens,
-            "max_running_requests": self.max_running_requests,
-            "mem_fraction_static": self.mem_fraction_static,
-            "trust_remote_code": self.trust_remote_code,
+            "dtype": target.dtype,
+            "tp_size": inference.tp_size,
+            "chunked_prefill_size": inference.chunked_prefill_size,
+            "max_total_tokens": inference.max_total_tokens,
+            "max_running_requests": inference.max_concurrency,
+            "mem_fraction_static": inference.mem_fraction_static,
+            "trust_remote_code": target.trust_remote_code,
             "disable_radix_cache": True,  # a cached prefix has no hidden states
             "enable_return_aux_hidden_states": True,
             "speculative_algorithm": "EAGLE3",  # names the capture convention; no draft is loaded
             "return_aux_hidden_state_layer_ids": list(self.aux_layers),
-            "watchdog_timeout": self.stuck_seconds,
+            "watchdog_timeout": self.config.recovery.stuck_seconds,
             "sleep_on_idle": True,  # the scheduler would spin on a core that others need
             "log_level": "error",
             "custom_sigquit_handler": signal.SIG_IGN,  # a dying child must not take this process along
@@ -84,9 +75,10 @@ class EngineConfig:
                 "attention_backend": "torch_native",
                 "sampling_backend": "pytorch",
                 "disable_cuda_graph": True,
-                "mem_fraction_static": self.mem_fraction_static or 0.5,
+                # SGLang's own share would leave no room for whatever else starts at the same time
+                "mem_fraction_static": inference.mem_fraction_static or 0.5,
             }
-        return args | dict(self.extra_args)
+        return args | inference.engine_args
 
 
 def start_token_engine(**engine_args: Any) -> Any:
@@ -105,18 +97,18 @@ def start_token_engine(**engine_args: Any) -> Any:
     return TokenEngine(**engine_args | {"skip_tokenizer_init": True})
 
 
-def start_capturing_engine(config: EngineConfig, capture: CaptureConfig) -> Any:
+def start_capturing_engine(spec: EngineSpec, capture: CaptureConfig) -> Any:
     """A token engine whose plugin captures, started with an environment that its child processes inherit.
 
     Raises:
         EngineError: SGLang did not start.
     """
     os.environ[ENVIRONMENT_VARIABLE] = capture.to_json()
-    if config.device == "cpu":
-        os.environ |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(config.threads)}
+    if spec.device == "cpu":
+        os.environ |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(spec.threads)}
     others = psutil.Process().children()
     try:
-        return start_token_engine(**config.engine_args())
+        return start_token_engine(**spec.engine_args())
     except BaseException as error:
         _end_children(but=others)
         if isinstance(error, RuntimeError):

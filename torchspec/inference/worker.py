@@ -1,11 +1,11 @@
-"""One inference worker: pulls leases, has its source turn them into samples, publishes what the store holds.
+"""One inference worker: pulls leases, has its engine turn them into samples, publishes what the store holds.
 
-    controller --lease--> [prompt] --source--> store --publish--> controller
+    controller --lease--> [prompt] --engine--> store --publish--> controller
 
-The worker keeps ``max_concurrency`` samples in its source, the target's engine. It asks for more as soon as one is done
-and never waits for a whole batch. It keeps no state that anybody would miss: when it dies, its leases are given to
-another worker, and what it has published lies in the store. While the controller is away it goes on with what it has;
-the next one throws away what it did not ask for.
+The worker keeps ``max_concurrency`` samples in its engine. It asks for more as soon as one is done and never waits for
+a whole batch. It keeps no state that anybody would miss: when it dies, its leases are given to another worker, and what
+it has published lies in the store. While the controller is away it goes on with what it has; the next one throws away
+what it did not ask for.
 """
 
 from __future__ import annotations
@@ -17,53 +17,29 @@ from typing import Any
 
 import ray
 
-from torchspec.config.schema import AnswerConfig, InferenceConfig
 from torchspec.contracts import Lease, WorkerReport
-from torchspec.inference.engine import TargetEngine
-from torchspec.inference.sglang_process import EngineConfig
-from torchspec.inference.source import Produced, SampleSource, SourceFailed
+from torchspec.inference.engine import LeaseFailed, Produced, TargetEngine
+from torchspec.inference.sglang_process import EngineSpec
 from torchspec.instruments import Stopwatch, observe
-from torchspec.store.endpoint import StoreEndpoint
 
 _CONTROLLER_PAUSE_SECONDS = 0.5
 
 
 class InferenceWorker:
-    """A Ray actor class around one :class:`SampleSource`.
+    """A Ray actor class around one :class:`TargetEngine`. ``name`` is unique in the run."""
 
-    Args:
-        name: This worker, unique in the run.
-        controller: Handle of the controller actor.
-        engine: The engine to start.
-        endpoint: The run's store.
-        inference: Concurrency and buffer size.
-        answer: How the target answers.
-        report_seconds: How often it tells the controller how it is doing, besides asking for leases; 0: never.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        controller: Any,
-        engine: EngineConfig,
-        endpoint: StoreEndpoint,
-        inference: InferenceConfig,
-        answer: AnswerConfig,
-        report_seconds: float = 0.0,
-    ):
-        self._name, self._controller = name, controller
-        self._max_concurrency = inference.max_concurrency
-        self._counts, self._report_seconds = WorkerReport(name), report_seconds
+    def __init__(self, name: str, controller: Any, engine: EngineSpec):
+        self._name, self._controller, self._config = name, controller, engine.config
+        self._counts = WorkerReport(name)
         self._alive, self._busy = Stopwatch(), Stopwatch()
         self._held: set[str] = set()
-        assert inference.buffer_bytes is not None, "resolved before the run starts"
-        self._source: SampleSource = TargetEngine(engine, endpoint, inference.buffer_bytes, answer)
+        self._engine = TargetEngine(engine)
 
     async def run(self) -> None:
-        """Work until the controller has no more leases for this worker, then stop the source.
+        """Work until the controller has no more leases for this worker, then stop the engine.
 
         Raises:
-            Exception: the source is gone; the controller takes the open leases back.
+            Exception: the engine is gone; the controller takes the open leases back.
         """
         samples: set[asyncio.Task[None]] = set()
         reporting = asyncio.create_task(self._report_regularly())
@@ -73,14 +49,14 @@ class InferenceWorker:
         finally:
             for task in (reporting, *samples):
                 task.cancel()
-            self._source.stop()
+            self._engine.stop()
 
     async def _work(self, samples: set[asyncio.Task[None]]) -> None:
+        most, more = self._config.inference.max_concurrency, True
         asking: asyncio.Task[list[Lease]] | None = None
-        more = True
         while more or samples:
-            if more and asking is None and len(samples) < self._max_concurrency:
-                asking = asyncio.create_task(self._lease(self._max_concurrency - len(samples)))
+            if more and asking is None and len(samples) < most:
+                asking = asyncio.create_task(self._lease(most - len(samples)))
             waiting = samples | ({asking} if asking is not None else set())
             await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
             for task in [task for task in samples if task.done()]:
@@ -105,20 +81,22 @@ class InferenceWorker:
         return leases
 
     async def _report_regularly(self) -> None:
-        while self._report_seconds:
+        """How it is doing, besides what it says when it asks for leases."""
+        pause = self._config.monitor.history_seconds
+        while pause:
             with suppress(ray.exceptions.RayError):  # a controller that is away will be back, or ends the run
                 await self._controller.worker_report.remote(self._report())
-            await asyncio.sleep(self._report_seconds)
+            await asyncio.sleep(pause)
 
     async def _serve(self, lease: Lease) -> None:
         """Turn one lease into a published sample, or into a failure with a reason."""
         with self._busy:
             try:
-                produced = await self._source.produce(lease)
+                produced = await self._engine.produce(lease)
                 self._count_sample(produced)
                 await self._insist("publish", produced.ref, produced.answer, produced.timing)
-            except SourceFailed as error:
-                self._count(failures=1)
+            except LeaseFailed as error:
+                self._counts = replace(self._counts, failures=self._counts.failures + 1)
                 await self._insist("fail", lease.sample, lease.key, str(error), error.kind)
             finally:
                 self._held.discard(lease.key)
@@ -137,24 +115,22 @@ class InferenceWorker:
 
     def _count_sample(self, produced: Produced) -> None:
         ref, answer, put_seconds = produced.ref, produced.answer, produced.timing.put_seconds
-        self._count(
-            samples=1,
-            tokens=ref.num_tokens,
-            answer_tokens=len(answer.token_ids) if answer else 0,
-            put_bytes=ref.num_bytes,
-            put_seconds=put_seconds,
+        counts = self._counts
+        self._counts = replace(
+            counts,
+            samples=counts.samples + 1,
+            tokens=counts.tokens + ref.num_tokens,
+            answer_tokens=counts.answer_tokens + (len(answer.token_ids) if answer else 0),
+            put_bytes=counts.put_bytes + ref.num_bytes,
+            put_seconds=counts.put_seconds + put_seconds,
+            put_histogram=observe(counts.put_histogram, put_seconds),
         )
-        self._counts = replace(self._counts, put_histogram=observe(self._counts.put_histogram, put_seconds))
-
-    def _count(self, **more: float) -> None:
-        current = self._counts
-        self._counts = replace(current, **{name: getattr(current, name) + value for name, value in more.items()})
 
     def _report(self) -> WorkerReport:
         return replace(
             self._counts,
             seconds=self._alive.seconds,
             busy_seconds=self._busy.seconds,
-            engine_seconds=self._source.computing.seconds,
+            engine_seconds=self._engine.computing.seconds,
             leases=self._busy.count,
         )

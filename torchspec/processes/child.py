@@ -29,13 +29,7 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 class ChildProcess:
-    """One supervised command, its output appended to a log file.
-
-    Args:
-        command: Program and arguments.
-        log_path: File for stdout and stderr; its folder is created.
-        env: The command's environment; default: ours.
-    """
+    """One supervised command, its output appended to ``log_path``, whose folder is made; ``env`` is ours by default."""
 
     def __init__(self, command: Sequence[str], log_path: Path, env: dict[str, str] | None = None):
         self.log_path = log_path
@@ -96,21 +90,16 @@ def _guard(parent: int, command: list[str]) -> int:
 
     child = subprocess.Popen(command, start_new_session=True, preexec_fn=die_with_guard)
     child_fd = os.pidfd_open(child.pid)
-    child_poll = select.poll()
-    child_poll.register(child_fd, select.POLLIN)
-    either_poll = select.poll()
-    either_poll.register(child_fd, select.POLLIN)
-    either_poll.register(parent_fd, select.POLLIN)
     try:
         signal.signal(signal.SIGTERM, _stop)
-        either_poll.poll()
+        select.select([child_fd, parent_fd], [], [])
     except _Stop:
         pass
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # The child is not reaped before the last killpg, so the group's number cannot have been given to another.
-    if not child_poll.poll(0):
+    if not select.select([child_fd], [], [], 0)[0]:
         os.killpg(child.pid, signal.SIGTERM)
-        child_poll.poll(GRACE_SECONDS * 1000)
+        select.select([child_fd], [], [], GRACE_SECONDS)
     os.killpg(child.pid, signal.SIGKILL)
     status = child.wait()
     return status if status >= 0 else 128 - status

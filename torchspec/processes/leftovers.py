@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from fnmatch import fnmatch
 from pathlib import Path
 
 SHARED_MEMORY = Path("/dev/shm")
@@ -22,9 +21,7 @@ PATTERNS = ("sglang_loads_*", "sgl_shm_*")
 
 def find_shared_memory_leftovers(since: float, folder: Path = SHARED_MEMORY) -> list[Path]:
     """This user's SGLang files that were made after ``since`` (Unix seconds) and that nobody maps."""
-    if not folder.is_dir():
-        return []
-    made = [entry for entry in folder.iterdir() if _is_engines(entry, since)]
+    made = [entry for pattern in PATTERNS for entry in folder.glob(pattern) if _is_ours(entry, since)]
     mapped = _mapped_files(folder) if made else set()
     return [entry for entry in made if str(entry) not in mapped]
 
@@ -37,9 +34,7 @@ def remove_shared_memory_leftovers(since: float) -> list[str]:
     return [entry.name for entry in leftovers]
 
 
-def _is_engines(entry: Path, since: float) -> bool:
-    if not any(fnmatch(entry.name, pattern) for pattern in PATTERNS):
-        return False
+def _is_ours(entry: Path, since: float) -> bool:
     with contextlib.suppress(FileNotFoundError):  # its owner was faster
         status = entry.stat()
         return status.st_uid == os.getuid() and status.st_mtime >= since

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from torchspec.contracts import TensorSpec
 from torchspec.shards import Segment, ShardFormula
+from torchspec.store.slot_pool import align
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,20 +54,6 @@ def shard_tensors(
         if rows:
             shard[shard_suffix(rank, suffix)] = replace(spec, shape=(rows, *spec.shape[1:]))
     return shard
-
-
-def sample_tensors(num_tokens: int, num_aux: int, hidden: int, dtype: str) -> dict[str, TensorSpec]:
-    """The tensors of one full sample.
-
-    Returns:
-        ``hs`` [S, F*H]: auxiliary states, layers concatenated; ``lhs`` [S, H]: last hidden states;
-        ``ids`` [S] int32: token ids.
-    """
-    return {
-        "hs": TensorSpec((num_tokens, num_aux * hidden), dtype),
-        "lhs": TensorSpec((num_tokens, hidden), dtype),
-        "ids": TensorSpec((num_tokens,), "int32"),
-    }
 
 
 def shard_pieces(views: Mapping[str, Tensor], sharding: ShardFormula) -> dict[str, list[Tensor]]:
@@ -108,8 +95,17 @@ class SampleGeometry:
     sharding: ShardFormula | None = None
 
     def tensors(self, num_tokens: int) -> dict[str, TensorSpec]:
-        """The whole sample."""
-        return sample_tensors(num_tokens, self.num_aux, self.hidden_size, self.dtype)
+        """The whole sample.
+
+        Returns:
+            ``hs`` [S, F*H]: auxiliary states, layers concatenated; ``lhs`` [S, H]: last hidden states;
+            ``ids`` [S] int32: token ids.
+        """
+        return {
+            "hs": TensorSpec((num_tokens, self.num_aux * self.hidden_size), self.dtype),
+            "lhs": TensorSpec((num_tokens, self.hidden_size), self.dtype),
+            "ids": TensorSpec((num_tokens,), "int32"),
+        }
 
     def shard(self, num_tokens: int, rank: int) -> dict[str, TensorSpec]:
         """What SP rank ``rank`` reads: its shard, or the whole sample where none is split."""
@@ -119,6 +115,10 @@ class SampleGeometry:
     def stored_bytes(self, num_tokens: int) -> int:
         """Upper bound of what a sample of ``num_tokens`` occupies in the store."""
         return sum(stored_bytes(self.shard(num_tokens, rank)) for rank in range(self._ranks))
+
+    def slot_bytes(self, num_tokens: int) -> int:
+        """What a whole sample takes of a registered host buffer."""
+        return sum(align(spec.num_bytes) for spec in self.tensors(num_tokens).values())
 
     @property
     def suffixes(self) -> tuple[str, ...]:

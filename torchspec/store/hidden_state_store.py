@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -47,11 +48,7 @@ class HiddenStateStore(StoreClient):
     """A client that puts and gets samples. Thread-safe.
 
     Args:
-        endpoint: The run's store.
         buffer_bytes: Size of the registered host buffer; bounds what is in flight between this process and the store.
-
-    Raises:
-        StoreUnavailable: the master does not answer.
     """
 
     def __init__(self, endpoint: StoreEndpoint, buffer_bytes: int):
@@ -71,10 +68,7 @@ class HiddenStateStore(StoreClient):
             ValueError: it can never fit, or a dtype is not one that the store carries.
             TimeoutError: no room within ``timeout`` seconds.
         """
-        starts, end = [], 0
-        for spec in tensors.values():
-            starts.append(end)
-            end += align(spec.num_bytes)
+        *starts, end = accumulate((align(spec.num_bytes) for spec in tensors.values()), initial=0)
         if end > self._pool.capacity:
             raise ValueError(
                 f"a sample of {end} bytes never fits into a host buffer of {self._pool.capacity}: raise "

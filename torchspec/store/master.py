@@ -7,12 +7,15 @@ never evicts: all our objects are hard-pinned (``hidden_state_store.py``), so a 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from http.client import HTTPConnection
 from pathlib import Path
 
 import mooncake
 import psutil
 
-from torchspec.network import free_port, require_free_port
+from torchspec.network import LOOPBACK, free_port, require_free_port
 from torchspec.processes.child import ChildProcess
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.errors import StoreUnavailable
@@ -20,6 +23,7 @@ from torchspec.store.errors import StoreUnavailable
 _START_ATTEMPTS = 3
 """A free port may be taken between looking and binding; the master then exits at once."""
 _START_SECONDS = 30.0
+_ANSWER_SECONDS = 5.0
 
 _FLAGS = {
     "enable_metric_reporting": "false",  # the periodic log line; /metrics stays
@@ -34,32 +38,40 @@ _FLAGS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class StoreUsage:
+    """Counters of the master."""
+
+    allocated_bytes: int
+    """Bytes of all objects, those being put included, without what the allocator rounds up."""
+    capacity_bytes: int
+    """Bytes of all mounted segments."""
+    objects: int
+    evicted_objects: int
+    """Stays zero: objects are pinned."""
+
+
 class MooncakeMaster:
     """Starts on construction and is ready when the constructor returns.
 
     Args:
-        log_path: File for the master's log.
         host: Address to bind, and under which clients find it.
         port: Port for clients; default: a free one.
-        protocol: Transport of the tensors, handed on to the clients: ``tcp`` or ``rdma``.
+        protocol: Handed on to the clients.
 
     Raises:
         ValueError: ``port`` cannot be had (names ``store.master_port``).
         StoreUnavailable: the master does not come up (quotes its log).
     """
 
-    def __init__(self, log_path: Path, host: str = "127.0.0.1", port: int | None = None, protocol: str = "tcp"):
-        for _ in range(_START_ATTEMPTS):
+    def __init__(self, log_path: Path, host: str = LOOPBACK, port: int | None = None, protocol: str = "tcp"):
+        def find_addresses() -> StoreEndpoint:
             if port is not None:
                 require_free_port(host, port, "store.master_port")
-            self.endpoint = StoreEndpoint(
-                master=f"{host}:{port or free_port(host)}",
-                metrics=f"{host}:{free_port(host)}",
-                protocol=protocol,
-            )
-            if self._start(log_path):
-                return
-        raise self._failure()
+            return StoreEndpoint(f"{host}:{port or free_port(host)}", f"{host}:{free_port(host)}", protocol=protocol)
+
+        self._log_path = log_path
+        self._start(find_addresses)
 
     def restart(self) -> None:
         """End the process, if it has not ended by itself, and start another at the same addresses.
@@ -70,10 +82,7 @@ class MooncakeMaster:
             StoreUnavailable: it does not come up (quotes its log).
         """
         self._process.stop()
-        for _ in range(_START_ATTEMPTS):
-            if self._start(self._process.log_path):
-                return
-        raise self._failure()
+        self._start(lambda: self.endpoint)
 
     def alive(self) -> bool:
         return self._process.alive()
@@ -81,18 +90,41 @@ class MooncakeMaster:
     def stop(self) -> None:
         self._process.stop()
 
-    def _start(self, log_path: Path) -> bool:
-        self._process = ChildProcess(_command(self.endpoint), log_path)
-        ready = self._becomes_ready()
-        if not ready:
-            self._process.stop()
-        return ready
+    def usage(self) -> StoreUsage:
+        """How full the store is, as the master counts; never asked through a proxy.
 
-    def _failure(self) -> StoreUnavailable:
-        process = self._process
-        return StoreUnavailable(
-            f"the store's master does not start; {process.log_path} ends with\n{process.log_tail()}"
+        Raises:
+            StoreUnavailable: no answer, or not a successful one.
+        """
+        address = self.endpoint.metrics
+        connection = HTTPConnection(address, timeout=_ANSWER_SECONDS)
+        try:
+            connection.request("GET", "/metrics")
+            response = connection.getresponse()
+            lines = response.read().decode().splitlines()
+        except OSError as error:
+            raise StoreUnavailable(f"the store's master does not answer at {address}: {error}") from error
+        finally:
+            connection.close()
+        if response.status != 200:
+            raise StoreUnavailable(f"the store's master at {address} answered {response.status} to /metrics")
+        metrics = dict(line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
+        return StoreUsage(
+            allocated_bytes=int(metrics["master_allocated_bytes"]),
+            capacity_bytes=int(metrics["master_total_capacity_bytes"]),
+            objects=int(metrics["master_key_count"]),
+            evicted_objects=int(metrics["master_evicted_key_count"]),
         )
+
+    def _start(self, find_addresses: Callable[[], StoreEndpoint]) -> None:
+        for _ in range(_START_ATTEMPTS):
+            self.endpoint = find_addresses()
+            self._process = ChildProcess(_command(self.endpoint), self._log_path)
+            if self._becomes_ready():
+                return
+            self._process.stop()
+        log_end = self._process.log_tail()
+        raise StoreUnavailable(f"the store's master does not start; {self._log_path} ends with\n{log_end}")
 
     def _becomes_ready(self) -> bool:
         """Whether the child itself came to listen on both ports.
@@ -119,11 +151,6 @@ def _ports_of_children(pid: int) -> set[int]:
 def _command(endpoint: StoreEndpoint) -> list[str]:
     host, rpc_port = endpoint.master.rsplit(":", 1)
     _, metrics_port = endpoint.metrics.rsplit(":", 1)
-    addresses = {
-        "rpc_address": host,
-        "rpc_port": rpc_port,
-        "metrics_host": host,
-        "metrics_port": metrics_port,
-    }
+    addresses = {"rpc_address": host, "rpc_port": rpc_port, "metrics_host": host, "metrics_port": metrics_port}
     binary = Path(mooncake.__file__).with_name("mooncake_master")
     return [str(binary), *(f"--{name}={value}" for name, value in (addresses | _FLAGS).items())]

@@ -25,11 +25,6 @@ class SlotPool:
         self._room = threading.Condition()
         self._turn = threading.Lock()
 
-    @property
-    def free_bytes(self) -> int:
-        with self._room:
-            return sum(size for _, size in self._holes)
-
     def allocate(self, size: int, timeout: float | None = None) -> int:
         """Offset of a slot of at least ``size`` bytes; waits until there is one.
 

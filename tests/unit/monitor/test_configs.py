@@ -32,7 +32,7 @@ needs_prometheus = pytest.mark.skipif(
     reason="Debian's package prometheus is not installed: apt-get install prometheus",
 )
 MASTERS = {"master_allocated_bytes", "master_total_capacity_bytes"}
-"""Mooncake's own, which ``store/usage.py`` reads, too."""
+"""Mooncake's own, which ``store/master.py`` reads, too."""
 
 
 def known_names() -> set[str]:

@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 from torchspec.contracts import TensorSpec
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.errors import MissingObject, StoreError, StoreFull, StoreUnavailable, error_for
-from torchspec.store.geometry import object_bytes, sample_tensors, stored_bytes
+from torchspec.store.geometry import SampleGeometry, object_bytes, stored_bytes
 
 
 def test_shapes_of_a_sample() -> None:
-    assert sample_tensors(10, 3, 576, "bfloat16") == {
+    assert SampleGeometry(3, 576, "bfloat16").tensors(10) == {
         "hs": TensorSpec((10, 1728), "bfloat16"),
         "lhs": TensorSpec((10, 576), "bfloat16"),
         "ids": TensorSpec((10,), "int32"),
@@ -24,7 +24,7 @@ def test_shapes_of_a_sample() -> None:
 
 
 def test_bytes_of_a_sample() -> None:
-    tensors = sample_tensors(200, 3, 576, "bfloat16")
+    tensors = SampleGeometry(3, 576, "bfloat16").tensors(200)
     assert [spec.num_bytes for spec in tensors.values()] == [691_200, 230_400, 800]
     assert stored_bytes(tensors) == 11 * 65536 + 15 * 16384 + 4096
 
@@ -57,7 +57,7 @@ def test_codes_become_our_errors() -> None:
 
 def test_counting_bytes_needs_neither_torch_nor_mooncake() -> None:
     code = (
-        "import sys, torchspec.store.geometry, torchspec.store.endpoint, torchspec.store.usage\n"
+        "import sys, torchspec.store.geometry, torchspec.store.endpoint, torchspec.store.errors\n"
         "assert not {'torch', 'mooncake', 'ray'} & set(sys.modules), sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -34,13 +34,9 @@ class CaptureWriter:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="capture-writer")
 
     def write(self, key: str, buffer: Slot, token_ids: list[int], sharding: ShardFormula | None) -> Future[Message]:
-        """Store the first ``len(token_ids)`` rows of a buffer in the background. It is the writer's from here on.
+        """Store the first ``len(token_ids)`` rows of a buffer in the background, whole or in shards.
 
-        Args:
-            sharding: store each sequence-parallel rank's shard by itself; None: the whole sample.
-
-        Returns:
-            Future of the message that says what came of it.
+        The buffer is the writer's from here on. Returns the future of the message that says what came of it.
         """
         return self._threads.submit(self._write, key, buffer.head(len(token_ids)), token_ids, sharding)
 

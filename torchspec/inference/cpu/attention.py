@@ -14,8 +14,9 @@ D head size, T tokens of a batch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
@@ -69,31 +70,11 @@ class BatchedAttention(TorchNativeAttnBackend):
         starts = torch.tensor([0, *new]).cumsum(0)
         self._groups = [_plan(members, table, seen, new, starts) for members in _partition(seen, new)]
 
-    def forward_extend(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool = True,
-    ) -> Tensor:
-        if _is_plain(layer):
-            return self._forward(q, k, v, layer, forward_batch, save_kv_cache)
-        return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache)
+    def forward_extend(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._forward(super().forward_extend, *args, **kwargs)
 
-    def forward_decode(
-        self,
-        q: Tensor,
-        k: Tensor | None,
-        v: Tensor | None,
-        layer: RadixAttention,
-        forward_batch: ForwardBatch,
-        save_kv_cache: bool = True,
-    ) -> Tensor:
-        if _is_plain(layer):
-            return self._forward(q, k, v, layer, forward_batch, save_kv_cache)
-        return super().forward_decode(q, k, v, layer, forward_batch, save_kv_cache)
+    def forward_decode(self, *args: Any, **kwargs: Any) -> Tensor:
+        return self._forward(super().forward_decode, *args, **kwargs)
 
     def _lengths(self, forward_batch: ForwardBatch) -> tuple[list[int], list[int]]:
         """Key positions and new tokens of each request."""
@@ -107,13 +88,18 @@ class BatchedAttention(TorchNativeAttnBackend):
 
     def _forward(
         self,
+        stock: Callable[..., Tensor],
         q: Tensor,
         k: Tensor | None,
         v: Tensor | None,
         layer: RadixAttention,
         forward_batch: ForwardBatch,
-        save_kv_cache: bool,
+        save_kv_cache: bool = True,
     ) -> Tensor:
+        """Self-attention without a window; the ``stock`` backend knows the rest."""
+        windowed = layer.sliding_window_size is not None and layer.sliding_window_size > -1
+        if layer.is_cross_attention or windowed:
+            return stock(q, k, v, layer, forward_batch, save_kv_cache)
         if save_kv_cache and k is not None:
             place = KVWriteLoc(forward_batch.out_cache_loc, self.swa_out_cache_loc)
             self.token_to_kv_pool.set_kv_buffer(layer, place, k, v)
@@ -131,10 +117,15 @@ class BatchedAttention(TorchNativeAttnBackend):
         return out_TKGD.view(q.shape[0], -1)
 
 
-def _is_plain(layer: RadixAttention) -> bool:
-    """Self-attention without a window; the stock backend knows the rest."""
-    windowed = layer.sliding_window_size is not None and layer.sliding_window_size > -1
-    return not (layer.is_cross_attention or windowed)
+class DraftChain:
+    """One attention backend for each draft token after the first."""
+
+    def __init__(self, runner: ModelRunner, num_steps: int):
+        self.attn_backends = [BatchedAttention(runner, draft_step=step) for step in range(1, num_steps)]
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        for backend in self.attn_backends:
+            backend.init_forward_metadata(forward_batch)
 
 
 def _partition(seen: list[int], new: list[int]) -> list[list[int]]:
@@ -176,8 +167,5 @@ def _attend(q_RKGD: Tensor, k_BKLD: Tensor, v_BKLD: Tensor, mask_B1QL: Tensor | 
     q_BKXD = q_BQKGD.permute(0, 2, 3, 1, 4).reshape(batch, heads, groups * queries, -1)
     mask_B1XL = None if mask_B1QL is None else mask_B1QL.repeat(1, 1, groups, 1)
     out_BKXD = scaled_dot_product_attention(q_BKXD, k_BKLD, v_BKLD, attn_mask=mask_B1XL, scale=scale)
-    return (
-        out_BKXD.view(batch, heads, groups, queries, -1)
-        .permute(0, 3, 1, 2, 4)
-        .reshape(batch * queries, heads, groups, -1)
-    )
+    out_BQKGD = out_BKXD.view(batch, heads, groups, queries, -1).permute(0, 3, 1, 2, 4)
+    return out_BQKGD.reshape(batch * queries, heads, groups, -1)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sglang.srt.speculative.dflash_worker_v2 import DFlashWorkerV2
     from sglang.srt.speculative.draft_utils import DraftBackendFactory
 
-    from torchspec.inference.cpu.attention import BatchedAttention
+    from torchspec.inference.cpu.attention import BatchedAttention, DraftChain
 
 _DEFAULT_SEED = 42
 """SGLang's, for requests that name none."""
@@ -44,26 +44,17 @@ def register() -> None:
     from torchspec.inference.cpu.attention import BatchedAttention
 
     add_draft_attention_backend_choices(["torch_native"])
-    HookRegistry.register(
-        "sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend", BatchedAttention, HookType.REPLACE
-    )
-    HookRegistry.register(
-        "sglang.srt.speculative.draft_utils.DraftBackendFactory._create_backend", _create_backend, HookType.AROUND
-    )
-    HookRegistry.register("sglang.srt.arg_groups.speculative_hook._handle_dflash", _allow_dflash, HookType.AROUND)
-    HookRegistry.register(
-        "sglang.srt.speculative.dflash_worker_v2.DFlashWorkerV2.forward_batch_generation",
-        _spare_stream,
-        HookType.BEFORE,
-    )
-    HookRegistry.register("sglang.srt.models.dflash.DFlashAttention.__init__", _use_no_table, HookType.AFTER)
-    HookRegistry.register(
-        "sglang.srt.model_executor.model_runner.ModelRunner._extend_forward_kwargs", _keep_dtype, HookType.AFTER
-    )
-    HookRegistry.register(
-        "sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", _add_seeds, HookType.AFTER
-    )
-    HookRegistry.register("sglang.srt.layers.sampler.multinomial_with_seed", sample_with_seeds, HookType.REPLACE)
+    for target, hook, kind in (
+        ("layers.attention.torch_native_backend.TorchNativeAttnBackend", BatchedAttention, HookType.REPLACE),
+        ("speculative.draft_utils.DraftBackendFactory._create_backend", _create_backend, HookType.AROUND),
+        ("arg_groups.speculative_hook._handle_dflash", _allow_dflash, HookType.AROUND),
+        ("speculative.dflash_worker_v2.DFlashWorkerV2.forward_batch_generation", _spare_stream, HookType.BEFORE),
+        ("models.dflash.DFlashAttention.__init__", _use_no_table, HookType.AFTER),
+        ("model_executor.model_runner.ModelRunner._extend_forward_kwargs", _keep_dtype, HookType.AFTER),
+        ("sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", _add_seeds, HookType.AFTER),
+        ("layers.sampler.multinomial_with_seed", sample_with_seeds, HookType.REPLACE),
+    ):
+        HookRegistry.register(f"sglang.srt.{target}", hook, kind)
 
 
 def _create_backend(
@@ -77,7 +68,7 @@ def _create_backend(
     """Offer ``torch_native`` among the draft worker's backends; ``stamps_children`` asks for the multi-step one."""
 
     def torch_native() -> tuple[str, DraftChain | BatchedAttention]:
-        from torchspec.inference.cpu.attention import BatchedAttention
+        from torchspec.inference.cpu.attention import BatchedAttention, DraftChain
 
         runner = factory.draft_model_runner
         if not stamps_children:
@@ -87,19 +78,6 @@ def _create_backend(
         return "torch_native", DraftChain(runner, factory.speculative_num_steps)
 
     return original(factory, name, backends | {"torch_native": torch_native}, error, stamps_children)
-
-
-class DraftChain:
-    """One attention backend for each draft token after the first."""
-
-    def __init__(self, runner: ModelRunner, num_steps: int):
-        from torchspec.inference.cpu.attention import BatchedAttention
-
-        self.attn_backends = [BatchedAttention(runner, draft_step=step) for step in range(1, num_steps)]
-
-    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        for backend in self.attn_backends:
-            backend.init_forward_metadata(forward_batch)
 
 
 def _allow_dflash(original: Callable[[ServerArgs], None], server_args: ServerArgs) -> None:

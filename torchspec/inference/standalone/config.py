@@ -23,7 +23,6 @@ from torchspec.inference.capture.protocol import (
 from torchspec.shards import ShardFormula
 from torchspec.store.endpoint import P2P_HANDSHAKE, StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
-from torchspec.store.slot_pool import align
 
 SWITCH = "TORCHSPEC_USP_SHARDED_MOONCAKE"
 META_INFO = "torchspec"
@@ -31,8 +30,11 @@ META_INFO = "torchspec"
 
 _FLAGS: tuple[FailureKind, ...] = ("no_room", "no_store")
 """The kinds of failure that a reply tells apart, as names of booleans."""
-_DEFAULT_BUFFER_BYTES = 1 << 30
-"""Mooncake's own."""
+_DEFAULTS = {
+    "MOONCAKE_LOCAL_BUFFER_SIZE": str(1 << 30),  # Mooncake's own
+    "MOONCAKE_PROTOCOL": "tcp",
+    "MOONCAKE_TE_META_DATA_SERVER": P2P_HANDSHAKE,
+}
 
 _RESERVED = {*encode_captured("", Captured({}, 0, 0.0, ShardFormula(1, 1, "contiguous", 1))), "reason", *_FLAGS}
 
@@ -56,6 +58,7 @@ class StandaloneConfig:
         """
         if environ[SWITCH] != "1":
             raise ValueError(f"{SWITCH}={environ[SWITCH]} must be 1, or not be set")
+        environ = _DEFAULTS | dict(environ)
         size = _read_count(environ, "TORCHSPEC_USP_SP_SIZE")
         ring_size = _read_count(environ, "TORCHSPEC_USP_RING_SIZE")
         if size % ring_size:
@@ -63,7 +66,7 @@ class StandaloneConfig:
         layout: Any = _read_choice(environ, "TORCHSPEC_USP_LAYOUT", ("contiguous", "zigzag"))
         return cls(
             endpoint=_read_endpoint(environ),
-            buffer_bytes=_read_count(environ, "MOONCAKE_LOCAL_BUFFER_SIZE", _DEFAULT_BUFFER_BYTES),
+            buffer_bytes=_read_count(environ, "MOONCAKE_LOCAL_BUFFER_SIZE"),
             sharding=ShardFormula(
                 size // ring_size, ring_size, layout, _read_count(environ, "TORCHSPEC_USP_TTT_LENGTH")
             ),
@@ -100,10 +103,9 @@ class StandaloneConfig:
 
         Args:
             aux_layers: ``--return-aux-hidden-state-layer-ids``.
-            prefix_cache: Whether there is one.
             running: ``--max-running-requests``.
-            hidden: Hidden size of the target.
-            dtype: Of its states, by torch's name.
+            hidden: Size of the target's states.
+            dtype: Of these, by torch's name.
 
         Raises:
             ValueError: names the argument.
@@ -118,8 +120,7 @@ class StandaloneConfig:
         if running is None:
             raise ValueError(f"{SWITCH} needs --max-running-requests: each one takes room in the buffer")
         # One more: a slot has a row for each token that may be written, the last one included.
-        tensors = SampleGeometry(len(aux_layers), hidden, dtype).tensors(self.max_length + 1)
-        needed = running * sum(align(spec.num_bytes) for spec in tensors.values())
+        needed = running * SampleGeometry(len(aux_layers), hidden, dtype).slot_bytes(self.max_length + 1)
         if needed > self.buffer_bytes:
             raise ValueError(
                 f"MOONCAKE_LOCAL_BUFFER_SIZE={self.buffer_bytes} must be at least {needed} for --max-running-requests "
@@ -165,8 +166,8 @@ def _read_endpoint(environ: Mapping[str, str]) -> StoreEndpoint:
     return StoreEndpoint(
         master=master,
         metrics="",  # asked for by those who watch the store's fill level
-        metadata=environ.get("MOONCAKE_TE_META_DATA_SERVER", P2P_HANDSHAKE),
-        protocol=_read_choice(environ, "MOONCAKE_PROTOCOL", ("tcp", "rdma"), "tcp"),
+        metadata=environ["MOONCAKE_TE_META_DATA_SERVER"],
+        protocol=_read_choice(environ, "MOONCAKE_PROTOCOL", ("tcp", "rdma")),
         local_hostname=environ.get("MOONCAKE_LOCAL_HOSTNAME"),
     )
 
@@ -177,18 +178,14 @@ def _read(environ: Mapping[str, str], name: str, valid: str) -> str:
     return environ[name]
 
 
-def _read_count(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
-    if default is not None and name not in environ:
-        return default
+def _read_count(environ: Mapping[str, str], name: str) -> int:
     text = _read(environ, name, "a positive integer")
     if not (text.isdecimal() and int(text) > 0):
         raise ValueError(f"{name}={text} must be a positive integer")
     return int(text)
 
 
-def _read_choice(environ: Mapping[str, str], name: str, valid: tuple[str, ...], default: str | None = None) -> str:
-    if default is not None and name not in environ:
-        return default
+def _read_choice(environ: Mapping[str, str], name: str, valid: tuple[str, ...]) -> str:
     text = _read(environ, name, " or ".join(valid))
     if text not in valid:
         raise ValueError(f"{name}={text} must be {' or '.join(valid)}")

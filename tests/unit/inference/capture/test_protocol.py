@@ -13,5 +13,9 @@ def test_no_capture_request_id_is_another_ones_prefix() -> None:
     split = capture_rid("run/1/e0p1a0", formula)
     assert (captured_key(split), captured_sharding(split)) == ("run/1/e0p1a0", formula)
     assert split.endswith(":") and not split.startswith(capture_rid("run/1/e0p1a", formula))
-    assert captured_key("answer:e0p1a0:") is None
     assert not capture_rid("e0p10").startswith(capture_rid("e0p1"))
+
+
+def test_only_whole_capture_ids_name_a_key() -> None:
+    for rid in ("answer:a:", "e0p1a0", "capture:e0p1a0", "capture::", "capture:a:b:", "capture:a:2x1-zigzag-7"):
+        assert captured_key(rid) is None

@@ -7,13 +7,7 @@ from typing import Any
 import pytest
 
 from torchspec.contracts import TensorSpec
-from torchspec.inference.capture.protocol import (
-    Captured,
-    captured_key,
-    decode_captured,
-    encode_captured,
-    encode_failed,
-)
+from torchspec.inference.capture.protocol import Captured, decode_captured, encode_captured, encode_failed
 from torchspec.inference.standalone.config import StandaloneConfig, reply_entry, request_metadata
 from torchspec.shards import ShardFormula
 
@@ -153,10 +147,3 @@ def test_arguments_of_the_server_are_checked() -> None:
     ):
         with pytest.raises(ValueError, match=reason):
             check(*arguments)
-
-
-def test_only_whole_capture_ids_name_a_key() -> None:
-    assert captured_key("capture:e0p1a0:") == "e0p1a0"
-    assert [
-        captured_key(rid) for rid in ("e0p1a0", "capture:e0p1a0", "capture::", "capture:a:b:", "capture:a:2x1-zigzag-7")
-    ] == [None] * 5
