@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.integration.engine_harness import AUX_LAYERS, CHUNK, LiveEngine, live_engine
 from tests.integration.store_harness import RunningStore, running_store
-from torchspec.inference.engine import LeaseFailed
+from torchspec.inference.source import SourceFailed
 from torchspec.store.hidden_state_store import HiddenStateStore
 
 HIDDEN, VOCAB = 576, 49152
@@ -174,7 +174,7 @@ def test_a_prompt_whose_prefix_came_from_a_cache_is_refused(cached_engine, clien
     shared = prompt(200, 42)
     first = cached_engine.run(capture_all(cached_engine, {"whole": shared + prompt(30, 1)}))
     assert len(fetch(client, "whole", first["whole"])[2]) == 230
-    with pytest.raises(LeaseFailed, match="never computed"):
+    with pytest.raises(SourceFailed, match="never computed"):
         cached_engine.run(cached_engine.engine.capture("hit", shared + prompt(30, 2)))
     assert not any(client.exists("hit", [suffix]) for suffix in SUFFIXES)
 
@@ -229,9 +229,9 @@ def test_an_aborted_capture_emits_nothing_and_leaks_no_slot(engine, client) -> N
 
 
 def test_a_prompt_that_cannot_be_served_fails_and_the_engine_goes_on(engine, client) -> None:  # type: ignore[no-untyped-def]
-    with pytest.raises(LeaseFailed, match=r"inference\.buffer_bytes"):
+    with pytest.raises(SourceFailed, match=r"inference\.buffer_bytes"):
         engine.run(engine.engine.capture("too-large", prompt(4000, 0)))
-    with pytest.raises(LeaseFailed, match="temperature"):  # SGLang's own word
+    with pytest.raises(SourceFailed, match="temperature"):  # SGLang's own word
         engine.run(engine.answer(prompt(9, 9), 4, temperature=-1.0))
     captured = engine.run(capture_all(engine, {"alive": prompt(9, 9)}))
     assert fetch(client, "alive", captured["alive"])[2] == prompt(9, 9)
@@ -246,7 +246,7 @@ def test_a_store_that_is_full_fails_the_capture_with_its_reason(engine, client, 
 
     try:
         failures = engine.run(fill())
-        assert failures and all(isinstance(failure, LeaseFailed) for failure in failures)
+        assert failures and all(isinstance(failure, SourceFailed) for failure in failures)
         assert any("store" in str(failure) for failure in failures)
     finally:
         for i in range(count):

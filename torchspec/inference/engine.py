@@ -1,4 +1,4 @@
-"""Where samples come from: an SGLang engine that answers prompts and captures hidden states, on a CPU or on GPUs.
+"""The live source: an SGLang engine that answers prompts and captures hidden states, on a CPU or on GPUs.
 
     answer(key, prompt) ---> sampled tokens, and the states of what was read on the way
     capture(key, text) ----> the states alone
@@ -30,7 +30,7 @@ import numpy as np
 import psutil
 from transformers import AutoTokenizer
 
-from torchspec.contracts import Answer, FailureKind, Lease, SampleRef, SampleTiming
+from torchspec.contracts import Answer, Lease, SampleRef, SampleTiming
 from torchspec.data.masks import pack_mask
 from torchspec.inference.capture.protocol import CaptureConfig, Captured, capture_rid, decode_captured
 from torchspec.inference.sglang_process import (
@@ -41,6 +41,7 @@ from torchspec.inference.sglang_process import (
     is_stopped,
     start_capturing_engine,
 )
+from torchspec.inference.source import Produced, SourceFailed
 from torchspec.instruments import Stopwatch
 from torchspec.processes.leftovers import remove_shared_memory_leftovers
 from torchspec.shards import ShardFormula
@@ -61,23 +62,6 @@ class EngineDied(RuntimeError):
     """A process of SGLang ended or hangs; the engine is of no more use."""
 
 
-class LeaseFailed(Exception):
-    """A lease came to nothing. ``kind`` says what that calls for."""
-
-    def __init__(self, kind: FailureKind, reason: str):
-        super().__init__(reason)
-        self.kind = kind
-
-
-@dataclass(frozen=True, slots=True)
-class Produced:
-    """A sample that lies in the store, what the target wrote if it was asked, and how long all of it took."""
-
-    ref: SampleRef
-    answer: Answer | None
-    timing: SampleTiming
-
-
 @dataclass(frozen=True, slots=True)
 class Answered:
     """What the target wrote: token ids, why it stopped (``stop``, ``length``), and where the states are."""
@@ -88,7 +72,7 @@ class Answered:
 
 
 class TargetEngine:
-    """An engine and its capture plugin. Blocks until the model is loaded.
+    """A :class:`SampleSource`: an engine and its capture plugin. Blocks until the model is loaded.
 
     The constructor belongs on a process's main thread, the other methods on one event loop.
 
@@ -126,10 +110,10 @@ class TargetEngine:
         self._tasks: list[asyncio.Task[None]] = []
 
     async def produce(self, lease: Lease) -> Produced:
-        """Have the target answer the lease's prompt, or read its text, in turn; the states are in the store then.
+        """Have the target answer the lease's prompt, or read its text, in turn. See :class:`SampleSource`.
 
         Raises:
-            LeaseFailed: there is no sample.
+            SourceFailed: there is no sample.
             EngineDied: the engine is gone.
         """
         started = time.perf_counter()
@@ -169,7 +153,7 @@ class TargetEngine:
             sharding: how to split the sample among the ranks that share it; None: store it whole.
 
         Raises:
-            LeaseFailed: the longest possible sample does not fit into the plugin's buffer, SGLang gave the request
+            SourceFailed: the longest possible sample does not fit into the plugin's buffer, SGLang gave the request
                 up, the states are bad, or the store did not take them.
             EngineDied: the engine is gone.
         """
@@ -210,7 +194,7 @@ class TargetEngine:
         ids, reason = answered.token_ids, answered.finish_reason
         text = self._tokenizer.decode(ids, skip_special_tokens=True)
         if not text.strip():
-            raise LeaseFailed("final", f"the target's answer is empty ({len(ids)} tokens, {reason})")
+            raise SourceFailed("final", f"the target's answer is empty ({len(ids)} tokens, {reason})")
         return Answer(lease.sample.prompt, tuple(ids), text, reason), answered.captured
 
     async def _generate(self, rid: str, input_ids: Sequence[int], sampling: Sampling) -> dict[str, Any]:
@@ -222,10 +206,10 @@ class TargetEngine:
             self._engine.tokenizer_manager.abort_request(rid)
             raise
         except ValueError as error:  # SGLang's word for a request that it cannot serve
-            raise LeaseFailed("retry", str(error)) from error
+            raise SourceFailed("retry", str(error)) from error
         reason = reply["meta_info"]["finish_reason"]
         if reason["type"] == "abort":
-            raise LeaseFailed("retry", f"SGLang aborted the request: {reason['message']}")
+            raise SourceFailed("retry", f"SGLang aborted the request: {reason['message']}")
         return reply
 
     def _watch(self) -> None:
@@ -287,7 +271,7 @@ class TargetEngine:
             if message["stored"]:
                 future.set_result(decode_captured(message))
             else:
-                future.set_exception(LeaseFailed(message["kind"], message["reason"]))
+                future.set_exception(SourceFailed(message["kind"], message["reason"]))
         self._declare_dead("SGLang's scheduler process ended: the capture plugin closed its socket")
 
     def _shut_down(self) -> None:
@@ -310,11 +294,11 @@ class _Budget:
         """Hold ``size`` bytes, once they are free.
 
         Raises:
-            LeaseFailed: there will never be as many.
+            SourceFailed: there will never be as many.
         """
         if size > self._capacity:
             reason = f"a sample of {size} bytes does not fit into inference.buffer_bytes={self._capacity}"
-            raise LeaseFailed("final", reason)
+            raise SourceFailed("final", reason)
         async with self._turn, self._freed:
             await self._freed.wait_for(lambda: self._free >= size)
             self._free -= size

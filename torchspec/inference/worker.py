@@ -1,11 +1,11 @@
-"""One inference worker: pulls leases, has its engine turn them into samples, publishes what the store holds.
+"""One inference worker: pulls leases, has its source turn them into samples, publishes what the store holds.
 
-    controller --lease--> [prompt] --engine--> store --publish--> controller
+    controller --lease--> [prompt] --source--> store --publish--> controller
 
-The worker keeps ``max_concurrency`` samples in its engine. It asks for more as soon as one is done and never waits for
-a whole batch. It keeps no state that anybody would miss: when it dies, its leases are given to another worker, and what
-it has published lies in the store. While the controller is away it goes on with what it has; the next one throws away
-what it did not ask for.
+The worker keeps ``max_concurrency`` samples in its source, the target's engine. It asks for more as soon as one is done
+and never waits for a whole batch. It keeps no state that anybody would miss: when it dies, its leases are given to
+another worker, and what it has published lies in the store. While the controller is away it goes on with what it has;
+the next one throws away what it did not ask for.
 """
 
 from __future__ import annotations
@@ -18,28 +18,29 @@ from typing import Any
 import ray
 
 from torchspec.contracts import Lease, WorkerReport
-from torchspec.inference.engine import LeaseFailed, Produced, TargetEngine
+from torchspec.inference.engine import TargetEngine
 from torchspec.inference.sglang_process import EngineSpec
+from torchspec.inference.source import Produced, SampleSource, SourceFailed
 from torchspec.instruments import Stopwatch, observe
 
 _CONTROLLER_PAUSE_SECONDS = 0.5
 
 
 class InferenceWorker:
-    """A Ray actor class around one :class:`TargetEngine`. ``name`` is unique in the run."""
+    """A Ray actor class around one :class:`SampleSource`. ``name`` is unique in the run."""
 
     def __init__(self, name: str, controller: Any, engine: EngineSpec):
         self._name, self._controller, self._config = name, controller, engine.config
         self._counts = WorkerReport(name)
         self._alive, self._busy = Stopwatch(), Stopwatch()
         self._held: set[str] = set()
-        self._engine = TargetEngine(engine)
+        self._source: SampleSource = TargetEngine(engine)
 
     async def run(self) -> None:
-        """Work until the controller has no more leases for this worker, then stop the engine.
+        """Work until the controller has no more leases for this worker, then stop the source.
 
         Raises:
-            Exception: the engine is gone; the controller takes the open leases back.
+            Exception: the source is gone; the controller takes the open leases back.
         """
         samples: set[asyncio.Task[None]] = set()
         reporting = asyncio.create_task(self._report_regularly())
@@ -49,7 +50,7 @@ class InferenceWorker:
         finally:
             for task in (reporting, *samples):
                 task.cancel()
-            self._engine.stop()
+            self._source.stop()
 
     async def _work(self, samples: set[asyncio.Task[None]]) -> None:
         most, more = self._config.inference.max_concurrency, True
@@ -92,10 +93,10 @@ class InferenceWorker:
         """Turn one lease into a published sample, or into a failure with a reason."""
         with self._busy:
             try:
-                produced = await self._engine.produce(lease)
+                produced = await self._source.produce(lease)
                 self._count_sample(produced)
                 await self._insist("publish", produced.ref, produced.answer, produced.timing)
-            except LeaseFailed as error:
+            except SourceFailed as error:
                 self._counts = replace(self._counts, failures=self._counts.failures + 1)
                 await self._insist("fail", lease.sample, lease.key, str(error), error.kind)
             finally:
@@ -131,6 +132,6 @@ class InferenceWorker:
             self._counts,
             seconds=self._alive.seconds,
             busy_seconds=self._busy.seconds,
-            engine_seconds=self._engine.computing.seconds,
+            engine_seconds=self._source.computing.seconds,
             leases=self._busy.count,
         )

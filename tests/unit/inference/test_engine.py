@@ -8,7 +8,8 @@ from contextlib import AbstractAsyncContextManager
 
 import pytest
 
-from torchspec.inference.engine import CAPTURES_WHILE_ANSWERING, EngineDied, LeaseFailed, TargetEngine, _Budget, _Turns
+from torchspec.inference.engine import CAPTURES_WHILE_ANSWERING, EngineDied, TargetEngine, _Budget, _Turns
+from torchspec.inference.source import SourceFailed
 
 
 class Held:
@@ -86,7 +87,7 @@ def test_bytes_are_given_out_in_order_and_a_large_request_is_not_overtaken() -> 
         assert held.order == ["first"]
         await held.end("first")
         assert held.order == ["first", "large", "small"]
-        with pytest.raises(LeaseFailed, match=r"11 bytes .* inference\.buffer_bytes=10") as failed:
+        with pytest.raises(SourceFailed, match=r"11 bytes .* inference\.buffer_bytes=10") as failed:
             async with budget.taken(11):
                 pass
         assert failed.value.kind == "final"
