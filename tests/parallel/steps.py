@@ -145,7 +145,7 @@ def run_rank(rank: int, setup: Setup, case: Case, mask: Tensor | None = None) ->
         target = draft.spec.target
         draft.options = DraftOptions(case.chunk, setup.activation_checkpointing)
         sharing = Sharing(formula, mesh_of(setup.ulysses, setup.ring), setup.gather_once)
-        draft.attention_backend = UspBackend.on(sharing, target.num_heads, target.num_kv_heads)
+        draft.plan = UspBackend.on(sharing, target.num_heads, target.num_kv_heads).plan
         if setup.sharding == "fsdp2":
             mesh.shard_module(draft, draft.units(), CPU)
         share = setup.shares(len(case.lengths), dist.get_world_size())[rank // setup.sp_size]

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from torchspec.nn.chain_attention import Block0, chain_attention
 from torchspec.nn.chain_rows import ChainRows, active_rows, context_lengths
+from torchspec.nn.flash import scatter_rows
 from torchspec.parallel.mesh import Sharing
 from torchspec.parallel.ring import RingKernel, Run, circulating, gathered, tiles
 from torchspec.parallel.ulysses import join_heads, split_heads
@@ -81,9 +82,29 @@ class UspBackend:
         return self.ring is not None and not self.gather_once
 
     def plan(self, loss_mask_BS: Tensor, lengths_B: Tensor, num_positions: int, device: torch.device) -> UspSequences:
-        """Plan this rank's share of a micro-batch; the arguments describe its whole samples."""
-        assert num_positions == self.formula.halo
-        return UspSequences.plan(self, _Samples.of(loss_mask_BS, lengths_B, num_positions), device)
+        """Plan this rank's share of a micro-batch: a :data:`Planner`."""
+        formula = self.formula
+        assert num_positions == formula.halo
+        samples = _Samples.of(loss_mask_BS, lengths_B, num_positions)
+        slots = _Slots(formula, samples)
+        ring_rank = self.rank // formula.ulysses_size
+        keys, queries = slots.key_runs(ring_rank), slots.query_runs(ring_rank)
+        query_slots = sum(run.stop - run.start for run in queries.values())
+        if self.circulates:
+            ranks = [(ring_rank - i) % formula.ring_size for i in range(formula.ring_size)]
+            schedule = [tiles(queries.values(), slots.key_runs(rank).values()) for rank in ranks]
+        else:
+            schedule = [tiles(queries.values(), slots.gathered_runs())]
+        return UspSequences(
+            backend=self,
+            rows=_local_rows(formula, self.rank, samples).to(device),
+            shape_BS=formula.window_shape(samples.lengths),
+            kernel=RingKernel(schedule, query_slots, self.ring if self.circulates else None),
+            active=slots.sent(ring_rank, samples.active, queries, query_slots).to(device),
+            context=slots.sent(ring_rank, samples.context, keys, slots.key_slots).to(device),
+            key_slots=slots.key_slots,
+            order_P=slots.gathered_order().to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -100,31 +121,9 @@ class UspSequences:
     order_P: Tensor
     """See :func:`gathered`."""
 
-    @classmethod
-    def plan(cls, backend: UspBackend, samples: _Samples, device: torch.device) -> UspSequences:
-        formula, slots = backend.formula, _Slots(backend.formula, samples)
-        ring_rank = backend.rank // formula.ulysses_size
-        keys, queries = slots.key_runs(ring_rank), slots.query_runs(ring_rank)
-        query_slots = sum(run.stop - run.start for run in queries.values())
-        if backend.circulates:
-            ranks = [(ring_rank - i) % formula.ring_size for i in range(formula.ring_size)]
-            schedule = [tiles(queries.values(), slots.key_runs(rank).values()) for rank in ranks]
-        else:
-            schedule = [tiles(queries.values(), slots.gathered_runs())]
-        return cls(
-            backend=backend,
-            rows=_local_rows(backend, samples).to(device),
-            shape_BS=formula.window_shape(samples.lengths),
-            kernel=RingKernel(schedule, query_slots, backend.ring if backend.circulates else None),
-            active=slots.sent(ring_rank, samples.active, queries, query_slots).to(device),
-            context=slots.sent(ring_rank, samples.context, keys, slots.key_slots).to(device),
-            key_slots=slots.key_slots,
-            order_P=slots.gathered_order().to(device),
-        )
-
     def block0(self, k_CKE: Tensor, v_CKE: Tensor) -> Block0:
         kv = self._split_key_values(k_CKE, v_CKE, self.context)
-        kv_GKX = kv.new_zeros(self.key_slots + 1, *kv.shape[1:]).index_copy(0, self.context.slot, kv)[:-1]
+        kv_GKX = scatter_rows(kv, self.context.slot, self.key_slots + 1)[:-1]
         if self.backend.circulates:
             kv_GKX, carrier = circulating(kv_GKX)
         else:
@@ -258,13 +257,12 @@ class _Slots:
         return sum(len(positions(sample, segment.start, segment.stop)) for sample, segment in windows)
 
 
-def _local_rows(backend: UspBackend, samples: _Samples) -> ChainRows:
-    """The rows of this rank's windows."""
-    formula = backend.formula
+def _local_rows(formula: ShardFormula, rank: int, samples: _Samples) -> ChainRows:
+    """The rows of a rank's windows."""
     shape = formula.window_shape(samples.lengths)
     mask_WS, active_WS = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
     context, starts = [], []
-    for row, (sample, (start, stop, halo_stop)) in enumerate(formula.windows(samples.lengths, backend.rank)):
+    for row, (sample, (start, stop, halo_stop)) in enumerate(formula.windows(samples.lengths, rank)):
         mask_WS[row, : halo_stop - start] = samples.loss_mask_BS[sample, start:halo_stop]
         active_WS[row, : stop - start] = samples.active_BS[sample, start:stop]
         context.append(len(samples.context(sample, start, stop)))

@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from torchspec.drafts.dflash.spec import DFlashSpec
 from torchspec.drafts.draft import Batch, Draft, DraftOptions, DraftOutput
-from torchspec.nn.flash import block_attention, block_attention_backward, merge_
+from torchspec.nn.flash import block_attention, block_attention_backward, merge_, scatter_rows
 from torchspec.nn.layers import MLP, RMSNorm
 from torchspec.nn.losses import HardTeacher, Students, Teacher, accumulating, compute_dtype, fused_cross_entropy
 from torchspec.nn.rope import rotary_table, rotate
@@ -70,15 +70,11 @@ class Tile(NamedTuple):
     """Position of the first context row in a causal call, else None."""
 
     def queries(self, x_NX: Tensor, anchor_N: Tensor) -> Tensor:
-        """The blocks' part of a tensor [N, X, ..] as the kernel takes it: [1, n * X, ..], or causal [X, L, ..].
-
-        A causal row that is no block's holds zeros, and so adds nothing to any gradient.
-        """
+        """The blocks' part of a tensor [N, X, ..] as the kernel takes it: [1, n * X, ..], or causal [X, L, ..]."""
         x_nX = x_NX[self.blocks]
         if self.first is None:
             return x_nX.flatten(0, 1).unsqueeze(0)
-        rows_LX = x_nX.new_zeros(self.context.stop - self.context.start, *x_nX.shape[1:])
-        return rows_LX.index_copy_(0, self._rows(anchor_N), x_nX).transpose(0, 1)
+        return scatter_rows(x_nX, self._rows(anchor_N), self.context.stop - self.context.start).transpose(0, 1)
 
     def results(self, y: Tensor, anchor_N: Tensor) -> Tensor:
         """Back from what the kernel made of the queries to [n, X, ..]."""
@@ -173,32 +169,32 @@ class BlockAttention(torch.autograd.Function):
     def forward(
         ctx: Any, blocks: Blocks, q_NXKE: Tensor, k_NWKE: Tensor, v_NWKE: Tensor, k_CKE: Tensor, v_CKE: Tensor
     ) -> Tensor:
-        scale, anchor_N = q_NXKE.shape[-1] ** -0.5, blocks.anchor_N
-        o, lse_NXK = block_attention(q_NXKE, k_NWKE, v_NWKE, scale, causal=False)
+        anchor_N = blocks.anchor_N
+        o, lse_NXK = block_attention(q_NXKE, k_NWKE, v_NWKE, causal=False)
         o_NXKE = accumulating(o)
         for tile in blocks.tiles:
             q = tile.queries(q_NXKE, anchor_N)
             k, v = (x[tile.context].expand(len(q), -1, -1, -1) for x in (k_CKE, v_CKE))
-            part = block_attention(q, k, v, scale, causal=tile.first is not None)
+            part = block_attention(q, k, v, causal=tile.first is not None)
             merge_(o_NXKE[tile.blocks], lse_NXK[tile.blocks], *(tile.results(x, anchor_N) for x in part))
         o_NXKE = o_NXKE.to(q_NXKE.dtype)
         ctx.save_for_backward(q_NXKE, k_NWKE, v_NWKE, k_CKE, v_CKE, o_NXKE, lse_NXK)
-        ctx.blocks, ctx.scale = blocks, scale
+        ctx.blocks = blocks
         return o_NXKE
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do_NXKE: Tensor) -> tuple[Tensor | None, ...]:
         q_NXKE, k_NWKE, v_NWKE, k_CKE, v_CKE, o_NXKE, lse_NXK = ctx.saved_tensors
-        blocks, scale = ctx.blocks, ctx.scale
+        blocks = ctx.blocks
         softmax = do_NXKE, q_NXKE, o_NXKE, lse_NXK
-        dq, dk_NWKE, dv_NWKE = block_attention_backward(do_NXKE, q_NXKE, k_NWKE, v_NWKE, o_NXKE, lse_NXK, scale, False)
+        dq, dk_NWKE, dv_NWKE = block_attention_backward(do_NXKE, q_NXKE, k_NWKE, v_NWKE, o_NXKE, lse_NXK, False)
         dq_NXKE = accumulating(dq)
         dk_CKE, dv_CKE = (torch.zeros_like(accumulating(x)) for x in (k_CKE, v_CKE))
         for tile in blocks.tiles:
             do, q, o, lse = (tile.queries(x, blocks.anchor_N) for x in softmax)
             k, v = (x[tile.context].expand(len(q), -1, -1, -1) for x in (k_CKE, v_CKE))
-            dq, dk, dv = block_attention_backward(do, q, k, v, o, lse, scale, causal=tile.first is not None)
+            dq, dk, dv = block_attention_backward(do, q, k, v, o, lse, causal=tile.first is not None)
             dq_NXKE[tile.blocks] += tile.results(dq, blocks.anchor_N)
             dk_CKE[tile.context] += dk.sum(0)
             dv_CKE[tile.context] += dv.sum(0)

@@ -8,7 +8,7 @@
 The parameters carry exactly the names that servers load. The target's embedding, final norm and head stay outside
 (:class:`TargetHead`). Which rows each step needs is decided by :class:`ChainRows`, where the alignment is spelled out;
 the attention is :func:`chain_attention`, the loss :func:`fused_cross_entropy`. Whether samples are whole or shared
-by several ranks is the business of an :class:`AttentionBackend`: all else is row-wise and does not see the difference.
+by several ranks is the business of a :data:`Planner`: all else is row-wise and does not see the difference.
 
 Shapes: B batch, S padded length, A aux states concatenated (num_aux * H), H hidden size, C context rows, R active rows,
 T TTT steps, E head dimension.
@@ -28,14 +28,14 @@ from torchspec.nn.decoder import DecoderLayer
 from torchspec.nn.layers import PartNorms, RMSNorm
 from torchspec.nn.losses import compute_dtype, fused_cross_entropy
 from torchspec.nn.rope import rotary_table
-from torchspec.nn.sequences import FLASH, AttentionBackend, Sequences
+from torchspec.nn.sequences import Planner, Sequences, WholeSequences
 from torchspec.parallel.usp import UspBackend
 from torchspec.target.checkpoint import TargetCheckpoint
 from torchspec.target.head import TargetHead
 
 
 class Eagle3Draft(Draft):
-    """The trainable draft. :attr:`attention_backend` knows where the positions of a sample are."""
+    """The trainable draft. :attr:`plan` knows where the positions of a sample are."""
 
     spec: Eagle3Spec
 
@@ -43,10 +43,10 @@ class Eagle3Draft(Draft):
         super().__init__()
         self.spec = spec
         self.options = options = options or DraftOptions()
-        self.attention_backend: AttentionBackend = FLASH
+        self.plan: Planner = WholeSequences.plan
         target = spec.target
         if options.sharing is not None:
-            self.attention_backend = UspBackend.on(options.sharing, target.num_heads, target.num_kv_heads)
+            self.plan = UspBackend.on(options.sharing, target.num_heads, target.num_kv_heads).plan
         aux_size, eps = len(spec.layers) * target.hidden_size, target.rms_norm_eps
         self.input_norm = RMSNorm(aux_size, eps) if spec.norm_before_fc else nn.Identity()
         self.fc_norm = PartNorms(len(spec.layers), target.hidden_size, eps) if spec.fc_norm else nn.Identity()
@@ -66,9 +66,9 @@ class Eagle3Draft(Draft):
         """All TTT steps of one micro-batch and their loss; it is divided by the positions counted in the first."""
         self.check(batch, head)
         device = batch.hs_BSA.device
-        sequences = self.attention_backend.plan(batch.loss_mask_BS, batch.lengths_B, self.spec.ttt_length, device)
+        sequences = self.plan(batch.loss_mask_BS, batch.lengths_B, self.spec.ttt_length, device)
         rows = sequences.rows
-        assert batch.ids_BS.shape == sequences.shape_BS, "the batch does not hold the windows that the backend expects"
+        assert batch.ids_BS.shape == sequences.shape_BS, "the batch does not hold the windows that the plan expects"
         hidden_TRH = self._unroll(batch, head, sequences)
         if not self.spec.norm_output:  # else every step has seen to it
             hidden_TRH = self.norm(hidden_TRH)

@@ -32,7 +32,7 @@ from torchspec.nn.decoder import DecoderLayer
 from torchspec.nn.layers import PartNorms, RMSNorm
 from torchspec.nn.losses import compute_dtype, fused_cross_entropy
 from torchspec.nn.rope import rotary_table
-from torchspec.nn.sequences import FLASH, WholeSequences
+from torchspec.nn.sequences import WholeSequences
 from torchspec.target.checkpoint import TargetCheckpoint
 from torchspec.target.head import TargetHead
 
@@ -69,7 +69,9 @@ class PEagleDraft(Draft):
     def forward(self, batch: Batch, head: TargetHead) -> DraftOutput:
         """All positions of one micro-batch and their loss; it is divided by what is counted at the first."""
         self.check(batch, head)
-        sequences = FLASH.plan(batch.loss_mask_BS, batch.lengths_B, self.spec.num_positions, batch.hs_BSA.device)
+        sequences = WholeSequences.plan(
+            batch.loss_mask_BS, batch.lengths_B, self.spec.num_positions, batch.hs_BSA.device
+        )
         rows = sequences.rows
         hidden_KRH = self.norm(self._residual(batch, head, sequences))
         sums = fused_cross_entropy(

@@ -60,11 +60,11 @@ def test_cases_are_not_trivial(soft: bool) -> None:
 ATTENTION, DRAFT, PLAN = dflash.BlockAttention, dflash.DFlashDraft, dflash.Blocks
 MUTATIONS: dict[str, tuple[Any, str, str, str]] = {
     "zero attention": (ATTENTION, "forward", "return o_NXKE", "return o_NXKE * 0"),
-    "causal blocks": (ATTENTION, "forward", "v_NWKE, scale, causal=False", "v_NWKE, scale, causal=True"),
+    "causal blocks": (ATTENTION, "forward", "v_NWKE, causal=False", "v_NWKE, causal=True"),
     "no output in the context's backward": (
         ATTENTION, "backward", "q_NXKE, o_NXKE, lse_NXK\n", "q_NXKE, o_NXKE * 0, lse_NXK\n"),
     "no output in the block's backward": (
-        ATTENTION, "backward", "o_NXKE, lse_NXK, scale", "o_NXKE * 0, lse_NXK, scale"),
+        ATTENTION, "backward", "o_NXKE, lse_NXK, False", "o_NXKE * 0, lse_NXK, False"),
     "context without gradient": (ATTENTION, "backward", "+= dk.sum(0)", "+= 0"),
     "the anchor's own state seen": (dflash, "tiles_of", "slice(row, row + first)", "slice(row, row + first + 1)"),
     "common context left out": (dflash, "tiles_of", "if first > 0", "if first > 10**6"),

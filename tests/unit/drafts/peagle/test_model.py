@@ -117,7 +117,7 @@ DRAFT, PLAN, CHAIN = PEagleDraft, chain_rows.ChainRows, chain_attention.ChainAtt
 CHAINS = "keys[:k], values[:k]"
 MUTATIONS: dict[str, tuple[Any, str, str, str]] = {
     "zero attention": (CHAIN, "forward", "return o_RQE.to(q_RQE.dtype)", "return q_RQE * 0"),
-    "rows after the anchor seen": (chain_attention.PaddedKernel, "attend", "v_BSKE, scale)", "v_BSKE, scale, False)"),
+    "rows after the anchor seen": (chain_attention.PaddedKernel, "attend", "v_BSKE)", "v_BSKE, False)"),
     "another row's chain seen": (DRAFT, "_positions", CHAINS, "[x.roll(1, 0) for x in keys[:k]], values[:k]"),
     "own earlier positions unseen": (DRAFT, "_positions", CHAINS, "keys[k - 1 : k], values[k - 1 : k]"),
     "angle of the anchor": (DRAFT, "_rotations", "rows.active_angle_R + k", "rows.active_angle_R + 0 * k"),
