@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 from torchspec.drafts.dflash.spec import DFlashSpec
 from torchspec.drafts.draft import Batch, Draft, DraftOptions, DraftOutput
 from torchspec.nn.flash import block_attention, block_attention_backward, merge_, scatter_rows
-from torchspec.nn.layers import MLP, RMSNorm
+from torchspec.nn.layers import MLP, AttentionProjections, RMSNorm
 from torchspec.nn.losses import HardTeacher, Students, Teacher, accumulating, compute_dtype, fused_cross_entropy
 from torchspec.nn.rope import rotary_table, rotate
 from torchspec.target.head import TargetHead
@@ -208,35 +208,24 @@ class Rotations(NamedTuple):
     context_CE: tuple[Tensor, Tensor]
 
 
-class Attention(nn.Module):
+class Attention(AttentionProjections):
     """The projections around :class:`BlockAttention`, with a norm of each query and key head as in Qwen3."""
 
     def __init__(self, target: TargetShape):
-        super().__init__()
-        width, kv_width = target.num_heads * target.head_dim, target.num_kv_heads * target.head_dim
-        self.q_proj = nn.Linear(target.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(target.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(target.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, target.hidden_size, bias=False)
+        super().__init__(target, target.hidden_size)
         self.q_norm = RMSNorm(target.head_dim, target.rms_norm_eps)
         self.k_norm = RMSNorm(target.head_dim, target.rms_norm_eps)
-        self.kv_heads, self.group, self.head_dim = (
-            target.num_kv_heads,
-            target.num_heads // target.num_kv_heads,
-            target.head_dim,
-        )
 
     def forward(self, x_RH: Tensor, context_CH: Tensor, blocks: Blocks, rotations: Rotations) -> Tensor:
-        q_RQE = self.q_norm(self.q_proj(x_RH).unflatten(-1, (-1, self.head_dim)))
-        q_RQE = rotate(q_RQE, *rotations.block_RE)
+        q_RQE = rotate(self.q_norm(self.heads(self.q_proj, x_RH)), *rotations.block_RE)
         own = (x.unflatten(0, (-1, blocks.size)) for x in self._keys_values(x_RH, rotations.block_RE))
-        grouped = q_RQE.view(-1, blocks.size, self.kv_heads, self.group, self.head_dim).transpose(2, 3)
+        grouped = q_RQE.unflatten(1, (self.num_kv_heads, -1)).unflatten(0, (-1, blocks.size)).transpose(2, 3)
         context = self._keys_values(context_CH, rotations.context_CE)
         o_NXKE: Tensor = BlockAttention.apply(blocks, grouped.flatten(1, 2), *own, *context)
         return self.o_proj(o_NXKE.view(grouped.shape).transpose(2, 3).reshape(len(x_RH), self.o_proj.in_features))
 
     def _keys_values(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        k, v = (proj(x).unflatten(-1, (self.kv_heads, self.head_dim)) for proj in (self.k_proj, self.v_proj))
+        k, v = (self.heads(projection, x) for projection in (self.k_proj, self.v_proj))
         return rotate(self.k_norm(k), *rotation), v
 
 
@@ -306,9 +295,9 @@ class DFlashDraft(Draft):
         return x_RH
 
     def _rotations(self, batch: Batch, blocks: Blocks, dtype: torch.dtype) -> Rotations:
-        target, slots = self.spec.target, self.spec.block_size
+        slots = self.spec.block_size
         positions = torch.arange(batch.ids_BS.shape[1] + slots, device=blocks.anchor_N.device)
-        table = rotary_table(target.rope_parameters, target.head_dim, target.max_position_embeddings, positions, dtype)
+        table = rotary_table(self.spec.target, positions, dtype)
         position_R = (blocks.anchor_N.unsqueeze(1) + positions[:slots]).flatten()
         cos_RE, sin_RE = (x[position_R] for x in table)
         cos_CE, sin_CE = (x[blocks.context_C] for x in table)

@@ -85,11 +85,9 @@ class Eagle3Draft(Draft):
 
     def _unroll(self, batch: Batch, head: TargetHead, sequences: Sequences) -> Tensor:
         """What each TTT step leaves of the active rows, and the next one starts from, [T, R, H]."""
-        layer, rows, target = self.midlayer, sequences.rows, self.spec.target
+        layer, rows = self.midlayer, sequences.rows
         dtype = compute_dtype(self.fc.weight)
-        cos_PE, sin_PE = rotary_table(
-            target.rope_parameters, target.head_dim, target.max_position_embeddings, rows.position_P, dtype
-        )
+        cos_PE, sin_PE = rotary_table(self.spec.target, rows.position_P, dtype)
 
         def rotary(angles: Tensor) -> tuple[Tensor, Tensor]:
             return cos_PE[angles], sin_PE[angles]

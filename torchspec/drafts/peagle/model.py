@@ -108,10 +108,8 @@ class PEagleDraft(Draft):
 
     def _rotations(self, sequences: WholeSequences, dtype: torch.dtype) -> list[Rotation]:
         """Of the context rows, and of the active rows at each later position."""
-        rows, target = sequences.rows, self.spec.target
-        table = rotary_table(
-            target.rope_parameters, target.head_dim, target.max_position_embeddings, rows.position_P, dtype
-        )
+        rows = sequences.rows
+        table = rotary_table(self.spec.target, rows.position_P, dtype)
         angles = [rows.context_angle_C, *(rows.active_angle_R + k for k in range(1, self.spec.num_positions))]
         return [(table[0][angle], table[1][angle]) for angle in angles]
 

@@ -69,7 +69,7 @@ MUTATIONS: dict[str, tuple[Any, str, str, str]] = {
     "the anchor's own state seen": (dflash, "tiles_of", "slice(row, row + first)", "slice(row, row + first + 1)"),
     "common context left out": (dflash, "tiles_of", "if first > 0", "if first > 10**6"),
     "rest of the context left out": (dflash, "tiles_of", "if last > first", "if last > first + 10**6"),
-    "heads mixed up": (dflash.Attention, "forward", "self.head_dim).transpose(2, 3)", "self.head_dim)"),
+    "heads mixed up": (dflash.Attention, "forward", "blocks.size)).transpose(2, 3)", "blocks.size))"),
     "keys not normed": (dflash.Attention, "_keys_values", "self.k_norm(k)", "k + 0 * self.k_norm(k)"),
     "context normed in each layer": (
         dflash.DecoderLayer, "forward", ", context_CH, blocks", ", self.input_layernorm(context_CH), blocks"),

@@ -20,6 +20,7 @@ from torchspec.drafts.initialise import initialise
 from torchspec.nn.rope import rotary_table
 from torchspec.target.checkpoint import TargetCheckpoint
 from torchspec.target.head import load_target_head
+from torchspec.target.shape import TargetShape
 
 V, H = 20, 8
 EXPORTED = """
@@ -228,7 +229,8 @@ def test_rotary_table_equals_transformers(rope_type: str) -> None:
         max_position_embeddings=256,
         rope_parameters={"rope_type": rope_type, "rope_theta": 5e4, **ROPES[rope_type]},
     )
-    table = rotary_table(llama.rope_parameters, 16, 256, torch.arange(100), torch.float32)
+    target = TargetShape(32, 2, 2, 16, 8, 1e-6, V, 256, llama.rope_parameters)
+    table = rotary_table(target, torch.arange(100), torch.float32)
     expected = LlamaRotaryEmbedding(llama)(torch.zeros(1), torch.arange(100).unsqueeze(0))
     for got, want in zip(table, expected, strict=True):
         torch.testing.assert_close(got, want[0], rtol=0, atol=2e-5)
