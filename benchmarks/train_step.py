@@ -161,7 +161,7 @@ def measure(implementation: str, batch_name: str, ttt_length: int, dtype_name: s
     def step() -> float:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             if implementation == "plain":
-                total = plain_loss(draft, target, batch, draft.spec.step_weights)
+                total = plain_loss(draft, target, batch, draft.spec.position_weights)
             else:
                 total = draft(batch, target).total
         total.backward()

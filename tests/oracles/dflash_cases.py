@@ -133,7 +133,7 @@ def run_oracle(step: Step) -> Result:
         embedding=step.target.embedding_VH,
         target_head=step.target.draft_head_DH,
         mask_token=spec.mask_token_id,
-        slot_weights=spec.slot_weights,
+        slot_weights=spec.position_weights,
         soft=case.soft,
         layers=case.num_layers,
         heads=case.kv_heads * case.group,
@@ -151,7 +151,7 @@ def run_oracle(step: Step) -> Result:
         "counted": supervised,
         "supervised": supervised,
         "correct": torch.tensor(dense.correct, dtype=case.dtype),
-        "denominator": (supervised * torch.tensor(spec.slot_weights, dtype=case.dtype)).sum(),
+        "denominator": (supervised * torch.tensor(spec.position_weights, dtype=case.dtype)).sum(),
     }
     return Result(dense.total.detach(), sums, _take_gradients(step))
 

@@ -139,7 +139,7 @@ def run_oracle(step: Step) -> Result:
         embedding=step.target.embedding_VH,
         target_head=step.target_head_VH,
         draft_ids=step.draft_ids_D,
-        step_weights=step.draft.spec.step_weights,
+        step_weights=step.draft.spec.position_weights,
         heads=case.kv_heads * case.group,
         kv_heads=case.kv_heads,
         theta=THETA,

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from torchspec.contracts import NormState
 from torchspec.drafts.spec import DraftSpec
@@ -83,7 +84,9 @@ class Draft(nn.Module):
     that still reaches every parameter, so that all ranks run the same collectives.
     """
 
-    spec: DraftSpec
+    def __init__(self, spec: DraftSpec, options: DraftOptions | None = None):
+        super().__init__()
+        self.spec, self.options = spec, options or DraftOptions()
 
     @abstractmethod
     def forward(self, batch: Batch, head: TargetHead) -> DraftOutput:
@@ -110,6 +113,10 @@ class Draft(nn.Module):
                 f"aux states are {batch.hs_BSA.shape[-1]} wide; {len(spec.layers)} layers of "
                 f"{spec.target.hidden_size} make {width}"
             )
+
+    def run(self, layer: nn.Module, *inputs: Any) -> Tensor:
+        """A decoder layer, which the backward runs again where ``recompute`` says so."""
+        return checkpoint(layer, *inputs, use_reentrant=False) if self.options.recompute else layer(*inputs)
 
     def units(self) -> list[nn.Module]:
         """Modules that FSDP2 gathers by themselves, beside the whole."""

@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from torchspec.drafts.dflash.spec import DFlashSpec
 from torchspec.drafts.draft import Batch, Draft, DraftOptions, DraftOutput
@@ -247,8 +246,7 @@ class DFlashDraft(Draft):
     spec: DFlashSpec
 
     def __init__(self, spec: DFlashSpec, options: DraftOptions | None = None):
-        super().__init__()
-        self.spec, self.options = spec, options or DraftOptions()
+        super().__init__(spec, options)
         target = spec.target
         self.fc = nn.Linear(len(spec.layers) * target.hidden_size, target.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(target.hidden_size, target.rms_norm_eps)
@@ -275,10 +273,10 @@ class DFlashDraft(Draft):
             head.draft_head_DH,
             self._teacher(batch, head, blocks),
             blocks.students,
-            spec.slot_weights,
+            spec.position_weights,
             self.options.loss_chunk_tokens,
         )
-        denominator = (sums.counted_K * sums.counted_K.new_tensor(spec.slot_weights)).sum()
+        denominator = (sums.counted_K * sums.counted_K.new_tensor(spec.position_weights)).sum()
         return DraftOutput(sums.total, denominator, *sums[1:])
 
     def _residual(self, batch: Batch, head: TargetHead, blocks: Blocks) -> Tensor:
@@ -290,8 +288,7 @@ class DFlashDraft(Draft):
         context_CH = self.hidden_norm(self.fc(batch.hs_BSA.flatten(0, 1)[blocks.context_flat_C].to(dtype)))
         rotations = self._rotations(batch, blocks, dtype)
         for layer in self.layers:
-            inputs = x_RH, context_CH, blocks, rotations
-            x_RH = checkpoint(layer, *inputs, use_reentrant=False) if self.options.recompute else layer(*inputs)
+            x_RH = self.run(layer, x_RH, context_CH, blocks, rotations)
         return x_RH
 
     def _rotations(self, batch: Batch, blocks: Blocks, dtype: torch.dtype) -> Rotations:

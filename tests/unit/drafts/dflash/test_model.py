@@ -80,7 +80,7 @@ MUTATIONS: dict[str, tuple[Any, str, str, str]] = {
     "guesses shifted": (PLAN, "plan", "+ position_M + 1", "+ position_M"),
     "samples run into each other": (PLAN, "plan", "+ step_k < length", "+ step_k < 10**6"),
     "the loss mask ignored": (PLAN, "plan", " & loss_mask_BS.flatten()[flat_Nk]", ""),
-    "unweighted denominator": (DRAFT, "forward", "new_tensor(spec.slot_weights)", "new_tensor(1.0)"),
+    "unweighted denominator": (DRAFT, "forward", "new_tensor(spec.position_weights)", "new_tensor(1.0)"),
     "what the target thought of the next token": (DRAFT, "_teacher", "token_flat_P - 1", "token_flat_P"),
 }  # fmt: skip
 

@@ -18,8 +18,8 @@ from tests.oracles import eagle3_cases
 from tests.oracles.eagle3_cases import EPS, THETA, relative_error, worst_error
 from tests.oracles.peagle_cases import Case, build, run_oracle, run_product
 from tests.oracles.peagle_dense import served_logits
+from torchspec.drafts.chain_draft import ChainDraft
 from torchspec.drafts.draft import Batch, DraftOptions
-from torchspec.drafts.initialise import initialise
 from torchspec.drafts.peagle.model import PEagleDraft
 from torchspec.drafts.peagle.spec import PEagleKnobs, PEagleSpec
 from torchspec.nn import chain_attention, chain_rows, decoder, sequences
@@ -132,7 +132,7 @@ MUTATIONS: dict[str, tuple[Any, str, str, str]] = {
     "no residual around attention": (decoder.DecoderLayer, "forward", "residual_RH = residual_RH + ", "residual_RH = "),
     "students shifted": (PLAN, "of_windows", "1 + torch.arange", "0 + torch.arange"),
     "samples run into each other": (PLAN, "of_windows", "unsqueeze(1) % length >=", "unsqueeze(1) >="),
-    "all positions weigh the same": (DRAFT, "forward", "self.spec.position_weights", "[1.0] * self.spec.num_positions"),
+    "all positions weigh the same": (ChainDraft, "scored", "self.spec.position_weights", "[1.0] * self.spec.positions"),
 }  # fmt: skip
 
 
@@ -182,10 +182,9 @@ def test_target_init_is_the_targets_last_layers(target_path: Path) -> None:
     with torch.no_grad():
         output = model(ids_BS, output_hidden_states=True)
     draft_ids_D, target = torch.arange(0, 49152, 5), TargetCheckpoint(target_path)
-    knobs = PEagleKnobs(vocab_size=len(draft_ids_D), num_layers=3, num_positions=2)
+    knobs = PEagleKnobs(vocab_size=len(draft_ids_D), num_layers=3, num_positions=2, init="target")
     head = load_target_head(target, torch.float32, "cpu", draft_ids_D)
-    draft = PEagleDraft(PEagleSpec.of(knobs, target, None))
-    initialise(draft, draft.decoder, head, "target", target)
+    draft = PEagleSpec.of(knobs, target, None).build(head, target, DraftOptions())
     batch = Batch(
         hs_BSA=torch.cat([output.hidden_states[k + 1] for k in (1, 14, 26)], dim=-1),
         lhs_BSH=output.hidden_states[-1],
