@@ -18,7 +18,7 @@ MISTAKES: dict[str, Mutation] = {
     "zeros": Mutation(ChainAttention, "forward", "return o_RQE.to(q_RQE.dtype)", "return q_RQE * 0"),
     "halo dropped": Mutation(ShardFormula, "_segment", "stop + self.halo", "stop"),
     "halo one short": Mutation(ShardFormula, "_segment", "stop + self.halo", "stop + self.halo - 1"),
-    "two ranks swapped": Mutation(usp.UspBackend, "on", "return cls(formula, rank,", "return cls(formula, rank ^ 1,"),
+    "two ranks swapped": Mutation(usp.UspBackend, "__init__", "self.rank = ", "self.rank = 1 ^ "),
     "ring order reversed": Mutation(usp.UspBackend, "plan", "ring_rank - i", "ring_rank + i"),
     "heads in another order": Mutation(usp, "join_heads", ".transpose(0, 1)", ".flip(0).transpose(0, 1)"),
     "other ranks' keys unseen": Mutation(usp, "tiles", "if k.start < before", "if k.start < before - 10**6"),

@@ -22,7 +22,6 @@ E head dimension. Log-sum-exps are float32, or float64 for float64 inputs.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -130,21 +129,21 @@ class ChainAttention(torch.autograd.Function):
     """One position's attention of packed query rows, with its exact backward. See :func:`chain_attention`."""
 
     @staticmethod
-    def forward(ctx: Any, kernel: Kernel, split: tuple[int, int, int], q_RQE: Tensor, *tensors: Tensor) -> Tensor:
-        block0, keys, values = _split(tensors, split)
+    def forward(ctx: Any, kernel: Kernel, in_block0: int, q_RQE: Tensor, *tensors: Tensor) -> Tensor:
+        block0, keys, values = _split(tensors, in_block0)
         o_RQE, lse_RQ = kernel.attend(q_RQE, block0)
         w_JRQ = lse_RQ.new_empty(0)
         if keys:
             o_RQE, lse_RQ, w_JRQ = merge_diagonal(o_RQE, lse_RQ, q_RQE, keys, values)
         ctx.save_for_backward(q_RQE, o_RQE, lse_RQ, w_JRQ, *tensors)
-        ctx.kernel, ctx.split = kernel, split
+        ctx.kernel, ctx.in_block0 = kernel, in_block0
         return o_RQE.to(q_RQE.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do_RQE: Tensor) -> tuple[Tensor | None, ...]:
         q_RQE, o_RQE, lse_RQ, w_JRQ, *tensors = ctx.saved_tensors
-        block0, keys, values = _split(tensors, ctx.split)
+        block0, keys, values = _split(tensors, ctx.in_block0)
         o_low_RQE = o_RQE.to(q_RQE.dtype)
         dq_RQE, dblock0 = ctx.kernel.gradients(do_RQE, q_RQE, o_low_RQE, lse_RQ, block0)
         dks: list[Tensor] = []
@@ -155,9 +154,10 @@ class ChainAttention(torch.autograd.Function):
         return None, None, dq_RQE.to(q_RQE.dtype), *dblock0, *dks, *dvs
 
 
-def _split(tensors: Sequence[Tensor], counts: Sequence[int]) -> list[Sequence[Tensor]]:
-    ends = list(accumulate(counts))
-    return [tensors[end - count : end] for end, count in zip(ends, counts, strict=True)]
+def _split(tensors: Sequence[Tensor], in_block0: int) -> tuple[Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]:
+    """Those of block 0, and the diagonal keys and values, which are as many."""
+    values = (in_block0 + len(tensors)) // 2
+    return tensors[:in_block0], tensors[in_block0:values], tensors[values:]
 
 
 def chain_attention(
@@ -174,6 +174,6 @@ def chain_attention(
         o_RQE in the dtype of ``q_RQE``.
     """
     assert len(keys_RKE) == len(values_RKE)
-    split = len(block0.tensors), len(keys_RKE), len(values_RKE)
-    output: Tensor = ChainAttention.apply(block0.kernel, split, q_RQE, *block0.tensors, *keys_RKE, *values_RKE)
+    tensors = *block0.tensors, *keys_RKE, *values_RKE
+    output: Tensor = ChainAttention.apply(block0.kernel, len(block0.tensors), q_RQE, *tensors)
     return output

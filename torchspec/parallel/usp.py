@@ -23,10 +23,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -38,48 +37,27 @@ from torchspec.parallel.ring import RingKernel, Run, circulating, gathered, tile
 from torchspec.parallel.ulysses import join_heads, split_heads
 from torchspec.shards import ShardFormula, key_value_repeats
 
+if TYPE_CHECKING:
+    from torchspec.target.shape import TargetShape
 
-@dataclass(frozen=True)
+
 class UspBackend:
     """See the module's docstring.
 
     Args:
-        formula: how samples are split.
-        rank: this rank's number among those that share its samples.
-        ulysses, ring: its two groups; None for a group of one.
-        num_heads, num_kv_heads: of the draft.
-        gather_once: gather keys and values once a micro-batch, rather than let them circulate for every position.
+        sharing: among whom.
+        target: whose number of heads the draft has.
 
     Raises:
         ValueError: the query heads cannot be split over the Ulysses ranks.
     """
 
-    formula: ShardFormula
-    rank: int
-    ulysses: dist.ProcessGroup | None
-    ring: dist.ProcessGroup | None
-    num_heads: int
-    num_kv_heads: int
-    gather_once: bool = True
-
-    @classmethod
-    def on(cls, sharing: Sharing, num_heads: int, num_kv_heads: int) -> UspBackend:
-        """The backend of this process."""
-        mesh, formula = sharing.mesh, sharing.formula
-        ulysses, ring = (mesh.get_group(name) if mesh[name].size() > 1 else None for name in ("ulysses", "ring"))
-        rank = mesh.get_local_rank("ring") * formula.ulysses_size + mesh.get_local_rank("ulysses")
-        return cls(formula, rank, ulysses, ring, num_heads, num_kv_heads, sharing.gather_once)
-
-    def __post_init__(self) -> None:
-        key_value_repeats(self.num_heads, self.num_kv_heads, self.formula.ulysses_size)
-
-    @property
-    def repeats(self) -> int:
-        return key_value_repeats(self.num_heads, self.num_kv_heads, self.formula.ulysses_size)
-
-    @property
-    def circulates(self) -> bool:
-        return self.ring is not None and not self.gather_once
+    def __init__(self, sharing: Sharing, target: TargetShape):
+        mesh, self.formula = sharing.mesh, sharing.formula
+        self.rank = mesh.get_local_rank("ring") * self.formula.ulysses_size + mesh.get_local_rank("ulysses")
+        self.ulysses, self.ring = (mesh.get_group(n) if mesh[n].size() > 1 else None for n in ("ulysses", "ring"))
+        self.circulates = self.ring is not None and not sharing.gather_once
+        self.repeats = key_value_repeats(target.num_heads, target.num_kv_heads, self.formula.ulysses_size)
 
     def plan(self, loss_mask_BS: Tensor, lengths_B: Tensor, num_positions: int, device: torch.device) -> UspSequences:
         """Plan this rank's share of a micro-batch: a :data:`Planner`."""

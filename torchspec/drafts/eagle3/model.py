@@ -41,7 +41,7 @@ class Eagle3Draft(ChainDraft):
         self.plan: Planner = WholeSequences.plan
         target, sharing = spec.target, self.options.sharing
         if sharing is not None:
-            self.plan = UspBackend.on(sharing, target.num_heads, target.num_kv_heads).plan
+            self.plan = UspBackend(sharing, target).plan
         aux_size, eps = len(spec.layers) * target.hidden_size, target.rms_norm_eps
         self.input_norm = RMSNorm(aux_size, eps) if spec.norm_before_fc else nn.Identity()
         self.fc_norm = PartNorms(len(spec.layers), target.hidden_size, eps) if spec.fc_norm else nn.Identity()
