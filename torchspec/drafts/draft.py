@@ -90,14 +90,10 @@ class Draft(nn.Module):
 
     @abstractmethod
     def forward(self, batch: Batch, head: TargetHead) -> DraftOutput:
-        """Loss and counts of one micro-batch.
-
-        Args:
-            batch: on the device of the parameters (but for what stays on the CPU).
-            head: made for the same draft vocabulary.
+        """Loss and counts of one micro-batch on the parameters' device (but for what stays on the CPU).
 
         Raises:
-            ValueError: the head's vocabulary or the width of the aux states does not fit.
+            ValueError: see :meth:`check`.
         """
 
     def check(self, batch: Batch, head: TargetHead) -> None:

@@ -11,7 +11,7 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
 from torchspec.contracts import ITEM_BYTES
@@ -85,6 +85,11 @@ class DraftSpec(ABC):
         Raises:
             ValueError: in one line, why this target cannot have it.
         """
+
+    @classmethod
+    def kept(cls, knobs: DraftKnobs) -> dict[str, Any]:
+        """The fields that are knobs of the same name."""
+        return {f.name: getattr(knobs, f.name) for f in fields(cls) if hasattr(knobs, f.name)}
 
     @classmethod
     @abstractmethod

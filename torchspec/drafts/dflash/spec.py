@@ -77,17 +77,12 @@ class DFlashSpec(DraftSpec):
     @classmethod
     def of(cls, knobs: DFlashKnobs, target: TargetCheckpoint, layers: Sequence[int] | None) -> Self:
         chosen = default_layers(target.num_layers, knobs.num_features) if layers is None else layers
+        mask = target.mask_token_id if knobs.mask_token_id is None else knobs.mask_token_id
         return cls(
             target=target.shape,
             layers=tuple(chosen),
             num_target_layers=target.num_layers,
-            num_layers=knobs.num_layers,
-            block_size=knobs.block_size,
-            mask_token_id=target.mask_token_id if knobs.mask_token_id is None else knobs.mask_token_id,
-            num_anchors=knobs.num_anchors,
-            gamma=knobs.gamma,
-            loss=knobs.loss,
-            export_yarn_factor=knobs.export_yarn_factor,
+            **cls.kept(knobs) | {"mask_token_id": mask},
         )
 
     @classmethod

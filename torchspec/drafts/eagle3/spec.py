@@ -80,15 +80,12 @@ class Eagle3Spec(ChainSpec):
 
     @classmethod
     def of(cls, knobs: Eagle3Knobs, target: TargetCheckpoint, layers: Sequence[int] | None) -> Self:
-        shape = target.shape
+        count = target.num_layers
         return cls(
-            target=shape,
-            layers=check_layers(target.num_layers, early_middle_late(target.num_layers) if layers is None else layers),
-            draft_vocab_size=shape.vocab_size if knobs.vocab_size is None else knobs.vocab_size,
-            ttt_length=knobs.ttt_length,
-            step_decay=knobs.step_decay,
-            init=knobs.init,
-            **{name: getattr(knobs, name) for name in NORMS},
+            target=target.shape,
+            layers=check_layers(count, early_middle_late(count) if layers is None else layers),
+            draft_vocab_size=target.shape.vocab_size if knobs.vocab_size is None else knobs.vocab_size,
+            **cls.kept(knobs),
         )
 
     @classmethod

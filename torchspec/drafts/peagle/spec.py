@@ -67,21 +67,17 @@ class PEagleSpec(ChainSpec):
 
     @classmethod
     def of(cls, knobs: PEagleKnobs, target: TargetCheckpoint, layers: Sequence[int] | None) -> Self:
-        count, tokens = target.num_layers, target.shape.vocab_size
+        count = target.num_layers
         if knobs.init == "target" and knobs.num_layers > count:
             raise ValueError(
                 f"draft.num_layers={knobs.num_layers} must be at most the target's {count} to start as those"
             )
+        mask = target.mask_token_id if knobs.mask_token_id is None else knobs.mask_token_id
         return cls(
             target=target.shape,
             layers=check_layers(count, early_middle_late(count) if layers is None else layers),
-            draft_vocab_size=tokens if knobs.vocab_size is None else knobs.vocab_size,
-            mask_token_id=target.mask_token_id if knobs.mask_token_id is None else knobs.mask_token_id,
-            num_layers=knobs.num_layers,
-            num_positions=knobs.num_positions,
-            fc_norm=knobs.fc_norm,
-            position_decay=knobs.position_decay,
-            init=knobs.init,
+            draft_vocab_size=target.shape.vocab_size if knobs.vocab_size is None else knobs.vocab_size,
+            **cls.kept(knobs) | {"mask_token_id": mask},
         )
 
     @classmethod
