@@ -26,10 +26,6 @@ from torchspec.nn.losses import fused_cross_entropy
 from torchspec.target.checkpoint import TargetCheckpoint
 from torchspec.target.head import TargetHead
 
-ATTENTION_INPUTS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-SAME = ("self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
-INPUT_NORM = "input_layernorm"
-
 
 class ChainDraft(Draft):
     """The module of a :class:`ChainSpec`."""
@@ -86,12 +82,10 @@ class ChainDraft(Draft):
 
 def _copy(layer: DecoderLayer, prefix: str, target: TargetCheckpoint) -> None:
     """Make ``layer`` the target's. A first layer hears nothing of the embedding, the left half of its input."""
-    names = {name: f"{prefix}{name}.weight" for name in (*ATTENTION_INPUTS, *SAME, INPUT_NORM)}
+    names = {name: f"{prefix}{name}" for name, _ in layer.named_parameters()}
+    if layer.first:
+        names["hidden_norm.weight"] = names.pop("input_layernorm.weight")
     tensors = target.tensors(names.values())
-    for name in SAME:
-        layer.get_parameter(f"{name}.weight").copy_(tensors[names[name]])
-    for name in ATTENTION_INPUTS:
-        weight = tensors[names[name]]
-        layer.get_parameter(f"{name}.weight").zero_()[:, -weight.shape[1] :].copy_(weight)
-    norm = layer.hidden_norm if layer.first else layer.input_layernorm
-    norm.weight.copy_(tensors[names[INPUT_NORM]])
+    for name, source in names.items():
+        weight = tensors[source]
+        layer.get_parameter(name).zero_()[..., -weight.shape[-1] :].copy_(weight)

@@ -107,11 +107,12 @@ def reporting(
 
     A thread of its own, because the step loop is away for long and a rank that waits has something to say, too.
     """
+    if not interval:
+        yield lambda: None
+        return
     ended = threading.Event()
 
     def tell() -> None:
-        if not interval:
-            return
         with contextlib.suppress(ray.exceptions.RayError):  # a controller that is away will be back, or ends the run
             ray.get(controller.rank_report.remote(rank, report()), timeout=10)
 
@@ -120,14 +121,12 @@ def reporting(
             tell()
 
     thread = threading.Thread(target=loop, name="report", daemon=True)
-    if interval:
-        thread.start()
+    thread.start()
     try:
         yield tell
     finally:
         ended.set()
-        if interval:
-            thread.join()
+        thread.join()
         tell()
 
 
