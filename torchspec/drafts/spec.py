@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 from torchspec.contracts import ITEM_BYTES
 from torchspec.knobs import Section
 from torchspec.shards import ShardFormula
-from torchspec.target.shape import TargetShape
+from torchspec.target.shape import TargetShape, check_layers, early_middle_late
 
 if TYPE_CHECKING:
     from torchspec.drafts.draft import Draft, DraftOptions
@@ -87,9 +87,12 @@ class DraftSpec(ABC):
         """
 
     @classmethod
-    def kept(cls, knobs: DraftKnobs) -> dict[str, Any]:
-        """The fields that are knobs of the same name."""
-        return {f.name: getattr(knobs, f.name) for f in fields(cls) if hasattr(knobs, f.name)}
+    def kept(cls, knobs: DraftKnobs, target: TargetCheckpoint) -> dict[str, Any]:
+        """The fields that are knobs of the same name. A mask token that is not named is the target's."""
+        values = {f.name: getattr(knobs, f.name) for f in fields(cls) if hasattr(knobs, f.name)}
+        if "mask_token_id" in values and values["mask_token_id"] is None:
+            values["mask_token_id"] = target.mask_token_id
+        return values
 
     @classmethod
     @abstractmethod
@@ -180,6 +183,16 @@ class ChainSpec(DraftSpec):
     def __post_init__(self) -> None:
         if not 0 < self.draft_vocab_size <= self.target.vocab_size:
             raise ValueError(f"draft.vocab_size={self.draft_vocab_size} must be from 1 to {self.target.vocab_size}")
+
+    @classmethod
+    def of(cls, knobs: Any, target: TargetCheckpoint, layers: Sequence[int] | None) -> Self:
+        count = target.num_layers
+        return cls(
+            target=target.shape,
+            layers=check_layers(count, early_middle_late(count) if layers is None else layers),
+            draft_vocab_size=target.shape.vocab_size if knobs.vocab_size is None else knobs.vocab_size,
+            **cls.kept(knobs, target),
+        )
 
     @property
     def vocab_size(self) -> int | None:

@@ -121,11 +121,6 @@ class TargetCheckpoint:
             raise ValueError(f"target.path: {self.path} has no .safetensors weights")
         return sum(file.stat().st_size for file in weights) // 2
 
-    @cached_property
-    def tied(self) -> bool:
-        """Whether the head's weights are the embedding's."""
-        return bool(self.config.tie_word_embeddings)
-
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read the named tensors of the safetensors files, one or several, and no others.
 

@@ -77,13 +77,8 @@ class DFlashSpec(DraftSpec):
     @classmethod
     def of(cls, knobs: DFlashKnobs, target: TargetCheckpoint, layers: Sequence[int] | None) -> Self:
         chosen = default_layers(target.num_layers, knobs.num_features) if layers is None else layers
-        mask = target.mask_token_id if knobs.mask_token_id is None else knobs.mask_token_id
-        return cls(
-            target=target.shape,
-            layers=tuple(chosen),
-            num_target_layers=target.num_layers,
-            **cls.kept(knobs) | {"mask_token_id": mask},
-        )
+        count = target.num_layers
+        return cls(target=target.shape, layers=tuple(chosen), num_target_layers=count, **cls.kept(knobs, target))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:

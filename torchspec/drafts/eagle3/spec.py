@@ -17,7 +17,7 @@ Shapes: H hidden size (draft and target), F aux layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
@@ -25,7 +25,7 @@ from pydantic import Field
 
 from torchspec.drafts.eagle3 import costs
 from torchspec.drafts.spec import ChainSpec, DraftKnobs, fused
-from torchspec.target.shape import TargetShape, check_layers, early_middle_late
+from torchspec.target.shape import TargetShape
 
 if TYPE_CHECKING:
     from torchspec.drafts.draft import DraftOptions
@@ -77,16 +77,6 @@ class Eagle3Spec(ChainSpec):
             )
         if self.fc_norm and self.norm_before_fc:
             raise ValueError("draft.fc_norm and draft.norm_before_fc exclude each other: set one of them, or none")
-
-    @classmethod
-    def of(cls, knobs: Eagle3Knobs, target: TargetCheckpoint, layers: Sequence[int] | None) -> Self:
-        count = target.num_layers
-        return cls(
-            target=target.shape,
-            layers=check_layers(count, early_middle_late(count) if layers is None else layers),
-            draft_vocab_size=target.shape.vocab_size if knobs.vocab_size is None else knobs.vocab_size,
-            **cls.kept(knobs),
-        )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:

@@ -21,7 +21,7 @@ from pydantic import Field
 
 from torchspec.drafts.peagle import costs
 from torchspec.drafts.spec import ChainSpec, DraftKnobs, check_mask_token
-from torchspec.target.shape import TargetShape, check_layers, early_middle_late
+from torchspec.target.shape import TargetShape
 
 if TYPE_CHECKING:
     from torchspec.drafts.draft import DraftOptions
@@ -72,13 +72,7 @@ class PEagleSpec(ChainSpec):
             raise ValueError(
                 f"draft.num_layers={knobs.num_layers} must be at most the target's {count} to start as those"
             )
-        mask = target.mask_token_id if knobs.mask_token_id is None else knobs.mask_token_id
-        return cls(
-            target=target.shape,
-            layers=check_layers(count, early_middle_late(count) if layers is None else layers),
-            draft_vocab_size=target.shape.vocab_size if knobs.vocab_size is None else knobs.vocab_size,
-            **cls.kept(knobs) | {"mask_token_id": mask},
-        )
+        return super().of(knobs, target, layers)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
