@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from transformers import GlmConfig, LlamaConfig, PretrainedConfig, Qwen2Config, StableLmConfig
+from transformers import GlmConfig, LlamaConfig, PretrainedConfig, Qwen2Config, StableLmConfig, ViTConfig
 
 from torchspec.target.checkpoint import TargetCheckpoint
 
@@ -25,6 +25,7 @@ def test_the_real_target(target_path: Path) -> None:
     [
         (GlmConfig(), r"partial_rotary_factor=0\.5"),
         (StableLmConfig(), "no rms_norm_eps: it is not a Llama-like model"),
+        (ViTConfig(), "no rms_norm_eps, vocab_size, max_position_embeddings: it is not"),
         (Qwen2Config(num_attention_heads=4, num_key_value_heads=3), "not a multiple"),
     ],
 )
