@@ -179,6 +179,7 @@ class ChainSpec(DraftSpec):
     draft_vocab_size: int
     """D; as large as the target's where the draft has no vocabulary of its own."""
     init: Literal["default", "target"] = field(default="default", kw_only=True)
+    """Where the decoder layers start: ``drafts/chain_draft.py``."""
 
     def __post_init__(self) -> None:
         if not 0 < self.draft_vocab_size <= self.target.vocab_size:
