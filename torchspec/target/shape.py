@@ -81,8 +81,8 @@ class TargetShape:
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Back from :meth:`hf_config`; token ids may be left out. Raises KeyError: another field is missing."""
-        config = dict.fromkeys(TOKENS) | dict(config)
-        return cls(**{ours: config[theirs] for ours, theirs in cls.names().items()})
+        given: dict[str, Any] = dict.fromkeys(TOKENS) | dict(config)
+        return cls(**{ours: given[theirs] for ours, theirs in cls.names().items()})
 
     def hf_config(self) -> dict[str, Any]:
         """The fields of a ``config.json`` that follow from the target.
