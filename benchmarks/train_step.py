@@ -99,9 +99,7 @@ def plain_loss(draft: Eagle3Draft, target: TargetHead, batch: Batch, step_weight
     logits_BSV = F.linear(batch.lhs_BSH.to(head_VH.dtype), head_VH)
     counted_BS = (logits_BSV.argmax(-1) < DRAFT_VOCAB) & batch.loss_mask_BS
     p_BSD = logits_BSV[..., :DRAFT_VOCAB].float().softmax(-1)
-    cos_PE, sin_PE = rotary_table(
-        config.rope_parameters, config.head_dim, 8192, torch.arange(length + len(step_weights)), dtype
-    )
+    cos_PE, sin_PE = rotary_table(config, torch.arange(length + len(step_weights)), dtype)
 
     def heads(x: Tensor, count: int, t: int, rotated: bool = True) -> Tensor:
         x = x.view(size, length, count, config.head_dim).transpose(1, 2)
@@ -163,7 +161,7 @@ def measure(implementation: str, batch_name: str, ttt_length: int, dtype_name: s
     def step() -> float:
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             if implementation == "plain":
-                total = plain_loss(draft, target, batch, draft.spec.step_weights)
+                total = plain_loss(draft, target, batch, draft.spec.position_weights)
             else:
                 total = draft(batch, target).total
         total.backward()

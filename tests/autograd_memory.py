@@ -1,9 +1,12 @@
-"""What autograd keeps of a draft's forward, in bytes: what its plan of memory is held against."""
+"""What a forward takes: the bytes that autograd keeps, held against a plan of memory, and the largest tensor."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchspec.drafts.draft import Batch, Draft
 from torchspec.target.head import TargetHead
@@ -40,3 +43,16 @@ def kept_by_a_forward(draft: Draft, dtype: str, samples: int, num_tokens: int) -
         # until the sum is done, ``output`` holds the graph, and no storage is given away twice
         output = draft(batch, head)
         return sum(kept.values()) if output.total.requires_grad else 0
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers how many elements the largest result of any operation had, as far as it has memory."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.numel = max(self.numel, tensor.untyped_storage().nbytes() // tensor.element_size())
+        return result

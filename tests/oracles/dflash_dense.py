@@ -90,7 +90,7 @@ def dense_step(
     theta: float,
     eps: float,
 ) -> DenseResult:
-    """The sum over samples, each a dict of hs [S, A], last [S, H] (after the target's final norm), ids [S], loss_mask
+    """The sum over samples, each a dict of aux [S, A], last [S, H] (after the target's final norm), ids [S], loss_mask
     [S], and the anchors of its blocks."""
     stack = [Layer(weights, i, heads, kv_heads, theta, eps) for i in range(layers)]
     slots = len(slot_weights)
@@ -98,7 +98,7 @@ def dense_step(
     supervised, correct = [0] * slots, [0] * slots
     for sample in samples:
         ids = sample["ids"].tolist()
-        context = [rms(weights["fc.weight"] @ g, weights["hidden_norm.weight"], eps) for g in sample["hs"]]
+        context = [rms(weights["fc.weight"] @ g, weights["hidden_norm.weight"], eps) for g in sample["aux"]]
         for anchor in sample["anchors"]:
             rows = [embedding[ids[anchor]]] + [embedding[mask_token]] * slots
             for layer in stack:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,13 +61,9 @@ class Result:
     """By parameter name, and ``hs`` for the input."""
 
 
-def build(case: Case) -> Step:
-    generator = torch.Generator().manual_seed(case.seed)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(case.dtype)
-
-    shape = TargetShape(
+def shape_of(case: Any) -> TargetShape:
+    """Of the target of a case of any kind."""
+    return TargetShape(
         hidden_size=case.hidden,
         num_heads=case.kv_heads * case.group,
         num_kv_heads=case.kv_heads,
@@ -77,8 +74,37 @@ def build(case: Case) -> Step:
         max_position_embeddings=512,
         rope_parameters={"rope_type": "default", "rope_theta": THETA},
     )
+
+
+def batch_of(case: Any, layers: int, random: Random) -> Batch:
+    """Of a case of any kind, whose draft reads so many of the target's layers."""
+    size = len(case.lengths), max(case.lengths) + case.padding
+    lengths_B = torch.tensor(case.lengths)
+    valid_BS = torch.arange(size[1]) < lengths_B.unsqueeze(1)
+    return Batch(
+        hs_BSA=random(*size, layers * case.hidden).requires_grad_(),
+        lhs_BSH=random(*size, case.hidden),
+        ids_BS=torch.randint(case.vocab, size, generator=random.generator, dtype=torch.int32),
+        loss_mask_BS=(torch.rand(size, generator=random.generator) < case.mask_rate) & valid_BS,
+        lengths_B=lengths_B,
+        seeds_B=torch.randint(2**31, (len(case.lengths),), generator=random.generator),
+    )
+
+
+class Random:
+    """Normal numbers of a case's dtype: the same ones for every dtype."""
+
+    def __init__(self, seed: int, dtype: torch.dtype):
+        self.generator, self.dtype = torch.Generator().manual_seed(seed), dtype
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator, dtype=torch.float64).to(self.dtype)
+
+
+def build(case: Case) -> Step:
+    random = Random(case.seed, case.dtype)
     spec = Eagle3Spec(
-        shape,
+        shape_of(case),
         layers=(1, 2, 3),
         draft_vocab_size=case.draft_vocab,
         ttt_length=case.ttt_length,
@@ -87,47 +113,30 @@ def build(case: Case) -> Step:
         norm_output=case.norm_output,
     )
     draft = Eagle3Draft(spec, DraftOptions(loss_chunk_tokens=case.chunk)).to(case.dtype)
-    randomise(draft, generator)
-
-    draft_ids_D = torch.randperm(case.vocab, generator=generator)[: case.draft_vocab].sort().values
+    randomise(draft, random)
+    draft_ids_D = torch.randperm(case.vocab, generator=random.generator)[: case.draft_vocab].sort().values
     rest_V = torch.ones(case.vocab, dtype=torch.bool)
     rest_V[draft_ids_D] = False
-    head_VH = randn(case.vocab, case.hidden) * case.hidden**-0.5 * 3
-    embedding_VH = randn(case.vocab, case.hidden)
-    target = TargetHead(embedding_VH, head_VH[draft_ids_D], head_VH[rest_V], randn(case.hidden), EPS)
-
-    size = len(case.lengths), max(case.lengths) + case.padding
-    lengths_B = torch.tensor(case.lengths)
-    valid_BS = torch.arange(size[1]) < lengths_B.unsqueeze(1)
-    batch = Batch(
-        hs_BSA=randn(*size, 3 * case.hidden).requires_grad_(),
-        lhs_BSH=randn(*size, case.hidden),
-        ids_BS=torch.randint(case.vocab, size, generator=generator, dtype=torch.int32),
-        loss_mask_BS=(torch.rand(size, generator=generator) < case.mask_rate) & valid_BS,
-        lengths_B=lengths_B,
-        seeds_B=lengths_B,
-    )
-    return Step(case, draft, target, head_VH, draft_ids_D, batch)
+    head_VH = random(case.vocab, case.hidden) * case.hidden**-0.5 * 3
+    embedding_VH = random(case.vocab, case.hidden)
+    target = TargetHead(embedding_VH, head_VH[draft_ids_D], head_VH[rest_V], random(case.hidden), EPS)
+    return Step(case, draft, target, head_VH, draft_ids_D, batch_of(case, 3, random))
 
 
 @torch.no_grad()
-def randomise(draft: Draft, generator: torch.Generator) -> None:
+def randomise(draft: Draft, random: Random) -> None:
     """Weights of norms around one, rows of matrices of about length one."""
     for parameter in draft.parameters():
         scale = 1.0 if parameter.dim() == 1 else parameter.shape[1] ** -0.5
-        random = torch.randn(*parameter.shape, generator=generator, dtype=torch.float64).to(parameter.dtype)
-        parameter.copy_(random * scale + (parameter.dim() == 1))
+        parameter.copy_(random(*parameter.shape) * scale + (parameter.dim() == 1))
 
 
-def run_product(step: Step) -> Result:
+def run_product(step: Any, *others: str) -> Result:
+    """A step of any kind; ``others`` are sums that only its kind has."""
     output = step.draft(step.batch, step.target)
     output.total.backward()
-    sums = {
-        "loss": output.loss_K,
-        "counted": output.counted_K,
-        "supervised": output.supervised_K,
-        "correct": output.correct_K,
-    }
+    sums = {name: getattr(output, f"{name}_K") for name in ("loss", "counted", "supervised", "correct")}
+    sums |= {name: getattr(output, name) for name in others}
     return Result(output.total.detach(), sums, _take_gradients(step))
 
 
@@ -139,7 +148,7 @@ def run_oracle(step: Step) -> Result:
         embedding=step.target.embedding_VH,
         target_head=step.target_head_VH,
         draft_ids=step.draft_ids_D,
-        step_weights=step.draft.spec.step_weights,
+        step_weights=step.draft.spec.position_weights,
         heads=case.kv_heads * case.group,
         kv_heads=case.kv_heads,
         theta=THETA,
@@ -149,36 +158,37 @@ def run_oracle(step: Step) -> Result:
     return result_of(step, dense)
 
 
-def samples_of(step: Step) -> list[dict[str, Tensor]]:
+def samples_of(step: Any) -> list[dict[str, Any]]:
     """The batch without its padding."""
     batch = step.batch
     return [
         {"aux": batch.hs_BSA[b, :n], "last": batch.lhs_BSH[b, :n], "ids": batch.ids_BS[b, :n], "loss_mask": mask[:n]}
-        for b, (n, mask) in enumerate(zip(step.case.lengths, batch.loss_mask_BS, strict=True))
+        for b, (n, mask) in enumerate(zip(batch.lengths_B.tolist(), batch.loss_mask_BS, strict=True))
     ]
 
 
 def result_of(step: Step, dense: DenseResult) -> Result:
     """The oracle's sums, and its gradients."""
-    dtype = step.case.dtype
-    if dense.total.requires_grad:  # it does not where nothing is counted
-        dense.total.backward()
+    counts = {name: getattr(dense, name) for name in ("counted", "supervised", "correct")}
+    sums = {name: torch.tensor(count, dtype=step.case.dtype) for name, count in counts.items()}
+    sums["loss"] = torch.stack(dense.loss).detach()
+    return Result(dense.total.detach(), sums, oracle_gradients(step, dense.total))
+
+
+def oracle_gradients(step: Any, total: Tensor) -> dict[str, Tensor]:
+    """Of the total of a step of any kind."""
+    if total.requires_grad:  # it does not where nothing is counted
+        total.backward()
     for tensor in _inputs(step).values():
         tensor.grad = torch.zeros_like(tensor) if tensor.grad is None else tensor.grad
-    sums = {
-        "loss": torch.stack(dense.loss).detach(),
-        "counted": torch.tensor(dense.counted, dtype=dtype),
-        "supervised": torch.tensor(dense.supervised, dtype=dtype),
-        "correct": torch.tensor(dense.correct, dtype=dtype),
-    }
-    return Result(dense.total.detach(), sums, _take_gradients(step))
+    return _take_gradients(step)
 
 
-def _inputs(step: Step) -> dict[str, Tensor]:
+def _inputs(step: Any) -> dict[str, Tensor]:
     return {**dict(step.draft.named_parameters()), "hs": step.batch.hs_BSA}
 
 
-def _take_gradients(step: Step) -> dict[str, Tensor]:
+def _take_gradients(step: Any) -> dict[str, Tensor]:
     tensors = _inputs(step)
     gradients = {name: tensor.grad.clone() for name, tensor in tensors.items()}
     for tensor in tensors.values():

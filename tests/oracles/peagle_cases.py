@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from tests.oracles import eagle3_cases
 from tests.oracles.eagle3_cases import EPS, THETA, Result, Step, run_product
 from tests.oracles.eagle3_dense import DenseResult
@@ -37,7 +35,7 @@ def build(case: Case) -> Step:
         fc_norm=case.fc_norm,
     )
     draft = PEagleDraft(spec, DraftOptions(loss_chunk_tokens=case.chunk)).to(case.dtype)
-    eagle3_cases.randomise(draft, torch.Generator().manual_seed(case.seed))
+    eagle3_cases.randomise(draft, eagle3_cases.Random(case.seed, case.dtype))
     return replace(step, case=case, draft=draft)
 
 

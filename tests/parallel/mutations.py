@@ -18,9 +18,9 @@ MISTAKES: dict[str, Mutation] = {
     "zeros": Mutation(ChainAttention, "forward", "return o_RQE.to(q_RQE.dtype)", "return q_RQE * 0"),
     "halo dropped": Mutation(ShardFormula, "_segment", "stop + self.halo", "stop"),
     "halo one short": Mutation(ShardFormula, "_segment", "stop + self.halo", "stop + self.halo - 1"),
-    "two ranks swapped": Mutation(usp.UspBackend, "on", "return cls(formula, rank,", "return cls(formula, rank ^ 1,"),
-    "ring order reversed": Mutation(usp.UspSequences, "plan", "ring_rank - i", "ring_rank + i"),
-    "heads in another order": Mutation(ulysses, "_join", ".transpose(0, 1)", ".flip(0).transpose(0, 1)"),
+    "two ranks swapped": Mutation(usp.UspBackend, "__init__", "self.rank = ", "self.rank = 1 ^ "),
+    "ring order reversed": Mutation(usp.UspBackend, "plan", "ring_rank - i", "ring_rank + i"),
+    "heads in another order": Mutation(usp, "join_heads", ".transpose(0, 1)", ".flip(0).transpose(0, 1)"),
     "other ranks' keys unseen": Mutation(usp, "tiles", "if k.start < before", "if k.start < before - 10**6"),
     "parts not merged": Mutation(ring, "merge_", "o_LQE.lerp_(", "o_LQE.copy_(part_o_LQE); o_LQE.clone().lerp_("),
     "positions of a shard": Mutation(usp, "_local_rows", "starts.append(start)", "starts.append(0)"),
@@ -44,7 +44,7 @@ SKIPS: dict[str, Mutation] = {
         Eagle3Draft, "_unroll", "torch.stack(residuals)",
         "torch.stack(residuals if len(rows.teacher_flat_N) else [x.detach() for x in residuals])"),
     "nothing to send, no all-to-all": Mutation(
-        ulysses, "_all_to_all", "dist.all_to_all_single(", "x.any() and dist.all_to_all_single("),
+        ulysses, "_exchange", "dist.all_to_all_single(", "x.any() and dist.all_to_all_single("),
     "no queries, no ring": Mutation(
         KERNEL, "attend", "zip(self._blocks(kv_GKX), self.schedule, strict=True)",
         "(zip(self._blocks(kv_GKX), self.schedule) if self.query_slots else ())"),

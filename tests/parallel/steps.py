@@ -142,10 +142,9 @@ def run_rank(rank: int, setup: Setup, case: Case, mask: Tensor | None = None) ->
     with mutated(setup.mutation), Recorder() as recorder:
         step = build_step(case, mask)
         draft, formula = step.draft, setup.formula(case.ttt_length)
-        target = draft.spec.target
         draft.options = DraftOptions(case.chunk, setup.activation_checkpointing)
         sharing = Sharing(formula, mesh_of(setup.ulysses, setup.ring), setup.gather_once)
-        draft.attention_backend = UspBackend.on(sharing, target.num_heads, target.num_kv_heads)
+        draft.plan = UspBackend(sharing, draft.spec.target).plan
         if setup.sharding == "fsdp2":
             mesh.shard_module(draft, draft.units(), CPU)
         share = setup.shares(len(case.lengths), dist.get_world_size())[rank // setup.sp_size]

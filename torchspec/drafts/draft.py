@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from torchspec.contracts import NormState
 from torchspec.drafts.spec import DraftSpec
@@ -83,18 +84,16 @@ class Draft(nn.Module):
     that still reaches every parameter, so that all ranks run the same collectives.
     """
 
-    spec: DraftSpec
+    def __init__(self, spec: DraftSpec, options: DraftOptions | None = None):
+        super().__init__()
+        self.spec, self.options = spec, options or DraftOptions()
 
     @abstractmethod
     def forward(self, batch: Batch, head: TargetHead) -> DraftOutput:
-        """Loss and counts of one micro-batch.
-
-        Args:
-            batch: on the device of the parameters (but for what stays on the CPU).
-            head: made for the same draft vocabulary.
+        """Loss and counts of one micro-batch on the parameters' device (but for what stays on the CPU).
 
         Raises:
-            ValueError: the head's vocabulary or the width of the aux states does not fit.
+            ValueError: see :meth:`check`.
         """
 
     def check(self, batch: Batch, head: TargetHead) -> None:
@@ -110,6 +109,10 @@ class Draft(nn.Module):
                 f"aux states are {batch.hs_BSA.shape[-1]} wide; {len(spec.layers)} layers of "
                 f"{spec.target.hidden_size} make {width}"
             )
+
+    def run(self, layer: nn.Module, *inputs: Any) -> Tensor:
+        """A decoder layer, which the backward runs again where ``recompute`` says so."""
+        return checkpoint(layer, *inputs, use_reentrant=False) if self.options.recompute else layer(*inputs)
 
     def units(self) -> list[nn.Module]:
         """Modules that FSDP2 gathers by themselves, beside the whole."""

@@ -29,11 +29,7 @@ from torchspec.drafts.registry import KINDS
 from torchspec.drafts.spec import DraftSpec
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 ARCHITECTURES = {spec.architecture: spec for spec in KINDS.values()}
 
 
@@ -61,9 +57,7 @@ def export_draft(
         ValueError: a tensor is missing, unknown, of the wrong shape, not finite (in ``dtype``) or all zero; or
             ``folder`` holds something else than an export.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
-    tensors = {name: value.detach().to("cpu", DTYPES[dtype]).contiguous() for name, value in weights.items()}
+    tensors = {name: value.detach().to("cpu", torch_dtype(dtype)).contiguous() for name, value in weights.items()}
     tensors |= _vocabulary_tensors(draft_ids, spec)
     check_tensors(tensors, spec, dtype)
     return _publish(Path(folder), spec.hf_config(dtype), tensors)
@@ -119,16 +113,21 @@ def read_spec(folder: Path) -> DraftSpec:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
 
 
+def torch_dtype(name: str) -> torch.dtype:
+    """Raises ValueError: servers do not load weights of such a type."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype={name!r} must be one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
 def check_tensors(tensors: Mapping[str, Tensor], spec: DraftSpec, dtype: str) -> None:
     """Check names, shapes, dtypes and values of a whole draft.
 
     Raises:
         ValueError: naming every tensor at fault.
     """
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype={dtype!r} must be one of {', '.join(DTYPES)}")
     expected: dict[str, tuple[tuple[int, ...], torch.dtype]]
-    expected = {name: (shape, DTYPES[dtype]) for name, shape in spec.hf_tensors().items()}
+    expected = {name: (shape, torch_dtype(dtype)) for name, shape in spec.hf_tensors().items()}
     if spec.vocab_size is not None:
         expected |= {"d2t": ((spec.vocab_size,), torch.int64), "t2d": ((spec.target.vocab_size,), torch.bool)}
     if unknown := tensors.keys() - expected.keys():

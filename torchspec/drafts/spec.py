@@ -11,12 +11,13 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
 
+from torchspec.contracts import ITEM_BYTES
 from torchspec.knobs import Section
 from torchspec.shards import ShardFormula
-from torchspec.target.shape import TargetShape
+from torchspec.target.shape import TargetShape, check_layers, early_middle_late
 
 if TYPE_CHECKING:
     from torchspec.drafts.draft import Draft, DraftOptions
@@ -86,6 +87,14 @@ class DraftSpec(ABC):
         """
 
     @classmethod
+    def kept(cls, knobs: DraftKnobs, target: TargetCheckpoint) -> dict[str, Any]:
+        """The fields that are knobs of the same name. A mask token that is not named is the target's."""
+        values = {f.name: getattr(knobs, f.name) for f in fields(cls) if hasattr(knobs, f.name)}
+        if "mask_token_id" in values and values["mask_token_id"] is None:
+            values["mask_token_id"] = target.mask_token_id
+        return values
+
+    @classmethod
     @abstractmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Back from the ``config.json`` of an exported folder; what only training knows has its default.
@@ -98,6 +107,11 @@ class DraftSpec(ABC):
     @abstractmethod
     def positions(self) -> int:
         """K: drafted tokens that training scores. Every report has as many entries."""
+
+    @property
+    @abstractmethod
+    def position_weights(self) -> list[float]:
+        """Of each of those positions in the loss."""
 
     @property
     @abstractmethod
@@ -156,6 +170,68 @@ class DraftSpec(ABC):
     @abstractmethod
     def served_as(self) -> dict[str, tuple[str, ...]]:
         """SGLang's parameter to the exported tensors that it is made of, one below the other."""
+
+
+@dataclass(frozen=True)
+class ChainSpec(DraftSpec):
+    """A draft that guesses a chain of tokens with a head of its own, in the words of Llama: EAGLE3, P-EAGLE."""
+
+    draft_vocab_size: int
+    """D; as large as the target's where the draft has no vocabulary of its own."""
+    init: Literal["default", "target"] = field(default="default", kw_only=True)
+    """Where the decoder layers start: ``drafts/chain_draft.py``."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.draft_vocab_size <= self.target.vocab_size:
+            raise ValueError(f"draft.vocab_size={self.draft_vocab_size} must be from 1 to {self.target.vocab_size}")
+
+    @classmethod
+    def of(cls, knobs: Any, target: TargetCheckpoint, layers: Sequence[int] | None) -> Self:
+        count = target.num_layers
+        return cls(
+            target=target.shape,
+            layers=check_layers(count, early_middle_late(count) if layers is None else layers),
+            draft_vocab_size=target.shape.vocab_size if knobs.vocab_size is None else knobs.vocab_size,
+            **cls.kept(knobs, target),
+        )
+
+    @property
+    def vocab_size(self) -> int | None:
+        return self.draft_vocab_size if self.draft_vocab_size < self.target.vocab_size else None
+
+    def llama_config(self, dtype: str, num_layers: int) -> dict[str, Any]:
+        """What ``config.json`` of either kind holds. vLLM counts layers by their inputs: it wants ``k + 1``."""
+        return {
+            "architectures": [self.architecture],
+            "model_type": "llama",
+            "torch_dtype": dtype,
+            "num_hidden_layers": num_layers,
+            "target_hidden_size": self.target.hidden_size,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+            **self.target.hf_config(),
+            "draft_vocab_size": self.draft_vocab_size,
+            "tie_word_embeddings": False,
+            "num_aux_hidden_states": len(self.layers),
+            "eagle_aux_hidden_state_layer_ids": [k + 1 for k in self.layers],
+        }
+
+    def logits_bytes(self, work: Work, rows: int) -> int:
+        """Logits of a chunk and of its teachers, the gradient of the draft's head, and under autocast their copies."""
+        item, vocab, hidden = ITEM_BYTES[work.dtype], self.draft_vocab_size, self.target.hidden_size
+        chunk = min(work.loss_chunk_tokens, rows * self.positions)
+        teachers = -(-chunk // self.positions)
+        student, head = vocab * item, vocab * hidden * MASTER
+        if item != MASTER:
+            student, head = student + vocab * MASTER, head + vocab * hidden * item
+        return chunk * student + teachers * (vocab * MASTER + (self.target.vocab_size - vocab) * item) + head
+
+
+def check_mask_token(token: int, target: TargetShape) -> None:
+    """Raises ValueError: the target has no such token."""
+    if token >= target.vocab_size:
+        raise ValueError(f"draft.mask_token_id={token} must be below the target's {target.vocab_size} tokens")
 
 
 def fused(tensors: Iterable[str]) -> dict[str, tuple[str, ...]]:

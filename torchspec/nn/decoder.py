@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from torchspec.nn.chain_attention import Block0
-from torchspec.nn.layers import MLP, RMSNorm
+from torchspec.nn.layers import MLP, AttentionProjections, RMSNorm
 from torchspec.nn.rope import rotate
 from torchspec.nn.sequences import Sequences
 
@@ -24,25 +24,15 @@ if TYPE_CHECKING:
     from torchspec.target.shape import TargetShape
 
 
-class Attention(nn.Module):
+class Attention(AttentionProjections):
     """The projections around :func:`chain_attention`. One row of input stands for as many as it has angles."""
 
-    def __init__(self, target: TargetShape, input_size: int):
-        super().__init__()
-        width, kv_width = target.num_heads * target.head_dim, target.num_kv_heads * target.head_dim
-        self.q_proj = nn.Linear(input_size, width, bias=False)
-        self.k_proj = nn.Linear(input_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(input_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, target.hidden_size, bias=False)
-        self.num_heads, self.num_kv_heads, self.head_dim = target.num_heads, target.num_kv_heads, target.head_dim
-
     def queries(self, x_RX: Tensor, cos_RE: Tensor, sin_RE: Tensor) -> Tensor:
-        return rotate(self.q_proj(x_RX).unflatten(-1, (self.num_heads, self.head_dim)), cos_RE, sin_RE)
+        return rotate(self.heads(self.q_proj, x_RX), cos_RE, sin_RE)
 
     def keys_values(self, x_RX: Tensor, cos_RE: Tensor, sin_RE: Tensor) -> tuple[Tensor, Tensor]:
-        heads = (self.num_kv_heads, self.head_dim)
-        k_RKE, v_RKE = (proj(x_RX).unflatten(-1, heads) for proj in (self.k_proj, self.v_proj))
-        return rotate(k_RKE, cos_RE, sin_RE), v_RKE.expand(len(cos_RE), *heads)
+        k_RKE, v_RKE = (self.heads(projection, x_RX) for projection in (self.k_proj, self.v_proj))
+        return rotate(k_RKE, cos_RE, sin_RE), v_RKE.expand(len(cos_RE), -1, -1)
 
 
 class DecoderLayer(nn.Module):

@@ -16,9 +16,17 @@ from torch import Tensor
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
 
 
-def block_attention(
-    q_BSQE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, scale: float, causal: bool = True
-) -> tuple[Tensor, Tensor]:
+def logit_scale(q: Tensor) -> float:
+    """What the products of queries [.., E] and keys are multiplied by."""
+    return q.shape[-1] ** -0.5
+
+
+def scatter_rows(x_R: Tensor, slot_R: Tensor, slots: int) -> Tensor:
+    """Rows [R, ..] at their slots [slots, ..], zeros elsewhere: as queries, zeros add nothing to any gradient."""
+    return x_R.new_zeros(slots, *x_R.shape[1:]).index_copy_(0, slot_R, x_R)
+
+
+def block_attention(q_BSQE: Tensor, k_BSKE: Tensor, v_BSKE: Tensor, causal: bool = True) -> tuple[Tensor, Tensor]:
     """Flash attention that also returns its log-sum-exp.
 
     Args:
@@ -33,6 +41,7 @@ def block_attention(
     if len(q_BSQE) == 0:
         return q_BSQE, q_BSQE[..., 0]
     q, k, v = _heads_first(q_BSQE, k_BSKE, v_BSKE)
+    scale = logit_scale(q)
     if q.is_cuda:
         if q.dtype not in CUDA_DTYPES:
             raise ValueError(f"training.dtype: flash attention on CUDA needs bfloat16 or float16, got {q.dtype}")
@@ -49,7 +58,6 @@ def block_attention_backward(
     v_BSKE: Tensor,
     o_BSQE: Tensor,
     lse_BSQ: Tensor,
-    scale: float,
     causal: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of block 0 when its terms are part of a larger softmax with output ``o`` and log-sum-exp ``lse``.
@@ -60,25 +68,13 @@ def block_attention_backward(
     if len(q_BSQE) == 0:
         return q_BSQE, k_BSKE, v_BSKE
     q, k, v = _heads_first(q_BSQE, k_BSKE, v_BSKE)
-    do, o, lse = do_BSQE.transpose(1, 2), o_BSQE.transpose(1, 2), lse_BSQ.transpose(1, 2)
+    do, o, lse = (x.transpose(1, 2) for x in (do_BSQE, o_BSQE, lse_BSQ))
+    scale = logit_scale(q)
     if q.is_cuda:
+        lengths = None, None, q.shape[2], k.shape[2]  # all samples are as long
         philox = torch.zeros(2, dtype=torch.uint64, device=q.device)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_backward(
-            do,
-            q,
-            k,
-            v,
-            o,
-            lse.contiguous(),
-            None,
-            None,
-            q.shape[2],
-            k.shape[2],
-            0.0,
-            causal,
-            philox,
-            philox[:0],
-            scale=scale,
+            do, q, k, v, o, lse.contiguous(), *lengths, 0.0, causal, philox, philox[:0], scale=scale
         )
     else:
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(

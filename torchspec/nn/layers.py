@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torchspec.target.shape import TargetShape
 
 
 class RMSNorm(nn.Module):
@@ -27,6 +32,23 @@ class PartNorms(nn.ModuleList):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.cat([norm(part) for norm, part in zip(self, x.chunk(len(self), dim=-1), strict=True)], dim=-1)
+
+
+class AttentionProjections(nn.Module):
+    """Of ``inputs`` features to queries, keys and values, and of what the heads found back to the hidden size."""
+
+    def __init__(self, target: TargetShape, inputs: int):
+        super().__init__()
+        queries, keys = target.widths
+        self.q_proj = nn.Linear(inputs, queries, bias=False)
+        self.k_proj = nn.Linear(inputs, keys, bias=False)
+        self.v_proj = nn.Linear(inputs, keys, bias=False)
+        self.o_proj = nn.Linear(queries, target.hidden_size, bias=False)
+        self.num_kv_heads, self.head_dim = target.num_kv_heads, target.head_dim
+
+    def heads(self, projection: nn.Linear, x: Tensor) -> Tensor:
+        """[R, heads, E] of the rows' features."""
+        return projection(x).unflatten(-1, (-1, self.head_dim))
 
 
 class MLP(nn.Module):

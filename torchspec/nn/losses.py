@@ -3,7 +3,7 @@
 A *teacher* is a position of the target: a distribution over tokens. A *student* is a row of the draft's hidden states
 that is scored against one, as the guess for the draft's position k: a teacher has as many students as guesses were made
 for its token. One custom autograd function walks over chunks of students, cut between teachers. For each chunk it makes
-the target's logits once, then the students', has a *criterion* turn these in place into the gradient of the loss, and
+the target's logits once, then the students', turns these in place into the gradient of the loss, and
 takes the gradients of the hidden states and of the head from it *in the forward pass*, as Liger's fused linear
 cross-entropy does. At no time do logits exist for more than one chunk, and a head that is not trained costs nothing.
 
@@ -32,16 +32,14 @@ CACHE_ELEMENTS = 2**19
 KERNEL_ELEMENTS = 2**26
 """The same elsewhere (256 MiB), so that a pass keeps a device busy and its operands small."""
 
-Criterion = Callable[[Tensor, Tensor], Tensor]
-"""``(z_MD, p_MD) -> loss_M``, and z becomes d loss / d z in place.
-
-``z`` are logits of students, of which the largest in each row is 0; ``p`` the probabilities of their teachers. Both are
-in the accumulating dtype.
-"""
-
 
 def soft_cross_entropy(z_MD: Tensor, p_MD: Tensor) -> Tensor:
-    """A :data:`Criterion`: the cross-entropy between ``p`` and ``softmax(z)``, whose gradient is their difference."""
+    """loss_M, and z becomes d loss / d z in place: the difference between ``softmax(z)`` and ``p``.
+
+    Args:
+        z_MD: logits of students, of which the largest in each row is 0.
+        p_MD: probabilities of their teachers; both are in the accumulating dtype.
+    """
     expected_M = (p_MD * z_MD).sum(-1)
     total_M1 = z_MD.exp_().sum(-1, keepdim=True)
     z_MD.mul_(total_M1.reciprocal()).sub_(p_MD)
@@ -154,7 +152,7 @@ def _row_blocks(z_MD: Tensor) -> list[slice]:
     return [slice(start, start + step) for start in range(0, len(z_MD), step)]
 
 
-def _score_(z_mD: Tensor, targets: Targets, index_m: Tensor, criterion: Criterion) -> tuple[Tensor, Tensor]:
+def _score_(z_mD: Tensor, targets: Targets, index_m: Tensor) -> tuple[Tensor, Tensor]:
     """Turn students' logits into the gradient of their losses, in place.
 
     Args:
@@ -169,7 +167,7 @@ def _score_(z_mD: Tensor, targets: Targets, index_m: Tensor, criterion: Criterio
         x = accumulating(z)
         best, choice = x.max(-1, keepdim=True)
         corrects.append(choice.squeeze(1) == targets.choice_n[index])
-        losses.append(criterion(x.sub_(best), targets.probabilities(index)))
+        losses.append(soft_cross_entropy(x.sub_(best), targets.probabilities(index)))
         if x is not z:
             z.copy_(x)
     return torch.cat(losses), torch.cat(corrects)
@@ -201,7 +199,7 @@ class FusedCrossEntropy(torch.autograd.Function):
             row_m, index_m, position_m = row_M[block], teacher_M[block] - teachers.start, position_M[block]
             hidden_mH = hidden_RH[row_m].to(dtype)
             z_mD = F.linear(hidden_mH, head)
-            loss_m, correct_m = _score_(z_mD, targets, index_m, soft_cross_entropy)
+            loss_m, correct_m = _score_(z_mD, targets, index_m)
             counted_m = targets.counted_n[index_m].to(loss_m.dtype)
             figures = counted_m * loss_m, counted_m, torch.ones_like(counted_m), counted_m * correct_m
             sums_4K.index_add_(1, position_m, torch.stack(figures))

@@ -1,14 +1,14 @@
 """Where the positions of a sample are: what attention needs to know, and nothing else of a draft does.
 
-A backend plans each micro-batch once. The plan says which rows this rank computes, and attends. Here is the backend for
-samples that are whole on each rank; ``parallel/usp.py`` has the one for samples that several ranks share.
+Each micro-batch is planned once. The plan says which rows this rank computes, and attends. Here is the one for samples
+that are whole on each rank; ``parallel/usp.py`` has the one for samples that several ranks share.
 
 Shapes: B batch, S padded length, C context rows, R active rows, Q query heads, K key/value heads, E head dimension.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from torchspec.nn.chain_attention import Block0, PaddedKernel, chain_attention
 from torchspec.nn.chain_rows import ChainRows
+from torchspec.nn.flash import scatter_rows
 
 
 class Sequences(Protocol):
@@ -40,17 +41,21 @@ class Sequences(Protocol):
         """o_RQE for one position; see :func:`chain_attention`."""
 
 
-class AttentionBackend(Protocol):
-    def plan(self, loss_mask_BS: Tensor, lengths_B: Tensor, num_positions: int, device: torch.device) -> Sequences:
-        """Plan a micro-batch from the masks and lengths of its whole samples (CPU tensors)."""
+Planner = Callable[[Tensor, Tensor, int, torch.device], Sequences]
+"""From the masks [B, S] and lengths [B] of whole samples (CPU tensors), the number of positions and the device."""
 
 
 @dataclass(frozen=True, slots=True)
 class WholeSequences:
-    """Samples that are whole on this rank."""
+    """Samples that are whole on this rank: flash attention on padded batches."""
 
     rows: ChainRows
     shape_BS: torch.Size
+
+    @classmethod
+    def plan(cls, loss_mask_BS: Tensor, lengths_B: Tensor, num_positions: int, device: torch.device) -> WholeSequences:
+        """A :data:`Planner`."""
+        return cls(ChainRows.plan(loss_mask_BS, num_positions).to(device), loss_mask_BS.shape)
 
     def block0(self, k_CKE: Tensor, v_CKE: Tensor) -> Block0:
         k_BSKE, v_BSKE = (self._padded(x) for x in (k_CKE, v_CKE))
@@ -68,16 +73,4 @@ class WholeSequences:
         return chain_attention(q_RQE, block0, keys, values)
 
     def _padded(self, x_C: Tensor) -> Tensor:
-        """Packed context rows at their places in a padded tensor of zeros."""
-        flat = x_C.new_zeros(self.shape_BS.numel(), *x_C.shape[1:]).index_copy(0, self.rows.context_flat_C, x_C)
-        return flat.unflatten(0, self.shape_BS)
-
-
-class FlashBackend:
-    """The backend of :class:`WholeSequences`: flash attention on padded batches."""
-
-    def plan(self, loss_mask_BS: Tensor, lengths_B: Tensor, num_positions: int, device: torch.device) -> WholeSequences:
-        return WholeSequences(ChainRows.plan(loss_mask_BS, num_positions).to(device), loss_mask_BS.shape)
-
-
-FLASH = FlashBackend()
+        return scatter_rows(x_C, self.rows.context_flat_C, self.shape_BS.numel()).unflatten(0, self.shape_BS)

@@ -29,7 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from torchspec.nn.flash import block_attention, block_attention_backward, merge_
+from torchspec.nn.flash import block_attention, block_attention_backward, merge_, scatter_rows
 from torchspec.nn.losses import accumulating
 
 
@@ -84,7 +84,7 @@ class RingKernel:
     def __init__(self, schedule: Sequence[Sequence[Tile]], query_slots: int, group: dist.ProcessGroup | None):
         self.schedule, self.query_slots, self.group = schedule, query_slots, group
 
-    def attend(self, q_RQE: Tensor, tensors: Sequence[Tensor], scale: float) -> tuple[Tensor, Tensor]:
+    def attend(self, q_RQE: Tensor, tensors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         kv_GKX, _, slot_R = tensors
         q_LQE = self._slotted(q_RQE, slot_R)
         o_LQE = torch.zeros_like(accumulating(q_LQE))
@@ -92,12 +92,12 @@ class RingKernel:
         for block, now in zip(self._blocks(kv_GKX), self.schedule, strict=True):
             for tile in now:
                 k, v = block[tile.keys].unsqueeze(0).chunk(2, dim=-1)
-                o, lse = block_attention(q_LQE[tile.queries].unsqueeze(0), k, v, scale, tile.causal)
+                o, lse = block_attention(q_LQE[tile.queries].unsqueeze(0), k, v, tile.causal)
                 merge_(o_LQE[tile.queries], lse_LQ[tile.queries], o[0], lse[0])
         return o_LQE[slot_R], lse_LQ[slot_R]
 
     def gradients(
-        self, do_RQE: Tensor, q_RQE: Tensor, o_RQE: Tensor, lse_RQ: Tensor, tensors: Sequence[Tensor], scale: float
+        self, do_RQE: Tensor, q_RQE: Tensor, o_RQE: Tensor, lse_RQ: Tensor, tensors: Sequence[Tensor]
     ) -> tuple[Tensor, tuple[Tensor | None, ...]]:
         kv_GKX, _, slot_R = tensors
         slotted = [self._slotted(x, slot_R) for x in (do_RQE, q_RQE, o_RQE, lse_RQ)]
@@ -108,7 +108,7 @@ class RingKernel:
             for tile in now:
                 do, q, o, lse = (x[tile.queries].unsqueeze(0) for x in slotted)
                 k, v = block[tile.keys].unsqueeze(0).chunk(2, dim=-1)
-                dq, dk, dv = block_attention_backward(do, q, k, v, o, lse, scale, tile.causal)
+                dq, dk, dv = block_attention_backward(do, q, k, v, o, lse, tile.causal)
                 dq_LQE[tile.queries] += dq[0]
                 dblock[tile.keys] += torch.cat((dk[0], dv[0]), dim=-1)
             if travelling is not None:  # what the ranks before this one have added to the same block
@@ -120,7 +120,7 @@ class RingKernel:
 
     def _slotted(self, x_R: Tensor, slot_R: Tensor) -> Tensor:
         """Rows at their slots, zeros elsewhere; the padding is left behind the last slot."""
-        return x_R.new_zeros(self.query_slots + 1, *x_R.shape[1:]).index_copy_(0, slot_R, x_R)
+        return scatter_rows(x_R, slot_R, self.query_slots + 1)
 
     def _blocks(self, kv_GKX: Tensor) -> Iterator[Tensor]:
         """Keys and values in the order of the schedule; the next ones are on their way while these are worked on."""
@@ -196,7 +196,7 @@ class _Gathered(torch.autograd.Function):
     def backward(ctx: Any, _: Tensor, dcarrier_PKX: Tensor) -> tuple[Tensor, None, None]:
         (order_P,) = ctx.saved_tensors
         ranks = 1 if ctx.group is None else ctx.group.size()
-        dall = dcarrier_PKX.new_zeros(ranks * ctx.slots, *dcarrier_PKX.shape[1:]).index_copy_(0, order_P, dcarrier_PKX)
+        dall = scatter_rows(dcarrier_PKX, order_P, ranks * ctx.slots)
         dkv_GKX = dall
         if ctx.group is not None:
             dkv_GKX = dall.new_empty(ctx.slots, *dall.shape[1:])

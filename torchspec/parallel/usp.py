@@ -23,67 +23,66 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
 from torchspec.nn.chain_attention import Block0, chain_attention
 from torchspec.nn.chain_rows import ChainRows, active_rows, context_lengths
+from torchspec.nn.flash import scatter_rows
 from torchspec.parallel.mesh import Sharing
 from torchspec.parallel.ring import RingKernel, Run, circulating, gathered, tiles
 from torchspec.parallel.ulysses import join_heads, split_heads
 from torchspec.shards import ShardFormula, key_value_repeats
 
+if TYPE_CHECKING:
+    from torchspec.target.shape import TargetShape
 
-@dataclass(frozen=True)
+
 class UspBackend:
     """See the module's docstring.
 
     Args:
-        formula: how samples are split.
-        rank: this rank's number among those that share its samples.
-        ulysses, ring: its two groups; None for a group of one.
-        num_heads, num_kv_heads: of the draft.
-        gather_once: gather keys and values once a micro-batch, rather than let them circulate for every position.
+        sharing: among whom.
+        target: whose number of heads the draft has.
 
     Raises:
         ValueError: the query heads cannot be split over the Ulysses ranks.
     """
 
-    formula: ShardFormula
-    rank: int
-    ulysses: dist.ProcessGroup | None
-    ring: dist.ProcessGroup | None
-    num_heads: int
-    num_kv_heads: int
-    gather_once: bool = True
-
-    @classmethod
-    def on(cls, sharing: Sharing, num_heads: int, num_kv_heads: int) -> UspBackend:
-        """The backend of this process."""
-        mesh, formula = sharing.mesh, sharing.formula
-        ulysses, ring = (mesh.get_group(name) if mesh[name].size() > 1 else None for name in ("ulysses", "ring"))
-        rank = mesh.get_local_rank("ring") * formula.ulysses_size + mesh.get_local_rank("ulysses")
-        return cls(formula, rank, ulysses, ring, num_heads, num_kv_heads, sharing.gather_once)
-
-    def __post_init__(self) -> None:
-        key_value_repeats(self.num_heads, self.num_kv_heads, self.formula.ulysses_size)
-
-    @property
-    def repeats(self) -> int:
-        return key_value_repeats(self.num_heads, self.num_kv_heads, self.formula.ulysses_size)
-
-    @property
-    def circulates(self) -> bool:
-        return self.ring is not None and not self.gather_once
+    def __init__(self, sharing: Sharing, target: TargetShape):
+        mesh, self.formula = sharing.mesh, sharing.formula
+        self.rank = mesh.get_local_rank("ring") * self.formula.ulysses_size + mesh.get_local_rank("ulysses")
+        self.ulysses, self.ring = (mesh.get_group(n) if mesh[n].size() > 1 else None for n in ("ulysses", "ring"))
+        self.circulates = self.ring is not None and not sharing.gather_once
+        self.repeats = key_value_repeats(target.num_heads, target.num_kv_heads, self.formula.ulysses_size)
 
     def plan(self, loss_mask_BS: Tensor, lengths_B: Tensor, num_positions: int, device: torch.device) -> UspSequences:
-        """Plan this rank's share of a micro-batch; the arguments describe its whole samples."""
-        assert num_positions == self.formula.halo
-        return UspSequences.plan(self, _Samples.of(loss_mask_BS, lengths_B, num_positions), device)
+        """Plan this rank's share of a micro-batch: a :data:`Planner`."""
+        formula = self.formula
+        assert num_positions == formula.halo
+        samples = _Samples.of(loss_mask_BS, lengths_B, num_positions)
+        slots = _Slots(formula, samples)
+        ring_rank = self.rank // formula.ulysses_size
+        keys, queries = slots.key_runs(ring_rank), slots.query_runs(ring_rank)
+        query_slots = sum(run.stop - run.start for run in queries.values())
+        if self.circulates:
+            ranks = [(ring_rank - i) % formula.ring_size for i in range(formula.ring_size)]
+            schedule = [tiles(queries.values(), slots.key_runs(rank).values()) for rank in ranks]
+        else:
+            schedule = [tiles(queries.values(), slots.gathered_runs())]
+        return UspSequences(
+            backend=self,
+            rows=_local_rows(formula, self.rank, samples).to(device),
+            shape_BS=formula.window_shape(samples.lengths),
+            kernel=RingKernel(schedule, query_slots, self.ring if self.circulates else None),
+            active=slots.sent(ring_rank, samples.active, queries, query_slots).to(device),
+            context=slots.sent(ring_rank, samples.context, keys, slots.key_slots).to(device),
+            key_slots=slots.key_slots,
+            order_P=slots.gathered_order().to(device),
+        )
 
 
 @dataclass(frozen=True)
@@ -100,31 +99,9 @@ class UspSequences:
     order_P: Tensor
     """See :func:`gathered`."""
 
-    @classmethod
-    def plan(cls, backend: UspBackend, samples: _Samples, device: torch.device) -> UspSequences:
-        formula, slots = backend.formula, _Slots(backend.formula, samples)
-        ring_rank = backend.rank // formula.ulysses_size
-        keys, queries = slots.key_runs(ring_rank), slots.query_runs(ring_rank)
-        query_slots = sum(run.stop - run.start for run in queries.values())
-        if backend.circulates:
-            ranks = [(ring_rank - i) % formula.ring_size for i in range(formula.ring_size)]
-            schedule = [tiles(queries.values(), slots.key_runs(rank).values()) for rank in ranks]
-        else:
-            schedule = [tiles(queries.values(), slots.gathered_runs())]
-        return cls(
-            backend=backend,
-            rows=_local_rows(backend, samples).to(device),
-            shape_BS=formula.window_shape(samples.lengths),
-            kernel=RingKernel(schedule, query_slots, backend.ring if backend.circulates else None),
-            active=slots.sent(ring_rank, samples.active, queries, query_slots).to(device),
-            context=slots.sent(ring_rank, samples.context, keys, slots.key_slots).to(device),
-            key_slots=slots.key_slots,
-            order_P=slots.gathered_order().to(device),
-        )
-
     def block0(self, k_CKE: Tensor, v_CKE: Tensor) -> Block0:
         kv = self._split_key_values(k_CKE, v_CKE, self.context)
-        kv_GKX = kv.new_zeros(self.key_slots + 1, *kv.shape[1:]).index_copy(0, self.context.slot, kv)[:-1]
+        kv_GKX = scatter_rows(kv, self.context.slot, self.key_slots + 1)[:-1]
         if self.backend.circulates:
             kv_GKX, carrier = circulating(kv_GKX)
         else:
@@ -258,13 +235,12 @@ class _Slots:
         return sum(len(positions(sample, segment.start, segment.stop)) for sample, segment in windows)
 
 
-def _local_rows(backend: UspBackend, samples: _Samples) -> ChainRows:
-    """The rows of this rank's windows."""
-    formula = backend.formula
+def _local_rows(formula: ShardFormula, rank: int, samples: _Samples) -> ChainRows:
+    """The rows of a rank's windows."""
     shape = formula.window_shape(samples.lengths)
     mask_WS, active_WS = torch.zeros(shape, dtype=torch.bool), torch.zeros(shape, dtype=torch.bool)
     context, starts = [], []
-    for row, (sample, (start, stop, halo_stop)) in enumerate(formula.windows(samples.lengths, backend.rank)):
+    for row, (sample, (start, stop, halo_stop)) in enumerate(formula.windows(samples.lengths, rank)):
         mask_WS[row, : halo_stop - start] = samples.loss_mask_BS[sample, start:halo_stop]
         active_WS[row, : stop - start] = samples.active_BS[sample, start:stop]
         context.append(len(samples.context(sample, start, stop)))

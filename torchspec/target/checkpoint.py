@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchspec.target.shape import TargetShape
+from torchspec.target.shape import TOKENS, TargetShape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
-NEEDED = ("hidden_size", "num_attention_heads", "intermediate_size", "rms_norm_eps", "max_position_embeddings")
-"""What a target's config must hold for a draft to be derived from it."""
+OPTIONAL = ("num_key_value_heads", "head_dim", "rope_parameters", *TOKENS)
+"""What a target's config may lack for a draft to be derived from it."""
 SERVERS_MASK = "<|MASK|>"
 """What SGLang takes for the mask token where a tokenizer has it, whatever a draft's folder says."""
 
@@ -59,25 +59,13 @@ class TargetCheckpoint:
     @cached_property
     def shape(self) -> TargetShape:
         """Raises ValueError: no draft could be trained for such a model."""
-        text = self.config
-        if missing := [name for name in NEEDED if getattr(text, name, None) is None]:
+        found = {name: getattr(self.config, name, None) for name in TargetShape.names().values()}
+        given = {name: value for name, value in found.items() if value is not None}
+        if missing := [name for name in found if name not in (*given, *OPTIONAL)]:
             raise ValueError(f"the target's config has no {', '.join(missing)}: it is not a Llama-like model")
-        heads = text.num_attention_heads
-        kv_heads, head_dim = (getattr(text, name, None) for name in ("num_key_value_heads", "head_dim"))
-        return TargetShape(
-            hidden_size=text.hidden_size,
-            num_heads=heads,
-            num_kv_heads=heads if kv_heads is None else kv_heads,
-            head_dim=text.hidden_size // heads if head_dim is None else head_dim,
-            intermediate_size=text.intermediate_size,
-            rms_norm_eps=text.rms_norm_eps,
-            vocab_size=text.vocab_size,
-            max_position_embeddings=text.max_position_embeddings,
-            rope_parameters=text.rope_parameters or {},
-            bos_token_id=text.bos_token_id,
-            eos_token_id=text.eos_token_id,
-            pad_token_id=text.pad_token_id,
-        )
+        heads = given["num_attention_heads"]
+        usual = {"num_key_value_heads": heads, "head_dim": given["hidden_size"] // heads, "rope_parameters": {}}
+        return TargetShape.from_config(usual | given)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -132,11 +120,6 @@ class TargetCheckpoint:
         if not weights:
             raise ValueError(f"target.path: {self.path} has no .safetensors weights")
         return sum(file.stat().st_size for file in weights) // 2
-
-    @cached_property
-    def tied(self) -> bool:
-        """Whether the head's weights are the embedding's."""
-        return bool(self.config.tie_word_embeddings)
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read the named tensors of the safetensors files, one or several, and no others.

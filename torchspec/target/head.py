@@ -59,7 +59,7 @@ def load_target_head(
     Raises:
         ValueError: a file or tensor is missing; the message names the folder and the tensor.
     """
-    names = {EMBEDDING, NORM} | (set() if target.tied else {HEAD})
+    names = {EMBEDDING, NORM} | (set() if target.config.tie_word_embeddings else {HEAD})
     tensors = {name: t.to(dtype) for name, t in target.tensors(names).items()}
     embedding_VH = tensors[EMBEDDING].to(device)
     head_VH = tensors[HEAD].to(device) if HEAD in tensors else embedding_VH

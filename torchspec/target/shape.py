@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Self
 
 MIN_LAYERS = 7
@@ -11,18 +11,7 @@ MIN_LAYERS = 7
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not depend on the sequence's length."""
 
-HF_NAMES = {
-    "hidden_size": "hidden_size",
-    "num_heads": "num_attention_heads",
-    "num_kv_heads": "num_key_value_heads",
-    "head_dim": "head_dim",
-    "intermediate_size": "intermediate_size",
-    "rms_norm_eps": "rms_norm_eps",
-    "vocab_size": "vocab_size",
-    "max_position_embeddings": "max_position_embeddings",
-    "rope_parameters": "rope_parameters",
-}
-"""Our names to those of a ``config.json``."""
+RENAMED = {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -85,10 +74,15 @@ class TargetShape:
         }
 
     @classmethod
+    def names(cls) -> dict[str, str]:
+        """Our names to those of a ``config.json``."""
+        return {f.name: RENAMED.get(f.name, f.name) for f in fields(cls)}
+
+    @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
         """Back from :meth:`hf_config`; token ids may be left out. Raises KeyError: another field is missing."""
-        fields = {ours: config[theirs] for ours, theirs in HF_NAMES.items()}
-        return cls(**fields | {name: config.get(name) for name in TOKENS})
+        given: dict[str, Any] = dict.fromkeys(TOKENS) | dict(config)
+        return cls(**{ours: given[theirs] for ours, theirs in cls.names().items()})
 
     def hf_config(self) -> dict[str, Any]:
         """The fields of a ``config.json`` that follow from the target.
@@ -96,8 +90,7 @@ class TargetShape:
         RoPE is written in the form of transformers 5 (``rope_parameters``) and in the older one (``rope_theta``,
         ``rope_scaling``), for servers that read either.
         """
-        config = {theirs: getattr(self, ours) for ours, theirs in HF_NAMES.items()}
-        config |= {name: getattr(self, name) for name in TOKENS}
+        config = {theirs: getattr(self, ours) for ours, theirs in self.names().items()}
         rope = config["rope_parameters"] = dict(self.rope_parameters)
         config["rope_theta"] = rope["rope_theta"]
         if rope["rope_type"] != "default":

@@ -1,4 +1,4 @@
-"""Where the time of one training rank goes, and the thread that tells the controller.
+"""Where the time of one training rank goes: counters, the thread that tells the controller, a profile of some steps.
 
 The step loop's own parts (waiting, pausing, optimizer) are host times. Forward and backward are device times: on CUDA
 they lie between events, which are read after the step's one wait for the device, so measuring adds no synchronisation;
@@ -13,10 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import ray
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from torchspec.contracts import RankId, RankReport
 
@@ -105,11 +107,12 @@ def reporting(
 
     A thread of its own, because the step loop is away for long and a rank that waits has something to say, too.
     """
+    if not interval:
+        yield lambda: None
+        return
     ended = threading.Event()
 
     def tell() -> None:
-        if not interval:
-            return
         with contextlib.suppress(ray.exceptions.RayError):  # a controller that is away will be back, or ends the run
             ray.get(controller.rank_report.remote(rank, report()), timeout=10)
 
@@ -118,12 +121,44 @@ def reporting(
             tell()
 
     thread = threading.Thread(target=loop, name="report", daemon=True)
-    if interval:
-        thread.start()
+    thread.start()
     try:
         yield tell
     finally:
         ended.set()
-        if interval:
-            thread.join()
+        thread.join()
         tell()
+
+
+class StepProfiler:
+    """Steps ``first`` to ``last`` under torch's profiler, as a chrome trace for Perfetto or TensorBoard.
+
+    Args:
+        steps: first and last, or None for no profile.
+        path: the trace, gzipped.
+    """
+
+    def __init__(self, steps: tuple[int, int] | None, path: Path, device: torch.device):
+        self._steps, self._path = steps, path
+        self._activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device.type == "cuda")
+        self._profile: profile | None = None
+
+    def before(self, step: int) -> None:
+        """A step begins. A run that resumes inside the window profiles the rest of it."""
+        if self._steps is not None and self._profile is None and self._steps[0] <= step <= self._steps[1]:
+            self._profile = profile(activities=self._activities, record_shapes=True, acc_events=True)
+            self._profile.start()
+
+    def after(self, step: int) -> None:
+        """A step has been made."""
+        if self._profile is not None and self._steps is not None and step >= self._steps[1]:
+            self.close()
+
+    def close(self) -> None:
+        """Write what there is; the run may end inside the window."""
+        if self._profile is not None:
+            self._profile.stop()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._profile.export_chrome_trace(str(self._path))
+            self._profile = None
+            self._steps = None

@@ -116,11 +116,12 @@ class SampleFetcher:
     def _padded(self, refs: tuple[SampleRef, ...]) -> tuple[Batch, list[Windows]]:
         """Room for ``refs``, and where each goes: zeros, and no loss, beyond the end of each sample."""
         lengths = [ref.num_tokens for ref in refs] or [0]
-        windows = self._windows(lengths)
-        shape = len(windows), self._columns(lengths)
+        windows, columns = self._layout(lengths)
         tensors = {
-            suffix: torch.empty((shape[0], *spec.shape), dtype=getattr(torch, spec.dtype), pin_memory=self.pin_memory)
-            for suffix, spec in self.geometry.tensors(shape[1]).items()
+            suffix: torch.empty(
+                (len(windows), *spec.shape), dtype=getattr(torch, spec.dtype), pin_memory=self.pin_memory
+            )
+            for suffix, spec in self.geometry.tensors(columns).items()
         }
         places: list[Windows] = [{} for _ in lengths]
         for row, (sample, segment) in enumerate(windows):
@@ -145,16 +146,13 @@ class SampleFetcher:
         )
         return batch, places[: len(refs)]
 
-    def _windows(self, lengths: list[int]) -> list[tuple[int, Segment]]:
-        """The rows of the padded batch: for each the number of its sample and the positions it holds."""
-        if self.geometry.sharding is None:
-            return [(sample, Segment(0, length, length)) for sample, length in enumerate(lengths)]
-        return list(self.geometry.sharding.windows(lengths, self.rank))
-
-    def _columns(self, lengths: list[int]) -> int:
-        if self.geometry.sharding is None:
-            return max(lengths) or IDLE_TOKENS
-        return self.geometry.sharding.window_shape(lengths)[1]
+    def _layout(self, lengths: list[int]) -> tuple[list[tuple[int, Segment]], int]:
+        """The rows of the padded batch, for each the number of its sample and the positions it holds; its columns."""
+        sharding = self.geometry.sharding
+        if sharding is None:
+            whole = [(sample, Segment(0, length, length)) for sample, length in enumerate(lengths)]
+            return whole, max(lengths) or IDLE_TOKENS
+        return list(sharding.windows(lengths, self.rank)), sharding.window_shape(lengths)[1]
 
 
 class StepStream:

@@ -14,7 +14,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from torchspec.config.schema import Config
+from torchspec.contracts import StepReport
 from torchspec.drafts.draft import Batch, Draft, DraftOptions, DraftOutput
 from torchspec.drafts.spec import DraftSpec
 from torchspec.parallel.mesh import Sharing, shard_module
@@ -31,7 +32,7 @@ from torchspec.target.checkpoint import TargetCheckpoint
 from torchspec.target.head import TargetHead, load_target_head
 from torchspec.training.clock import RankClock
 from torchspec.training.optimizer import build_optimizer, learning_rate, scale_and_clip, sum_over_ranks
-from torchspec.training.sums import StepMetrics, StepSums, summarise
+from torchspec.training.sums import StepSums, summarise
 from torchspec.training.weights import warm_start
 
 log = logging.getLogger(__name__)
@@ -41,17 +42,6 @@ Forward = Callable[[Batch], DraftOutput]
 
 class TrainingDiverged(RuntimeError):
     """The loss or the gradient norm is not finite."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What came of an optimizer step."""
-
-    metrics: StepMetrics
-    learning_rate: float
-    grad_norm: float
-    compute_seconds: float
-    optimizer_seconds: float
 
 
 class Learner:
@@ -85,8 +75,8 @@ class Learner:
         self.parameters = dict(self.draft.named_parameters())
         self.optimizer = build_optimizer(self.parameters.values(), config.optimizer)
 
-    def step(self, number: int, micro_batches: Sequence[Batch]) -> Step:
-        """Make optimizer step ``number``.
+    def step(self, number: int, micro_batches: Sequence[Batch]) -> StepReport:
+        """Make optimizer step ``number``. How long its samples took is not in the report.
 
         Raises:
             TrainingDiverged: the loss or the gradients are not finite; the weights are as they were.
@@ -97,10 +87,10 @@ class Learner:
             add_gradients(self.draft, micro_batches, self._timed_forward, sums, self._counts_tokens)
         grad_norm = reduce_gradients(self.draft, sums, self.config.optimizer.clip)
         *totals, norm = torch.cat([sums.flat, grad_norm.view(1)]).tolist()  # waits for the device
-        metrics = summarise(totals, self.spec.positions)
-        if not (math.isfinite(metrics.loss) and math.isfinite(norm)):
+        report = summarise(totals, self.spec.positions, number)
+        if not (math.isfinite(report.loss) and math.isfinite(norm)):
             raise TrainingDiverged(
-                f"step {number}: the loss is {metrics.loss} and the gradient norm {norm}; the weights were not "
+                f"step {number}: the loss is {report.loss} and the gradient norm {norm}; the weights were not "
                 f"changed. Resume from the last checkpoint with a lower optimizer.lr ({self.config.optimizer.lr}) or "
                 f"optimizer.clip ({self.config.optimizer.clip})"
             )
@@ -110,16 +100,24 @@ class Learner:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return Step(metrics, rate, norm, computed - started, time.perf_counter() - computed)
+        return replace(
+            report,
+            learning_rate=rate,
+            grad_norm=norm,
+            compute_seconds=computed - started,
+            optimizer_seconds=time.perf_counter() - computed,
+        )
 
-    def evaluate(self, micro_batches: Sequence[Batch]) -> StepMetrics:
-        """The figures of a step on these samples, which are not trained. Every rank calls it."""
+    def evaluate(self, number: int, micro_batches: Sequence[Batch]) -> StepReport:
+        """Score held-out samples after step ``number``. Every rank calls it."""
+        started = time.perf_counter()
         sums = StepSums(self.spec.positions, self.device)
         with torch.no_grad():
             for batch in micro_batches:
                 sums.add(self._forward(batch), int(batch.lengths_B.sum()) if self._counts_tokens else 0)
         dist.all_reduce(sums.flat)
-        return summarise(sums.flat.tolist(), self.spec.positions)
+        report = summarise(sums.flat.tolist(), self.spec.positions, number)
+        return replace(report, compute_seconds=time.perf_counter() - started, split="heldout")
 
     def flops(self, micro_batches: Sequence[Batch]) -> float:
         """Operations that the samples of these micro-batches need, whoever shares them."""

@@ -8,11 +8,10 @@ K positions that are scored.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from torchspec.contracts import StepReport
 from torchspec.drafts.draft import DraftOutput
 
 ROWS = 4
@@ -38,21 +37,8 @@ class StepSums:
         return self.flat[-2]
 
 
-@dataclass(frozen=True, slots=True)
-class StepMetrics:
-    """The fields of ``StepReport`` that come out of the sums; see there."""
-
-    loss: float
-    loss_per_position: tuple[float, ...]
-    accuracy: tuple[float, ...]
-    full_accuracy: tuple[float, ...]
-    accept_length: float
-    tokens: int
-    loss_tokens: int
-
-
-def summarise(sums: list[float], positions: int) -> StepMetrics:
-    """Divide the host copy of ``StepSums.flat``.
+def summarise(sums: list[float], positions: int, step: int) -> StepReport:
+    """Divide the host copy of ``StepSums.flat``. What the sums do not tell is 0 in the report.
 
     ``accept_length`` is ``1 + sum_k prod_{j<=k} full_accuracy_j``: what a chain of K drafted tokens would yield.
     A sum over no positions counts as 0.
@@ -64,7 +50,8 @@ def summarise(sums: list[float], positions: int) -> StepMetrics:
     for accuracy in full_accuracy:
         chain *= accuracy
         accept_length += chain
-    return StepMetrics(
+    return StepReport(
+        step=step,
         loss=total / denominator if denominator else 0.0,
         loss_per_position=tuple(s / max(n, 1.0) for s, n in zip(loss_sum, counted, strict=True)),
         accuracy=tuple(c / max(n, 1.0) for c, n in zip(correct, counted, strict=True)),
@@ -72,4 +59,10 @@ def summarise(sums: list[float], positions: int) -> StepMetrics:
         accept_length=accept_length,
         tokens=int(tokens),
         loss_tokens=int(supervised[0]),
+        learning_rate=0.0,
+        grad_norm=0.0,
+        wait_seconds=0.0,
+        fetch_seconds=0.0,
+        compute_seconds=0.0,
+        optimizer_seconds=0.0,
     )

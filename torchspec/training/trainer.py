@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,10 +45,9 @@ from torchspec.training.checkpoint import (
     save_checkpoint,
     training_state,
 )
-from torchspec.training.clock import RankClock, reporting
+from torchspec.training.clock import RankClock, StepProfiler, reporting
 from torchspec.training.fetch import FetchedStep, SampleFetcher, StepStream
 from torchspec.training.learner import Learner
-from torchspec.training.profile import StepProfiler
 from torchspec.training.weights import gather_weights
 
 
@@ -165,17 +164,8 @@ class Trainer:
 
     def _train(self, fetched: FetchedStep, wait_seconds: float) -> StepReport:
         self.step = fetched.batch.step
-        made = self.learner.step(self.step, fetched.micro_batches)
-        report = StepReport(
-            **asdict(made.metrics),
-            step=self.step,
-            learning_rate=made.learning_rate,
-            grad_norm=made.grad_norm,
-            wait_seconds=wait_seconds,
-            fetch_seconds=fetched.fetch_seconds,
-            compute_seconds=made.compute_seconds,
-            optimizer_seconds=made.optimizer_seconds,
-        )
+        report = self.learner.step(self.step, fetched.micro_batches)
+        report = replace(report, wait_seconds=wait_seconds, fetch_seconds=fetched.fetch_seconds)
         self._count(fetched, report)
         return report
 
@@ -197,24 +187,12 @@ class Trainer:
 
     def _evaluate(self, controller: Any, micro_batches: list[Batch]) -> float | None:
         """Score the held-out samples; their simulated accept length, or None without samples."""
-        started = time.perf_counter()
-        metrics = self.learner.evaluate(micro_batches)
-        if metrics.tokens == 0:
+        report = self.learner.evaluate(self.step, micro_batches)
+        if report.tokens == 0:
             return None
-        report = StepReport(
-            **asdict(metrics),
-            step=self.step,
-            learning_rate=0.0,
-            grad_norm=0.0,
-            wait_seconds=0.0,
-            fetch_seconds=0.0,
-            compute_seconds=time.perf_counter() - started,
-            optimizer_seconds=0.0,
-            split="heldout",
-        )
         if self.spec.rank == 0:
             ray.get(controller.heldout_done.remote(self.rank, report))
-        return metrics.accept_length
+        return report.accept_length
 
     def _save(self, controller: Any, score: float | None) -> None:
         """Checkpoint, pointers, rotation, export: in this order, so that each step only adds to what is safe."""

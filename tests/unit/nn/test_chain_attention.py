@@ -8,14 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchspec.nn.chain_attention import (
-    Block0,
-    PaddedKernel,
-    block_attention,
-    block_attention_backward,
-    chain_attention,
-    merge_diagonal,
-)
+from torchspec.nn.chain_attention import Block0, PaddedKernel, chain_attention, merge_diagonal
+from torchspec.nn.flash import block_attention, block_attention_backward
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 SHAPES = [(1, 1, 1, 1, 8), (2, 9, 2, 1, 8), (3, 17, 1, 4, 16), (2, 40, 3, 3, 64), (1, 300, 1, 2, 32)]
@@ -123,10 +117,10 @@ def test_merge_is_the_softmax_over_all_terms() -> None:
     """Half of the keys through block 0, half as diagonal terms, equals all of them in one softmax."""
     leaves, _ = inputs((1, 1, 1, 1, 8), 4, torch.float64)
     q, k, v = torch.randn(1, 1, 8, dtype=torch.float64), leaves[1].detach(), leaves[2].detach()
-    o, lse = block_attention(q.unsqueeze(0), k, v, 1.0)
+    o, lse = block_attention(q.unsqueeze(0), k, v)
     keys, values = ([torch.randn(1, 1, 8, dtype=torch.float64) for _ in range(3)] for _ in range(2))
-    merged, merged_lse, w_JRQ = merge_diagonal(o[0], lse[0], q, keys, values, 1.0)
-    logits = torch.stack([(q * key).sum() for key in [k[0], *keys]])
+    merged, merged_lse, w_JRQ = merge_diagonal(o[0], lse[0], q, keys, values)
+    logits = torch.stack([(q * key).sum() / math.sqrt(8) for key in [k[0], *keys]])
     p = logits.softmax(0)
     torch.testing.assert_close(merged[0, 0], sum(w * value.flatten() for w, value in zip(p, [v, *values], strict=True)))
     torch.testing.assert_close(merged_lse[0, 0], logits.logsumexp(0))
@@ -140,8 +134,8 @@ def test_backward_needs_the_merged_output() -> None:
     q, k0, v0, *_ = (x.detach() for x in leaves)
     q_BSQE = torch.zeros(1, 17, 2, 16, dtype=torch.float64)
     q_BSQE[0, rows_R] = q
-    o, lse = block_attention(q_BSQE, k0, v0, 0.25)
+    o, lse = block_attention(q_BSQE, k0, v0)
     do = torch.zeros_like(o)
     do[0, rows_R] = torch.randn(len(rows_R), 2, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    local = block_attention_backward(do, q_BSQE, k0, v0, o, lse, 0.25)[2]
+    local = block_attention_backward(do, q_BSQE, k0, v0, o, lse)[2]
     assert (local - wanted).abs().max() > 0.01 * wanted.abs().max()

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.autograd_memory import LargestTensor
 from torchspec.nn.losses import HardTeacher, LossSums, SoftTeacher, Students, Teacher, fused_cross_entropy
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
@@ -151,19 +151,6 @@ def test_autocast_multiplies_in_bf16_and_sums_in_fp32() -> None:
         actual = problem.fused()
     assert all(x.dtype == torch.float32 for x in actual)
     assert_same([actual.loss_K, *problem.gradients(actual)], [expected.loss_K, *problem.gradients(expected)], 0.05)
-
-
-class LargestTensor(TorchDispatchMode):
-    """Remembers how many elements the largest result of any operation had."""
-
-    numel = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple | list) else (result,):
-            if isinstance(tensor, Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return result
 
 
 @pytest.mark.parametrize("hard", [True, False])

@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from transformers import GlmConfig, LlamaConfig, PretrainedConfig, Qwen2Config, StableLmConfig
+from transformers import GlmConfig, LlamaConfig, PretrainedConfig, Qwen2Config, StableLmConfig, ViTConfig
 
 from torchspec.target.checkpoint import TargetCheckpoint
 
 
 def test_the_real_target(target_path: Path) -> None:
     target = TargetCheckpoint(target_path)
-    assert (target.num_layers, target.end_token_ids, target.tied) == (30, (2,), True)
+    assert (target.num_layers, target.end_token_ids) == (30, (2,))
     shape = target.shape
     assert (shape.hidden_size, shape.vocab_size, shape.num_heads, shape.num_kv_heads) == (576, 49152, 9, 3)
     assert (shape.head_dim, shape.intermediate_size, shape.rms_norm_eps) == (64, 1536, pytest.approx(1e-5))
@@ -25,6 +25,7 @@ def test_the_real_target(target_path: Path) -> None:
     [
         (GlmConfig(), r"partial_rotary_factor=0\.5"),
         (StableLmConfig(), "no rms_norm_eps: it is not a Llama-like model"),
+        (ViTConfig(), "no rms_norm_eps, vocab_size, max_position_embeddings: it is not"),
         (Qwen2Config(num_attention_heads=4, num_key_value_heads=3), "not a multiple"),
     ],
 )

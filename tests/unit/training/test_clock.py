@@ -11,8 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.oracles.eagle3_cases import Case, build, run_product
 from torchspec.hardware import PEAK_FLOPS, peak_flops
-from torchspec.training.clock import RankClock
-from torchspec.training.profile import StepProfiler
+from torchspec.training.clock import RankClock, StepProfiler
 
 CPU = torch.device("cpu")
 

@@ -27,12 +27,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from torchspec.drafts.dflash.spec import DFlashSpec
 from torchspec.drafts.draft import Batch, Draft, DraftOptions, DraftOutput
-from torchspec.nn.flash import block_attention, block_attention_backward, merge_
-from torchspec.nn.layers import MLP, RMSNorm
+from torchspec.nn.flash import block_attention, block_attention_backward, merge_, scatter_rows
+from torchspec.nn.layers import MLP, AttentionProjections, RMSNorm
 from torchspec.nn.losses import HardTeacher, Students, Teacher, accumulating, compute_dtype, fused_cross_entropy
 from torchspec.nn.rope import rotary_table, rotate
 from torchspec.target.head import TargetHead
@@ -70,15 +69,11 @@ class Tile(NamedTuple):
     """Position of the first context row in a causal call, else None."""
 
     def queries(self, x_NX: Tensor, anchor_N: Tensor) -> Tensor:
-        """The blocks' part of a tensor [N, X, ..] as the kernel takes it: [1, n * X, ..], or causal [X, L, ..].
-
-        A causal row that is no block's holds zeros, and so adds nothing to any gradient.
-        """
+        """The blocks' part of a tensor [N, X, ..] as the kernel takes it: [1, n * X, ..], or causal [X, L, ..]."""
         x_nX = x_NX[self.blocks]
         if self.first is None:
             return x_nX.flatten(0, 1).unsqueeze(0)
-        rows_LX = x_nX.new_zeros(self.context.stop - self.context.start, *x_nX.shape[1:])
-        return rows_LX.index_copy_(0, self._rows(anchor_N), x_nX).transpose(0, 1)
+        return scatter_rows(x_nX, self._rows(anchor_N), self.context.stop - self.context.start).transpose(0, 1)
 
     def results(self, y: Tensor, anchor_N: Tensor) -> Tensor:
         """Back from what the kernel made of the queries to [n, X, ..]."""
@@ -173,32 +168,32 @@ class BlockAttention(torch.autograd.Function):
     def forward(
         ctx: Any, blocks: Blocks, q_NXKE: Tensor, k_NWKE: Tensor, v_NWKE: Tensor, k_CKE: Tensor, v_CKE: Tensor
     ) -> Tensor:
-        scale, anchor_N = q_NXKE.shape[-1] ** -0.5, blocks.anchor_N
-        o, lse_NXK = block_attention(q_NXKE, k_NWKE, v_NWKE, scale, causal=False)
+        anchor_N = blocks.anchor_N
+        o, lse_NXK = block_attention(q_NXKE, k_NWKE, v_NWKE, causal=False)
         o_NXKE = accumulating(o)
         for tile in blocks.tiles:
             q = tile.queries(q_NXKE, anchor_N)
             k, v = (x[tile.context].expand(len(q), -1, -1, -1) for x in (k_CKE, v_CKE))
-            part = block_attention(q, k, v, scale, causal=tile.first is not None)
+            part = block_attention(q, k, v, causal=tile.first is not None)
             merge_(o_NXKE[tile.blocks], lse_NXK[tile.blocks], *(tile.results(x, anchor_N) for x in part))
         o_NXKE = o_NXKE.to(q_NXKE.dtype)
         ctx.save_for_backward(q_NXKE, k_NWKE, v_NWKE, k_CKE, v_CKE, o_NXKE, lse_NXK)
-        ctx.blocks, ctx.scale = blocks, scale
+        ctx.blocks = blocks
         return o_NXKE
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do_NXKE: Tensor) -> tuple[Tensor | None, ...]:
         q_NXKE, k_NWKE, v_NWKE, k_CKE, v_CKE, o_NXKE, lse_NXK = ctx.saved_tensors
-        blocks, scale = ctx.blocks, ctx.scale
+        blocks = ctx.blocks
         softmax = do_NXKE, q_NXKE, o_NXKE, lse_NXK
-        dq, dk_NWKE, dv_NWKE = block_attention_backward(do_NXKE, q_NXKE, k_NWKE, v_NWKE, o_NXKE, lse_NXK, scale, False)
+        dq, dk_NWKE, dv_NWKE = block_attention_backward(do_NXKE, q_NXKE, k_NWKE, v_NWKE, o_NXKE, lse_NXK, False)
         dq_NXKE = accumulating(dq)
         dk_CKE, dv_CKE = (torch.zeros_like(accumulating(x)) for x in (k_CKE, v_CKE))
         for tile in blocks.tiles:
             do, q, o, lse = (tile.queries(x, blocks.anchor_N) for x in softmax)
             k, v = (x[tile.context].expand(len(q), -1, -1, -1) for x in (k_CKE, v_CKE))
-            dq, dk, dv = block_attention_backward(do, q, k, v, o, lse, scale, causal=tile.first is not None)
+            dq, dk, dv = block_attention_backward(do, q, k, v, o, lse, causal=tile.first is not None)
             dq_NXKE[tile.blocks] += tile.results(dq, blocks.anchor_N)
             dk_CKE[tile.context] += dk.sum(0)
             dv_CKE[tile.context] += dv.sum(0)
@@ -212,35 +207,24 @@ class Rotations(NamedTuple):
     context_CE: tuple[Tensor, Tensor]
 
 
-class Attention(nn.Module):
+class Attention(AttentionProjections):
     """The projections around :class:`BlockAttention`, with a norm of each query and key head as in Qwen3."""
 
     def __init__(self, target: TargetShape):
-        super().__init__()
-        width, kv_width = target.num_heads * target.head_dim, target.num_kv_heads * target.head_dim
-        self.q_proj = nn.Linear(target.hidden_size, width, bias=False)
-        self.k_proj = nn.Linear(target.hidden_size, kv_width, bias=False)
-        self.v_proj = nn.Linear(target.hidden_size, kv_width, bias=False)
-        self.o_proj = nn.Linear(width, target.hidden_size, bias=False)
+        super().__init__(target, target.hidden_size)
         self.q_norm = RMSNorm(target.head_dim, target.rms_norm_eps)
         self.k_norm = RMSNorm(target.head_dim, target.rms_norm_eps)
-        self.kv_heads, self.group, self.head_dim = (
-            target.num_kv_heads,
-            target.num_heads // target.num_kv_heads,
-            target.head_dim,
-        )
 
     def forward(self, x_RH: Tensor, context_CH: Tensor, blocks: Blocks, rotations: Rotations) -> Tensor:
-        q_RQE = self.q_norm(self.q_proj(x_RH).unflatten(-1, (-1, self.head_dim)))
-        q_RQE = rotate(q_RQE, *rotations.block_RE)
+        q_RQE = rotate(self.q_norm(self.heads(self.q_proj, x_RH)), *rotations.block_RE)
         own = (x.unflatten(0, (-1, blocks.size)) for x in self._keys_values(x_RH, rotations.block_RE))
-        grouped = q_RQE.view(-1, blocks.size, self.kv_heads, self.group, self.head_dim).transpose(2, 3)
+        grouped = q_RQE.unflatten(1, (self.num_kv_heads, -1)).unflatten(0, (-1, blocks.size)).transpose(2, 3)
         context = self._keys_values(context_CH, rotations.context_CE)
         o_NXKE: Tensor = BlockAttention.apply(blocks, grouped.flatten(1, 2), *own, *context)
         return self.o_proj(o_NXKE.view(grouped.shape).transpose(2, 3).reshape(len(x_RH), self.o_proj.in_features))
 
     def _keys_values(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        k, v = (proj(x).unflatten(-1, (self.kv_heads, self.head_dim)) for proj in (self.k_proj, self.v_proj))
+        k, v = (self.heads(projection, x) for projection in (self.k_proj, self.v_proj))
         return rotate(self.k_norm(k), *rotation), v
 
 
@@ -262,8 +246,7 @@ class DFlashDraft(Draft):
     spec: DFlashSpec
 
     def __init__(self, spec: DFlashSpec, options: DraftOptions | None = None):
-        super().__init__()
-        self.spec, self.options = spec, options or DraftOptions()
+        super().__init__(spec, options)
         target = spec.target
         self.fc = nn.Linear(len(spec.layers) * target.hidden_size, target.hidden_size, bias=False)
         self.hidden_norm = RMSNorm(target.hidden_size, target.rms_norm_eps)
@@ -290,10 +273,10 @@ class DFlashDraft(Draft):
             head.draft_head_DH,
             self._teacher(batch, head, blocks),
             blocks.students,
-            spec.slot_weights,
+            spec.position_weights,
             self.options.loss_chunk_tokens,
         )
-        denominator = (sums.counted_K * sums.counted_K.new_tensor(spec.slot_weights)).sum()
+        denominator = (sums.counted_K * sums.counted_K.new_tensor(spec.position_weights)).sum()
         return DraftOutput(sums.total, denominator, *sums[1:])
 
     def _residual(self, batch: Batch, head: TargetHead, blocks: Blocks) -> Tensor:
@@ -305,14 +288,13 @@ class DFlashDraft(Draft):
         context_CH = self.hidden_norm(self.fc(batch.hs_BSA.flatten(0, 1)[blocks.context_flat_C].to(dtype)))
         rotations = self._rotations(batch, blocks, dtype)
         for layer in self.layers:
-            inputs = x_RH, context_CH, blocks, rotations
-            x_RH = checkpoint(layer, *inputs, use_reentrant=False) if self.options.recompute else layer(*inputs)
+            x_RH = self.run(layer, x_RH, context_CH, blocks, rotations)
         return x_RH
 
     def _rotations(self, batch: Batch, blocks: Blocks, dtype: torch.dtype) -> Rotations:
-        target, slots = self.spec.target, self.spec.block_size
+        slots = self.spec.block_size
         positions = torch.arange(batch.ids_BS.shape[1] + slots, device=blocks.anchor_N.device)
-        table = rotary_table(target.rope_parameters, target.head_dim, target.max_position_embeddings, positions, dtype)
+        table = rotary_table(self.spec.target, positions, dtype)
         position_R = (blocks.anchor_N.unsqueeze(1) + positions[:slots]).flatten()
         cos_RE, sin_RE = (x[position_R] for x in table)
         cos_CE, sin_CE = (x[blocks.context_C] for x in table)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from torchspec.drafts.dflash import costs
-from torchspec.drafts.spec import DraftKnobs, DraftSpec, RankBytes, Work, fused
+from torchspec.drafts.spec import DraftKnobs, DraftSpec, check_mask_token, fused
 from torchspec.target.shape import TargetShape, check_layers
 
 if TYPE_CHECKING:
@@ -65,10 +65,7 @@ class DFlashSpec(DraftSpec):
     export_yarn_factor: float | None = None
 
     def __post_init__(self) -> None:
-        if self.mask_token_id >= self.target.vocab_size:
-            raise ValueError(
-                f"draft.mask_token_id={self.mask_token_id} must be below the target's {self.target.vocab_size} tokens"
-            )
+        check_mask_token(self.mask_token_id, self.target)
         check_layers(self.num_target_layers, self.layers)
         rope_type = self.target.rope_parameters["rope_type"]
         if self.export_yarn_factor is not None and rope_type != "default":
@@ -80,18 +77,8 @@ class DFlashSpec(DraftSpec):
     @classmethod
     def of(cls, knobs: DFlashKnobs, target: TargetCheckpoint, layers: Sequence[int] | None) -> Self:
         chosen = default_layers(target.num_layers, knobs.num_features) if layers is None else layers
-        return cls(
-            target=target.shape,
-            layers=tuple(chosen),
-            num_target_layers=target.num_layers,
-            num_layers=knobs.num_layers,
-            block_size=knobs.block_size,
-            mask_token_id=target.mask_token_id if knobs.mask_token_id is None else knobs.mask_token_id,
-            num_anchors=knobs.num_anchors,
-            gamma=knobs.gamma,
-            loss=knobs.loss,
-            export_yarn_factor=knobs.export_yarn_factor,
-        )
+        count = target.num_layers
+        return cls(target=target.shape, layers=tuple(chosen), num_target_layers=count, **cls.kept(knobs, target))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -114,8 +101,8 @@ class DFlashSpec(DraftSpec):
         return self.positions
 
     @property
-    def slot_weights(self) -> list[float]:
-        """Of slots 1 .. B - 1 in the loss."""
+    def position_weights(self) -> list[float]:
+        """Of slots 1 .. B - 1."""
         gamma = math.ceil(7 * self.block_size / 16) if self.gamma is None else self.gamma
         return [math.exp(-k / gamma) for k in range(self.positions)]
 
@@ -126,11 +113,8 @@ class DFlashSpec(DraftSpec):
                 "last slots would never be trained; lower the one or raise the other"
             )
 
-    def flops(self, tokens: int, scored: int) -> float:
-        return costs.flops(self, tokens, scored)
-
-    def rank_bytes(self, work: Work) -> RankBytes:
-        return costs.rank_bytes(self, work)
+    flops = costs.flops
+    rank_bytes = costs.rank_bytes
 
     def build(self, head: TargetHead, target: TargetCheckpoint, options: DraftOptions) -> DFlashDraft:
         from torchspec.drafts.dflash.model import DFlashDraft

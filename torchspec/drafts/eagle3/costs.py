@@ -58,7 +58,7 @@ def rank_bytes(spec: Eagle3Spec, work: Work) -> RankBytes:
     rows = work.samples * formula.parts * formula.chunk(work.num_tokens)
     row = _RowBytes.of(spec, work)
     block0 = _Block0Bytes.of(spec, work, formula)
-    leaving_loss = rows * row.hidden_gradients + _logits(spec, work, rows)
+    leaving_loss = rows * row.hidden_gradients + spec.logits_bytes(work, rows)
     in_attention = rows * (row.hidden_gradients + row.attention - row.freed) + block0.gradients
     return RankBytes(rows * row.kept, block0.kept, max(leaving_loss, in_attention))
 
@@ -113,15 +113,3 @@ class _Block0Bytes(NamedTuple):
         at_once = samples if formula.size == 1 else 1  # a tile of a ring is of one sample
         kernel = at_once * slots * item * 4 * queries
         return cls(samples * slots * kept, samples * slots * (2 * gradient + travelling) + kernel)
-
-
-def _logits(spec: Eagle3Spec, work: Work, rows: int) -> int:
-    """Logits of a chunk, the gradient of the draft's head, and under autocast their copies in the other dtype."""
-    item, vocab, hidden = ITEM_BYTES[work.dtype], spec.draft_vocab_size, spec.target.hidden_size
-    chunk = min(work.loss_chunk_tokens, rows * spec.ttt_length)
-    teachers = -(-chunk // spec.ttt_length)
-    teacher = vocab * MASTER + (spec.target.vocab_size - vocab) * item
-    student, head = vocab * item, vocab * hidden * MASTER
-    if item != MASTER:
-        student, head = student + vocab * MASTER, head + vocab * hidden * item
-    return chunk * student + teachers * teacher + head

@@ -7,8 +7,8 @@
 
 The parameters carry exactly the names that servers load. The target's embedding, final norm and head stay outside
 (:class:`TargetHead`). Which rows each step needs is decided by :class:`ChainRows`, where the alignment is spelled out;
-the attention is :func:`chain_attention`, the loss :func:`fused_cross_entropy`. Whether samples are whole or shared
-by several ranks is the business of an :class:`AttentionBackend`: all else is row-wise and does not see the difference.
+the attention is :func:`chain_attention`, the loss that of :class:`ChainDraft`. Whether samples are whole or shared
+by several ranks is the business of a :data:`Planner`: all else is row-wise and does not see the difference.
 
 Shapes: B batch, S padded length, A aux states concatenated (num_aux * H), H hidden size, C context rows, R active rows,
 T TTT steps, E head dimension.
@@ -17,36 +17,31 @@ T TTT steps, E head dimension.
 from __future__ import annotations
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from torchspec.drafts.draft import Batch, Draft, DraftOptions, DraftOutput
+from torchspec.drafts.chain_draft import ChainDraft
+from torchspec.drafts.draft import Batch, DraftOptions, DraftOutput
 from torchspec.drafts.eagle3.spec import Eagle3Spec
-from torchspec.drafts.initialise import initialise
 from torchspec.nn.decoder import DecoderLayer
 from torchspec.nn.layers import PartNorms, RMSNorm
-from torchspec.nn.losses import compute_dtype, fused_cross_entropy
+from torchspec.nn.losses import compute_dtype
 from torchspec.nn.rope import rotary_table
-from torchspec.nn.sequences import FLASH, AttentionBackend, Sequences
+from torchspec.nn.sequences import Planner, Sequences, WholeSequences
 from torchspec.parallel.usp import UspBackend
-from torchspec.target.checkpoint import TargetCheckpoint
 from torchspec.target.head import TargetHead
 
 
-class Eagle3Draft(Draft):
-    """The trainable draft. :attr:`attention_backend` knows where the positions of a sample are."""
+class Eagle3Draft(ChainDraft):
+    """The trainable draft. :attr:`plan` knows where the positions of a sample are."""
 
     spec: Eagle3Spec
 
     def __init__(self, spec: Eagle3Spec, options: DraftOptions | None = None):
-        super().__init__()
-        self.spec = spec
-        self.options = options = options or DraftOptions()
-        self.attention_backend: AttentionBackend = FLASH
-        target = spec.target
-        if options.sharing is not None:
-            self.attention_backend = UspBackend.on(options.sharing, target.num_heads, target.num_kv_heads)
+        super().__init__(spec, options)
+        self.plan: Planner = WholeSequences.plan
+        target, sharing = spec.target, self.options.sharing
+        if sharing is not None:
+            self.plan = UspBackend(sharing, target).plan
         aux_size, eps = len(spec.layers) * target.hidden_size, target.rms_norm_eps
         self.input_norm = RMSNorm(aux_size, eps) if spec.norm_before_fc else nn.Identity()
         self.fc_norm = PartNorms(len(spec.layers), target.hidden_size, eps) if spec.fc_norm else nn.Identity()
@@ -55,41 +50,26 @@ class Eagle3Draft(Draft):
         self.norm = RMSNorm(target.hidden_size, eps)
         self.lm_head = nn.Linear(target.hidden_size, spec.draft_vocab_size, bias=False)
 
-    def compile(self) -> None:
-        """The layer, the part of the forward without data-dependent shapes. It is compiled once for each TTT step,
-        because each has one diagonal term more."""
-        config = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, 2 * self.spec.ttt_length)
-        self.midlayer.compile(dynamic=True)
+    @property
+    def decoder(self) -> list[DecoderLayer]:
+        return [self.midlayer]
 
     def forward(self, batch: Batch, head: TargetHead) -> DraftOutput:
-        """All TTT steps of one micro-batch and their loss; it is divided by the positions counted in the first."""
+        """All TTT steps of one micro-batch and their loss."""
         self.check(batch, head)
         device = batch.hs_BSA.device
-        sequences = self.attention_backend.plan(batch.loss_mask_BS, batch.lengths_B, self.spec.ttt_length, device)
-        rows = sequences.rows
-        assert batch.ids_BS.shape == sequences.shape_BS, "the batch does not hold the windows that the backend expects"
+        sequences = self.plan(batch.loss_mask_BS, batch.lengths_B, self.spec.ttt_length, device)
+        assert batch.ids_BS.shape == sequences.shape_BS, "the batch does not hold the windows that the plan expects"
         hidden_TRH = self._unroll(batch, head, sequences)
         if not self.spec.norm_output:  # else every step has seen to it
             hidden_TRH = self.norm(hidden_TRH)
-        teacher = head.teacher(batch.lhs_BSH.flatten(0, 1)[rows.teacher_flat_N], batch.norm_state)
-        sums = fused_cross_entropy(
-            hidden_TRH.flatten(0, 1),
-            self.lm_head.weight,
-            teacher,
-            rows.students,
-            self.spec.step_weights,
-            self.options.loss_chunk_tokens,
-        )
-        return DraftOutput(sums.total, sums.counted_K[0], *sums[1:])
+        return self.scored(hidden_TRH, batch, head, sequences.rows)
 
     def _unroll(self, batch: Batch, head: TargetHead, sequences: Sequences) -> Tensor:
         """What each TTT step leaves of the active rows, and the next one starts from, [T, R, H]."""
-        layer, rows, target = self.midlayer, sequences.rows, self.spec.target
+        layer, rows = self.midlayer, sequences.rows
         dtype = compute_dtype(self.fc.weight)
-        cos_PE, sin_PE = rotary_table(
-            target.rope_parameters, target.head_dim, target.max_position_embeddings, rows.position_P, dtype
-        )
+        cos_PE, sin_PE = rotary_table(self.spec.target, rows.position_P, dtype)
 
         def rotary(angles: Tensor) -> tuple[Tensor, Tensor]:
             return cos_PE[angles], sin_PE[angles]
@@ -112,16 +92,8 @@ class Eagle3Draft(Draft):
                 x_RX = layer.attention_input(embedding(rows.active_flat_R + 1 + t), residual_RH)
                 k, v = sequences.later_keys_values(*layer.self_attn.keys_values(x_RX, *angles))
                 keys, values = [*keys, k], [*values, v]
-            inputs = (residual_RH, x_RX, angles, sequences, block0, keys, values)
-            residual_RH = checkpoint(layer, *inputs, use_reentrant=False) if self.options.recompute else layer(*inputs)
+            residual_RH = self.run(layer, residual_RH, x_RX, angles, sequences, block0, keys, values)
             if self.spec.norm_output:
                 residual_RH = self.norm(residual_RH)
             residuals.append(residual_RH)
         return torch.stack(residuals)
-
-
-def build(spec: Eagle3Spec, head: TargetHead, target: TargetCheckpoint, options: DraftOptions) -> Eagle3Draft:
-    """See :meth:`DraftSpec.build`."""
-    draft = Eagle3Draft(spec, options)
-    initialise(draft, [draft.midlayer], head, spec.init, target)
-    return draft

@@ -17,15 +17,15 @@ Shapes: H hidden size (draft and target), F aux layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from torchspec.drafts.eagle3 import costs
-from torchspec.drafts.spec import DraftKnobs, DraftSpec, RankBytes, Work, fused
-from torchspec.target.shape import TargetShape, check_layers, early_middle_late
+from torchspec.drafts.spec import ChainSpec, DraftKnobs, fused
+from torchspec.target.shape import TargetShape
 
 if TYPE_CHECKING:
     from torchspec.drafts.draft import DraftOptions
@@ -57,21 +57,19 @@ class Eagle3Knobs(DraftKnobs):
 
 
 @dataclass(frozen=True)
-class Eagle3Spec(DraftSpec):
+class Eagle3Spec(ChainSpec):
     kind: ClassVar[str] = "eagle3"
     architecture: ClassVar[str] = "LlamaForCausalLMEagle3"
     Knobs: ClassVar[type[DraftKnobs]] = Eagle3Knobs
 
-    draft_vocab_size: int
-    """D; as large as the target's where the draft has no vocabulary of its own."""
     ttt_length: int = Eagle3Knobs.model_fields["ttt_length"].default
     step_decay: float = Eagle3Knobs.model_fields["step_decay"].default
-    init: Literal["default", "target"] = "default"
     fc_norm: bool = False
     norm_before_fc: bool = False
     norm_output: bool = False
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if len(self.layers) < 2:  # SGLang tells the target's states from the draft's own by their width
             raise ValueError(
                 f"target.aux_layers={list(self.layers)} must name two layers or more for an EAGLE3 draft: SGLang would "
@@ -79,21 +77,6 @@ class Eagle3Spec(DraftSpec):
             )
         if self.fc_norm and self.norm_before_fc:
             raise ValueError("draft.fc_norm and draft.norm_before_fc exclude each other: set one of them, or none")
-        if not 0 < self.draft_vocab_size <= self.target.vocab_size:
-            raise ValueError(f"draft.vocab_size={self.draft_vocab_size} must be from 1 to {self.target.vocab_size}")
-
-    @classmethod
-    def of(cls, knobs: Eagle3Knobs, target: TargetCheckpoint, layers: Sequence[int] | None) -> Self:
-        shape = target.shape
-        return cls(
-            target=shape,
-            layers=check_layers(target.num_layers, early_middle_late(target.num_layers) if layers is None else layers),
-            draft_vocab_size=shape.vocab_size if knobs.vocab_size is None else knobs.vocab_size,
-            ttt_length=knobs.ttt_length,
-            step_decay=knobs.step_decay,
-            init=knobs.init,
-            **{name: getattr(knobs, name) for name in NORMS},
-        )
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -114,13 +97,8 @@ class Eagle3Spec(DraftSpec):
         return 3
 
     @property
-    def step_weights(self) -> list[float]:
-        """Of each TTT step in the loss."""
+    def position_weights(self) -> list[float]:
         return [self.step_decay**t for t in range(self.ttt_length)]
-
-    @property
-    def vocab_size(self) -> int | None:
-        return self.draft_vocab_size if self.draft_vocab_size < self.target.vocab_size else None
 
     @property
     def norms_aux(self) -> bool:
@@ -132,33 +110,18 @@ class Eagle3Spec(DraftSpec):
         """Row i reads tokens, and is compared with the target's states, of the positions i + 1 .. i + ttt_length."""
         return self.ttt_length
 
-    def flops(self, tokens: int, scored: int) -> float:
-        return costs.flops(self, tokens, scored)
-
-    def rank_bytes(self, work: Work) -> RankBytes:
-        return costs.rank_bytes(self, work)
+    flops = costs.flops
+    rank_bytes = costs.rank_bytes
 
     def build(self, head: TargetHead, target: TargetCheckpoint, options: DraftOptions) -> Eagle3Draft:
-        from torchspec.drafts.eagle3 import model
+        from torchspec.drafts.eagle3.model import Eagle3Draft
 
-        return model.build(self, head, target, options)
+        return Eagle3Draft(self, options).initialise(head, target)
 
     def hf_config(self, dtype: str) -> dict[str, Any]:
         return {
-            "architectures": [self.architecture],
-            "model_type": "llama",
-            "torch_dtype": dtype,
-            "num_hidden_layers": 1,
-            "target_hidden_size": self.target.hidden_size,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            **self.target.hf_config(),
-            "draft_vocab_size": self.draft_vocab_size,
-            "tie_word_embeddings": False,
-            "num_aux_hidden_states": len(self.layers),
+            **self.llama_config(dtype, num_layers=1),
             "eagle_config": {"eagle_aux_hidden_state_layer_ids": list(self.layers), "use_aux_hidden_state": True},
-            "eagle_aux_hidden_state_layer_ids": [k + 1 for k in self.layers],
             **{name: getattr(self, name) for name in NORMS},
         }
 

@@ -62,17 +62,6 @@ def rank_bytes(spec: PEagleSpec, work: Work) -> RankBytes:
     mlp = item * (hidden + 4 * wide) + MASTER * 2 * hidden
     exit_ = item * hidden + MASTER * 2 * hidden  # gradient of the loss, final norm
     kept = context + first + others + gathered + computed * (attention + mlp) + positions * exit_
-    leaving_loss = rows * positions * item * hidden + _logits(spec, work, rows)
+    leaving_loss = rows * positions * item * hidden + spec.logits_bytes(work, rows)
     in_attention = rows * (positions * item * hidden + 6 * MASTER * queries) + rows * 4 * item * queries
     return RankBytes(rows * kept, layers * rows * item * 2 * keys, max(leaving_loss, in_attention))
-
-
-def _logits(spec: PEagleSpec, work: Work, rows: int) -> int:
-    """Logits of a chunk and of its teachers, the gradient of the draft's head, and under autocast their copies."""
-    item, vocab, hidden = ITEM_BYTES[work.dtype], spec.draft_vocab_size, spec.target.hidden_size
-    chunk = min(work.loss_chunk_tokens, rows * spec.num_positions)
-    teachers = -(-chunk // spec.num_positions)
-    student, head = vocab * item, vocab * hidden * MASTER
-    if item != MASTER:
-        student, head = student + vocab * MASTER, head + vocab * hidden * item
-    return chunk * student + teachers * (vocab * MASTER + (spec.target.vocab_size - vocab) * item) + head

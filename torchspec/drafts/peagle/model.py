@@ -21,31 +21,27 @@ from __future__ import annotations
 from typing import cast
 
 import torch
-import torch._dynamo
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from torchspec.drafts.draft import Batch, Draft, DraftOptions, DraftOutput
-from torchspec.drafts.initialise import initialise
+from torchspec.drafts.chain_draft import ChainDraft
+from torchspec.drafts.draft import Batch, DraftOptions, DraftOutput
 from torchspec.drafts.peagle.spec import PEagleSpec
 from torchspec.nn.decoder import DecoderLayer
 from torchspec.nn.layers import PartNorms, RMSNorm
-from torchspec.nn.losses import compute_dtype, fused_cross_entropy
+from torchspec.nn.losses import compute_dtype
 from torchspec.nn.rope import rotary_table
-from torchspec.nn.sequences import FLASH, WholeSequences
-from torchspec.target.checkpoint import TargetCheckpoint
+from torchspec.nn.sequences import WholeSequences
 from torchspec.target.head import TargetHead
 
 Rotation = tuple[Tensor, Tensor]
 """cos_RE and sin_RE of some rows."""
 
 
-class PEagleDraft(Draft):
+class PEagleDraft(ChainDraft):
     spec: PEagleSpec
 
     def __init__(self, spec: PEagleSpec, options: DraftOptions | None = None):
-        super().__init__()
-        self.spec, self.options = spec, options or DraftOptions()
+        super().__init__(spec, options)
         target = spec.target
         hidden, eps, aux = target.hidden_size, target.rms_norm_eps, len(spec.layers) * target.hidden_size
         self.mask_hidden = nn.Parameter(torch.randn(1, 1, aux))
@@ -59,28 +55,12 @@ class PEagleDraft(Draft):
     def decoder(self) -> list[DecoderLayer]:
         return cast(list[DecoderLayer], list(self.layers))
 
-    def compile(self) -> None:
-        """The layers. Each is compiled once for each position, which has one diagonal term more than the last."""
-        config = torch._dynamo.config
-        config.recompile_limit = max(config.recompile_limit, 2 * self.spec.num_positions * self.spec.num_layers)
-        for layer in self.layers:
-            layer.compile(dynamic=True)
-
     def forward(self, batch: Batch, head: TargetHead) -> DraftOutput:
-        """All positions of one micro-batch and their loss; it is divided by what is counted at the first."""
+        """All positions of one micro-batch and their loss."""
         self.check(batch, head)
-        sequences = FLASH.plan(batch.loss_mask_BS, batch.lengths_B, self.spec.num_positions, batch.hs_BSA.device)
-        rows = sequences.rows
-        hidden_KRH = self.norm(self._residual(batch, head, sequences))
-        sums = fused_cross_entropy(
-            hidden_KRH.flatten(0, 1),
-            self.lm_head.weight,
-            head.teacher(batch.lhs_BSH.flatten(0, 1)[rows.teacher_flat_N], batch.norm_state),
-            rows.students,
-            self.spec.position_weights,
-            self.options.loss_chunk_tokens,
-        )
-        return DraftOutput(sums.total, sums.counted_K[0], *sums[1:])
+        device = batch.hs_BSA.device
+        sequences = WholeSequences.plan(batch.loss_mask_BS, batch.lengths_B, self.spec.num_positions, device)
+        return self.scored(self.norm(self._residual(batch, head, sequences)), batch, head, sequences.rows)
 
     def _residual(self, batch: Batch, head: TargetHead, sequences: WholeSequences) -> Tensor:
         """What leaves the last layer of the active rows, [K, R, H]."""
@@ -106,10 +86,8 @@ class PEagleDraft(Draft):
 
     def _rotations(self, sequences: WholeSequences, dtype: torch.dtype) -> list[Rotation]:
         """Of the context rows, and of the active rows at each later position."""
-        rows, target = sequences.rows, self.spec.target
-        table = rotary_table(
-            target.rope_parameters, target.head_dim, target.max_position_embeddings, rows.position_P, dtype
-        )
+        rows = sequences.rows
+        table = rotary_table(self.spec.target, rows.position_P, dtype)
         angles = [rows.context_angle_C, *(rows.active_angle_R + k for k in range(1, self.spec.num_positions))]
         return [(table[0][angle], table[1][angle]) for angle in angles]
 
@@ -136,18 +114,8 @@ class PEagleDraft(Draft):
             at_0 = residuals[0][rows_R], inputs[0][rows_R], (cos_CE[rows_R], sin_CE[rows_R]), sequences, block0
         else:
             at_0 = residuals[0], inputs[0], rotations[0], sequences, sequences.among_context(block0)
-        found = [self._run(layer, *at_0, [], [])]
+        found = [self.run(layer, *at_0, [], [])]
         for k in range(1, len(residuals)):
             at_k = residuals[k], inputs[k], rotations[k], sequences, block0
-            found.append(self._run(layer, *at_k, keys[:k], values[:k]))
+            found.append(self.run(layer, *at_k, keys[:k], values[:k]))
         return found
-
-    def _run(self, layer: DecoderLayer, *inputs: object) -> Tensor:
-        return checkpoint(layer, *inputs, use_reentrant=False) if self.options.recompute else layer(*inputs)
-
-
-def build(spec: PEagleSpec, head: TargetHead, target: TargetCheckpoint, options: DraftOptions) -> PEagleDraft:
-    """See :meth:`DraftSpec.build`."""
-    draft = PEagleDraft(spec, options)
-    initialise(draft, draft.decoder, head, spec.init, target)
-    return draft

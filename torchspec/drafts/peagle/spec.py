@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from torchspec.drafts.peagle import costs
-from torchspec.drafts.spec import DraftKnobs, DraftSpec, RankBytes, Work
-from torchspec.target.shape import TargetShape, check_layers, early_middle_late
+from torchspec.drafts.spec import ChainSpec, DraftKnobs, check_mask_token
+from torchspec.target.shape import TargetShape
 
 if TYPE_CHECKING:
     from torchspec.drafts.draft import DraftOptions
@@ -50,45 +50,29 @@ class PEagleKnobs(DraftKnobs):
 
 
 @dataclass(frozen=True)
-class PEagleSpec(DraftSpec):
+class PEagleSpec(ChainSpec):
     kind: ClassVar[str] = "peagle"
     architecture: ClassVar[str] = "Eagle3LlamaForCausalLM"
     Knobs: ClassVar[type[DraftKnobs]] = PEagleKnobs
 
-    draft_vocab_size: int
-    """D; as large as the target's where the draft has no vocabulary of its own."""
     mask_token_id: int
     num_layers: int
     num_positions: int
     fc_norm: bool = False
     position_decay: float = PEagleKnobs.model_fields["position_decay"].default
-    init: Literal["default", "target"] = "default"
 
     def __post_init__(self) -> None:
-        tokens = self.target.vocab_size
-        if not 0 < self.draft_vocab_size <= tokens:
-            raise ValueError(f"draft.vocab_size={self.draft_vocab_size} must be from 1 to {tokens}")
-        if self.mask_token_id >= tokens:
-            raise ValueError(f"draft.mask_token_id={self.mask_token_id} must be below the target's {tokens} tokens")
+        super().__post_init__()
+        check_mask_token(self.mask_token_id, self.target)
 
     @classmethod
     def of(cls, knobs: PEagleKnobs, target: TargetCheckpoint, layers: Sequence[int] | None) -> Self:
-        count, tokens = target.num_layers, target.shape.vocab_size
+        count = target.num_layers
         if knobs.init == "target" and knobs.num_layers > count:
             raise ValueError(
                 f"draft.num_layers={knobs.num_layers} must be at most the target's {count} to start as those"
             )
-        return cls(
-            target=target.shape,
-            layers=check_layers(count, early_middle_late(count) if layers is None else layers),
-            draft_vocab_size=tokens if knobs.vocab_size is None else knobs.vocab_size,
-            mask_token_id=target.mask_token_id if knobs.mask_token_id is None else knobs.mask_token_id,
-            num_layers=knobs.num_layers,
-            num_positions=knobs.num_positions,
-            fc_norm=knobs.fc_norm,
-            position_decay=knobs.position_decay,
-            init=knobs.init,
-        )
+        return super().of(knobs, target, layers)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -113,39 +97,19 @@ class PEagleSpec(DraftSpec):
 
     @property
     def position_weights(self) -> list[float]:
-        """Of each position in the loss."""
         return [self.position_decay**k for k in range(self.num_positions)]
 
-    @property
-    def vocab_size(self) -> int | None:
-        return self.draft_vocab_size if self.draft_vocab_size < self.target.vocab_size else None
-
-    def flops(self, tokens: int, scored: int) -> float:
-        return costs.flops(self, tokens, scored)
-
-    def rank_bytes(self, work: Work) -> RankBytes:
-        return costs.rank_bytes(self, work)
+    flops = costs.flops
+    rank_bytes = costs.rank_bytes
 
     def build(self, head: TargetHead, target: TargetCheckpoint, options: DraftOptions) -> PEagleDraft:
-        from torchspec.drafts.peagle import model
+        from torchspec.drafts.peagle.model import PEagleDraft
 
-        return model.build(self, head, target, options)
+        return PEagleDraft(self, options).initialise(head, target)
 
     def hf_config(self, dtype: str) -> dict[str, Any]:
         return {
-            "architectures": [self.architecture],
-            "model_type": "llama",
-            "torch_dtype": dtype,
-            "num_hidden_layers": self.num_layers,
-            "target_hidden_size": self.target.hidden_size,
-            "hidden_act": "silu",
-            "attention_bias": False,
-            "mlp_bias": False,
-            **self.target.hf_config(),
-            "draft_vocab_size": self.draft_vocab_size,
-            "tie_word_embeddings": False,
-            "num_aux_hidden_states": len(self.layers),
-            "eagle_aux_hidden_state_layer_ids": [k + 1 for k in self.layers],
+            **self.llama_config(dtype, self.num_layers),
             "fc_norm": self.fc_norm,
             "ptd_token_id": self.mask_token_id,
             "num_positions": self.num_positions,  # for us: servers are told when they start

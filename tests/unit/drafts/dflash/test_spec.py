@@ -168,9 +168,9 @@ def test_a_block_fits_into_an_answer() -> None:
 
 @pytest.mark.parametrize(("block_size", "gamma"), [(16, 7), (10, 5), (8, 4), (2, 1)])
 def test_early_slots_weigh_more(block_size: int, gamma: int) -> None:
-    weights = replace(spec_of(Case()), block_size=block_size, gamma=None).slot_weights
+    weights = replace(spec_of(Case()), block_size=block_size, gamma=None).position_weights
     assert weights == [math.exp(-(k - 1) / gamma) for k in range(1, block_size)]
-    assert replace(spec_of(Case()), gamma=2.0).slot_weights[2] == math.exp(-1)
+    assert replace(spec_of(Case()), gamma=2.0).position_weights[2] == math.exp(-1)
 
 
 def test_the_folder_is_what_servers_read(target: Path, tmp_path: Path) -> None:

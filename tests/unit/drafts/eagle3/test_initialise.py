@@ -13,13 +13,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Qwen3Config
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from torchspec.drafts.draft import Batch
+from torchspec.drafts.draft import Batch, DraftOptions
 from torchspec.drafts.eagle3.model import Eagle3Draft
 from torchspec.drafts.eagle3.spec import Eagle3Knobs, Eagle3Spec
-from torchspec.drafts.initialise import initialise
 from torchspec.nn.rope import rotary_table
 from torchspec.target.checkpoint import TargetCheckpoint
 from torchspec.target.head import load_target_head
+from torchspec.target.shape import TargetShape
 
 V, H = 20, 8
 EXPORTED = """
@@ -190,10 +190,9 @@ def test_target_init_is_the_targets_last_layer(target_path: Path) -> None:
     with torch.no_grad():
         logits_SV = model(ids_BS).logits[0]
     draft_ids_D = torch.arange(0, 49152, 5)
-    spec = spec_for(target_path, vocab_size=len(draft_ids_D), ttt_length=1)
+    spec = spec_for(target_path, vocab_size=len(draft_ids_D), ttt_length=1, init="target")
     head = load_target_head(TargetCheckpoint(target_path), torch.float32, "cpu", draft_ids_D)
-    draft = Eagle3Draft(spec)
-    initialise(draft, [draft.midlayer], head, "target", TargetCheckpoint(target_path))
+    draft = spec.build(head, TargetCheckpoint(target_path), DraftOptions())
     logits: list[Tensor] = []
     draft.norm.register_forward_hook(lambda _, args, output: logits.append(output[0] @ draft.lm_head.weight.T))
     deepest_BSH = seen["deepest"]
@@ -214,7 +213,7 @@ def test_default_init_takes_the_output_rows_alone(tmp_path: Path) -> None:
     draft = Eagle3Draft(spec_for(folder, vocab_size=4))
     before = {name: parameter.clone() for name, parameter in draft.named_parameters()}
     head = load_target_head(TargetCheckpoint(folder), torch.float32, "cpu", torch.tensor([1, 4, 5, 19]))
-    initialise(draft, [draft.midlayer], head, "default", TargetCheckpoint(folder))
+    draft.initialise(head, TargetCheckpoint(folder))
     changed = {name for name, parameter in draft.named_parameters() if not torch.equal(parameter, before[name])}
     assert changed == {"lm_head.weight"}
     assert torch.equal(draft.lm_head.weight, head.draft_head_DH)
@@ -228,7 +227,8 @@ def test_rotary_table_equals_transformers(rope_type: str) -> None:
         max_position_embeddings=256,
         rope_parameters={"rope_type": rope_type, "rope_theta": 5e4, **ROPES[rope_type]},
     )
-    table = rotary_table(llama.rope_parameters, 16, 256, torch.arange(100), torch.float32)
+    target = TargetShape(32, 2, 2, 16, 8, 1e-6, V, 256, llama.rope_parameters)
+    table = rotary_table(target, torch.arange(100), torch.float32)
     expected = LlamaRotaryEmbedding(llama)(torch.zeros(1), torch.arange(100).unsqueeze(0))
     for got, want in zip(table, expected, strict=True):
         torch.testing.assert_close(got, want[0], rtol=0, atol=2e-5)
