@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from torchspec.cli import doctor, drafts, quickstart, reference, runs, top, train, verify
+from torchspec.cli import doctor, export_eval, quickstart, reference, runs, top, train, verify
 
 app = typer.Typer(
     name="torchspec",
@@ -35,12 +35,12 @@ for command in (
     runs.scale,
     runs.stop,
     verify.verify,
-    drafts.export,
-    drafts.evaluate,
+    export_eval.export,
+    export_eval.evaluate,
     reference.config,
     doctor.doctor,
 ):
-    app.command(name="eval" if command is drafts.evaluate else None)(command)
+    app.command(name="eval" if command is export_eval.evaluate else None)(command)
 
 
 def _show_version(wanted: bool) -> None:
