@@ -20,9 +20,7 @@ class EvaluationPrompt:
     input_ids: tuple[int, ...]
 
 
-def load_prompts(
-    source: str, target_path: str | Path, cache_dir: Path, limit: int | None = None, chat_template: str | None = None
-) -> list[EvaluationPrompt]:
+def load_prompts(source: str, target_path: Path, cache_dir: Path, limit: int | None = None) -> list[EvaluationPrompt]:
     """Tokenise the first ``limit`` conversations of ``source`` as a chat server does; a given last answer is left out.
 
     Args:
@@ -39,7 +37,7 @@ def load_prompts(
         raise ValueError(f"the prompt set {source} holds no conversation")
     questions = [Conversation(c.id, c.messages[:-1] if c.answered else c.messages) for c in conversations]
     prompts = []
-    for question, tokens in zip(questions, ChatTokenizer(target_path, chat_template).encode(questions), strict=True):
+    for question, tokens in zip(questions, ChatTokenizer(target_path).encode(questions), strict=True):
         if isinstance(tokens, Refusal):
             raise ValueError(f"prompt {question.id}: {tokens.reason}")
         prompts.append(EvaluationPrompt(question.id, categories.get(question.id), tuple(tokens.input_ids.tolist())))

@@ -14,7 +14,7 @@ from rich.console import Console
 from torchspec.drafts.eagle3.spec import Eagle3Knobs, Eagle3Spec
 from torchspec.drafts.export import DraftExport
 from torchspec.evaluation import evaluate
-from torchspec.evaluation.evaluate import evaluate_draft, require_match, run_evaluation
+from torchspec.evaluation.evaluate import require_match, run_evaluation
 from torchspec.evaluation.prompts import EvaluationPrompt
 from torchspec.evaluation.render import render
 from torchspec.evaluation.result import Acceptance, EvaluationResult, EvaluationSettings, PromptResult
@@ -53,7 +53,7 @@ def test_acceptance_needs_a_verify_step() -> None:
 
 @pytest.fixture
 def result() -> EvaluationResult:
-    """What ``evaluate_draft`` makes of two known servings; the servers themselves are in the integration tests."""
+    """What an evaluation makes of two known servings; the servers themselves are in the integration tests."""
     drafted = Served([Reply(p.output_ids, p.histogram) for p in PROMPTS], seconds=2.0, sglang_version="0.5.23")
     plain = Served([Reply(p.output_ids if p.identical else [1], []) for p in PROMPTS], 3.0, "0.5.23")
     prompts = [EvaluationPrompt(p.id, p.category, (1, 2)) for p in PROMPTS]
@@ -165,11 +165,12 @@ def test_what_cannot_be_evaluated_is_refused_before_a_server_starts(
         run_evaluation(tmp_path, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no-such-file"):
         run_evaluation(tmp_path, target_path, "no-such-file.jsonl")
-    with pytest.raises(ValueError, match="no prompt"):
-        evaluate_draft(tmp_path, target_path, [])
+    with pytest.raises(ValueError, match="holds no conversation"):
+        run_evaluation(tmp_path, target_path, limit=0)
     long = EvaluationPrompt("long", None, (1,) * 8100)
+    monkeypatch.setattr(evaluate, "load_prompts", lambda *_: [long])
     with pytest.raises(ValueError, match=r"prompt long has 8100 tokens; with max_tokens=100 .* context of 8192"):
-        evaluate_draft(tmp_path, target_path, [long])
+        run_evaluation(tmp_path, target_path)
 
 
 def test_engine_arguments(target_path: Path) -> None:
