@@ -71,8 +71,8 @@ def show_evaluation(
 
     from rich.console import Console
 
+    from torchspec.cli.tables import evaluation_tables
     from torchspec.evaluation.evaluate import run_evaluation
-    from torchspec.evaluation.render import render
     from torchspec.evaluation.serving import ServingError
 
     started = time.monotonic()
@@ -88,7 +88,7 @@ def show_evaluation(
     run = RunFolder.around(draft)
     if run is not None:
         result.record(run)
-    Console().print(render(result))
+    Console().print(evaluation_tables(result))
 
 
 def target_of(draft: Path) -> str:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
+from tests.unit.cli.commands import rendered
+from torchspec.cli.tables import evaluation_tables
 from torchspec.drafts.eagle3.spec import Eagle3Knobs, Eagle3Spec
 from torchspec.drafts.export import DraftExport
 from torchspec.evaluation import evaluate
 from torchspec.evaluation.evaluate import require_match, run_evaluation
 from torchspec.evaluation.prompts import EvaluationPrompt
-from torchspec.evaluation.render import render
 from torchspec.evaluation.result import Acceptance, EvaluationResult, EvaluationSettings, PromptResult
 from torchspec.evaluation.serving import Job, Reply, Served
 from torchspec.monitor.series import read_series
@@ -85,9 +84,7 @@ def test_the_result_is_saved_as_json_and_shown_as_tables(result: EvaluationResul
         "histogram": [3],
         "identical": False,
     }
-    shown = io.StringIO()
-    Console(width=80, file=shown).print(render(result))
-    text = shown.getvalue()
+    text = rendered(evaluation_tables(result), width=80)
     for figure in ("code", "1.909", "45.5 27.3 18.2", "10.5", "1.75x", "3 of 4 answers identical"):
         assert figure in text, figure
 
