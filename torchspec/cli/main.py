@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from torchspec.cli import doctor, export_eval, quickstart, reference, runs, top, train, verify
+from torchspec.cli import doctor, export_eval, quickstart, reference, runs, train, verify
 
 app = typer.Typer(
     name="torchspec",
@@ -30,7 +30,7 @@ for command in (
     train.plan,
     runs.status,
     runs.ui,
-    top.top,
+    runs.top,
     runs.trace,
     runs.scale,
     runs.stop,

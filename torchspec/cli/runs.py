@@ -1,13 +1,14 @@
-"""``torchspec status``, ``ui``, ``trace``, ``scale`` and ``stop``: a run, running or not, from another terminal."""
+"""``torchspec status``, ``top``, ``ui``, ``trace``, ``scale``, ``stop``: a run, over or not, from another terminal."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from torchspec.cli.arguments import Run, find_run
+from torchspec.cli.arguments import OptionalRun, Run, find_run, newest_run
 from torchspec.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -56,6 +57,17 @@ def _ask_status(folder: Path, live: bool) -> RunStatus:
         return handle.status()
 
 
+def top(run: OptionalRun = None) -> None:
+    """Watch a run on the whole terminal: pools, queues, store, curves, workers, ranks and events. Keys: press ?."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise ValueError(
+            "torchspec top draws on a terminal, and this is none: use torchspec status RUN, or --json there"
+        )
+    from torchspec.cli.top_app import TopApp
+
+    TopApp(newest_run() if run is None else find_run(run)).run()
+
+
 def ui(
     run: Run,
     other: Annotated[str | None, typer.Argument(metavar="[RUN2]", help="Another run, to compare with.")] = None,
@@ -69,7 +81,7 @@ def ui(
 
     folders = [find_run(name) for name in (run, other) if name is not None]
     server = PageServer(folders, PageControls, port)
-    token, *_ = [ensure_token(folder) for folder in folders]
+    token, *_ = map(ensure_token, folders)
 
     async def serve() -> None:
         runner = await server.start()

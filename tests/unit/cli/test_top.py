@@ -24,7 +24,7 @@ from textual.widgets import ContentSwitcher, Static
 from tests.simulation.pipeline import Setup, Simulation
 from tests.simulation.simulated_run import SimulatedRun
 from torchspec.cli import top_view
-from torchspec.cli.top import newest_run
+from torchspec.cli.arguments import newest_run
 from torchspec.cli.top_app import PoolTable, TopApp
 from torchspec.cli.units import human_count, human_rate
 from torchspec.monitor.snapshot import read_latest
