@@ -109,7 +109,10 @@ def test_a_value_that_does_not_fit_is_named_with_what_does(recipe: Path, overrid
     ("override", "key"),
     [
         ("training.dp_size=5", "training.dp_size"),
-        ("controller.reorder_window=2", "controller.reorder_window"),
+        ("controller.reorder_window=2", "controller.reorder_window (2) is smaller than training.batch_size (4)"),
+        ("controller.reorder_window=100", "controller.reorder_window (100) is smaller than data.vocab_prompts (128)"),
+        ("inference.min_workers=9", "inference.min_workers (9) is larger than inference.max_workers (4)"),
+        ("monitor.profile_steps=[3, 2]", "monitor.profile_steps ([3, 2])"),
         ("training.sp_ring_size=2", "need training.attention_backend=usp; it is flash"),
         ("training.sp_ulysses_size=0", "training.sp_ulysses_size"),
         ("training.sp_layout=striped", "training.sp_layout"),
