@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from torchspec.cli import doctor, export_eval, quickstart, reference, runs, train, verify
+from torchspec.cli import doctor, export_eval, quickstart, reference, runs, train
 
 app = typer.Typer(
     name="torchspec",
@@ -34,7 +34,7 @@ for command in (
     runs.trace,
     runs.scale,
     runs.stop,
-    verify.verify,
+    runs.verify,
     export_eval.export,
     export_eval.evaluate,
     reference.config,

@@ -1,4 +1,4 @@
-"""``torchspec status``, ``top``, ``ui``, ``trace``, ``scale``, ``stop``: a run, over or not, from another terminal."""
+"""``torchspec status``, ``top``, ``ui``, ``trace``, ``scale``, ``stop``, ``verify``: a run, from another terminal."""
 
 from __future__ import annotations
 
@@ -13,6 +13,9 @@ from torchspec.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from torchspec.contracts import RunStatus
+
+VIOLATIONS_SHOWN = 10
+"""One mistake often shows in many."""
 
 
 def status(
@@ -152,3 +155,29 @@ def stop(run: Run) -> None:
     with connect(folder) as handle:
         handle.stop()
     print(f"{folder} stops after its current step and saves a checkpoint; continue it with: torchspec resume {folder}")
+
+
+def verify(run: Run) -> None:
+    """Prove from a run's journal that no sample was lost or trained twice, and that batches follow the seed.
+
+    Exit code 0: proven, for a run that has not finished as far as it got. 1: violations, the first of them named.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    from torchspec.cli.tables import proof_table
+    from torchspec.controller.verify import verify_run
+
+    folder = find_run(run)
+    proof = verify_run(folder)
+    console = Console(highlight=False)
+    console.print(proof_table(folder.name, proof))
+    if not proof.proven:
+        console.print(Text(f"not proven: {len(proof.violations)} violations", style="bold red"))
+        for violation in proof.violations[:VIOLATIONS_SHOWN]:
+            console.print(Text(f"  {violation}", style="red"))
+        raise typer.Exit(1)
+    extent = "all of it" if proof.finished else "so far"
+    resumes = f", resumed {proof.resumes} times" if proof.resumes else ""
+    proven = f"proven, {extent}: {proof.steps:,} steps in the seeded order{resumes}; no sample lost, none twice"
+    console.print(Text(proven, style="bold green"))

@@ -23,6 +23,7 @@ from rich.text import Text
 from torchspec.cli.dashboard import Sparkline, phase_text, resampled
 from torchspec.cli.units import human_bytes, human_count, human_rate, human_seconds
 from torchspec.contracts import StepReport
+from torchspec.monitor.health import FAULTS
 from torchspec.monitor.snapshot import Snapshot
 from torchspec.monitor.watch import Look, course, growth
 
@@ -31,7 +32,7 @@ BAD = "#ff8a80"
 SIGNS = {"good": ("✓", TRAINING), "warning": ("!", LIMIT), "bad": ("✕", BAD), "idle": ("–", MUTED)}
 CELLS = 400
 """More than a curve ever has columns."""
-FAULTS = ("failed", "worker_lost", "trainer_lost", "store_lost", "controller_lost", "sample_lost", "sample_failed")
+BAD_EVENTS = {*FAULTS, "failed", "sample_lost", "sample_failed"}
 
 
 def summary(look: Look, name: str, paused: bool) -> RenderableType:
@@ -219,8 +220,8 @@ def _draw(cells: Cells, line: Sequence[float], style: str, low: float, high: flo
 
 def event_line(event: dict[str, Any]) -> Text:
     """An event of the log."""
-    fault = event["kind"] in FAULTS
-    style = BAD if fault else TRAINING if event["kind"] in ("checkpoint", "finished") else MUTED
+    bad = event["kind"] in BAD_EVENTS
+    style = BAD if bad else TRAINING if event["kind"] in ("checkpoint", "finished") else MUTED
     time = datetime.fromtimestamp(event["time"]).strftime("%H:%M:%S")
     kind = event["kind"].replace("_", " ")
-    return Text.assemble((f"{time}  ", MUTED), (f"{'✕' if fault else '·'} {kind:<15} ", style), event["message"])
+    return Text.assemble((f"{time}  ", MUTED), (f"{'✕' if bad else '·'} {kind:<15} ", style), event["message"])
