@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
@@ -16,6 +17,9 @@ from torchspec.config.describe import describe_type, section_of
 from torchspec.config.schema import Config
 from torchspec.drafts.registry import KINDS, kind_of
 from torchspec.files import write_atomically
+
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+"""Numbers that YAML 1.1 reads as text, such as 2e-3."""
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -89,12 +93,7 @@ def _value(text: str, override: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ValueError(f"override {override!r}: the value is not valid YAML") from None
-    if isinstance(value, str):  # YAML 1.1 reads 2e-3 as text
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    return float(value) if EXPONENT.fullmatch(text) else value
 
 
 def _explain(loc: tuple[int | str, ...], kind: str, message: str, tree: dict[str, Any]) -> str:

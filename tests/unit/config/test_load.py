@@ -48,6 +48,8 @@ def test_an_empty_section_is_all_defaults(recipe: Path) -> None:
     ("override", "value"),
     [
         ("run.seed=7", 7),
+        ("run.name='7e2'", "7e2"),
+        ("run.name=inf", "inf"),
         ("optimizer.eps=1e-6", 1e-6),
         ("optimizer.betas=[0.8, 0.9]", (0.8, 0.9)),
         ("target.aux_layers=[1,14,26]", [1, 14, 26]),
@@ -58,6 +60,7 @@ def test_an_empty_section_is_all_defaults(recipe: Path) -> None:
         ("training.threads=3", 3),
         ("data.cache_dir=/tmp/cache", Path("/tmp/cache")),
         ("inference.engine_args.log_level=info", {"log_level": "info"}),
+        ("inference.engine_args.share=2e-1", {"share": 0.2}),
     ],
 )
 def test_override_forms(recipe: Path, override: str, value: object) -> None:
