@@ -20,8 +20,6 @@ from torchspec.hardware import fast_dtype, pick_device
 from torchspec.target.checkpoint import TargetCheckpoint
 from torchspec.target.shape import TargetShape
 
-Progress = Callable[[str], None]
-
 
 def run_evaluation(
     draft_folder: str | Path,
@@ -31,7 +29,7 @@ def run_evaluation(
     *,
     limit: int | None = None,
     output: Path | None = None,
-    progress: Progress = lambda stage: None,
+    progress: Callable[[str], None] = lambda stage: None,
 ) -> EvaluationResult:
     """``torchspec eval``: serve a prompt set with and without the draft, greedily, and write JSON to ``output``.
 

@@ -36,7 +36,6 @@ class PromptResult:
     category: str | None
     output_ids: list[int]
     histogram: list[int]
-    """``histogram[k]``: verify steps in which exactly ``k`` drafts were right."""
     identical: bool
     """Whether the answer without the draft is the same."""
 
