@@ -81,10 +81,12 @@ def show_evaluation(
         print(f"[{human_seconds(time.monotonic() - started):>6}] {stage}", file=sys.stderr, flush=True)
 
     try:
-        result = run_evaluation(draft, target, prompts, settings, limit=limit, output=json_file, progress=progress)
+        result = run_evaluation(draft, target, prompts, settings, limit=limit, progress=progress)
     except ServingError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+    if json_file is not None:
+        result.save(json_file)
     run = RunFolder.around(draft)
     if run is not None:
         result.record(run)

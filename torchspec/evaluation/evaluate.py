@@ -28,10 +28,9 @@ def run_evaluation(
     settings: EvaluationSettings | None = None,
     *,
     limit: int | None = None,
-    output: Path | None = None,
     progress: Callable[[str], None] = lambda stage: None,
 ) -> EvaluationResult:
-    """``torchspec eval``: serve a prompt set with and without the draft, greedily, and write JSON to ``output``.
+    """``torchspec eval``: serve a prompt set with and without the draft, greedily.
 
     Args:
         prompt_set: path, glob, or a set by name (``builtin:heldout``, ``builtin:mtbench``, ``builtin:humaneval``).
@@ -62,10 +61,7 @@ def run_evaluation(
     drafted = serve(replace(plain_job, draft=str(export.folder), speculation=speculation))
     progress(f"serving {len(prompts)} prompts without it")
     plain = serve(plain_job)
-    result = _compare(drafted, plain, prompts, settings, str(draft_folder), str(target_path), prompt_set)
-    if output is not None:
-        result.save(output)
-    return result
+    return _compare(drafted, plain, prompts, settings, str(draft_folder), str(target_path), prompt_set)
 
 
 def require_match(export: DraftExport, target: TargetCheckpoint) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.unit.cli.commands import rendered
+from torchspec.cli.export_eval import show_evaluation
 from torchspec.cli.tables import evaluation_tables
 from torchspec.drafts.eagle3.spec import Eagle3Knobs, Eagle3Spec
 from torchspec.drafts.export import DraftExport
@@ -98,6 +99,19 @@ def test_the_run_that_the_draft_comes_from_knows_what_it_is_worth(result: Evalua
     assert (first["draft"], first["num_draft_tokens"], first["speed_up"]) == ("draft", 3, pytest.approx(1.75))
     told = read_series(run.events)[-1]
     assert told["kind"] == "evaluated" and told["message"].endswith("on mine.jsonl: accept length 1.91")
+
+
+def test_the_command_writes_the_result_notes_it_in_the_run_and_prints_it(
+    result: EvaluationResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder(tmp_path)
+    run.config.touch()
+    monkeypatch.setattr(evaluate, "run_evaluation", lambda *_, **__: result)
+    show_evaluation(run.export, "target", "mine.jsonl", result.settings, None, run.evaluation)
+    assert json.loads(run.evaluation.read_text())["overall"]["accept_length"] == result.overall.accept_length
+    (noted,) = read_series(run.evaluations)
+    assert noted["accept_length"] == result.overall.accept_length
+    assert "1.75x" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
