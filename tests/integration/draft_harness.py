@@ -24,7 +24,7 @@ from torchspec.evaluation.serving import Job, Reply, serve
 from torchspec.target.checkpoint import TargetCheckpoint
 from torchspec.target.head import load_target_head
 
-ANSWER_TOKENS, CONCURRENCY = 24, 3
+NUM_PROMPTS, ANSWER_TOKENS, CONCURRENCY = 4, 24, 3
 
 Simulation = Callable[[Tensor, Tensor, int, int], list[int]]
 """Of the target's states [S, A] of a text, the text [S], and how many tokens of it are prompt and answer: the verify

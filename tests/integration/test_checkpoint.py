@@ -21,7 +21,6 @@ from tests.integration.trainer_harness import (
     make_config,
     put_samples,
     run_script,
-    running_bench,
     spec_of,
 )
 from torchspec.config.load import load_config
@@ -44,12 +43,6 @@ from torchspec.training.optimizer import build_optimizer
 from torchspec.training.weights import export_checkpoint, load_draft
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with running_bench(tmp_path_factory.mktemp("bench")) as bench:
-        yield bench
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from tests.integration.draft_harness import (
+    NUM_PROMPTS,
     Target,
     accept_length,
     learnt_by_heart,
@@ -19,20 +20,10 @@ from tests.integration.draft_harness import (
 )
 from tests.oracles.dflash_speculation import Draft, right_drafts
 from torchspec.drafts.export import WEIGHTS, read_spec
-from torchspec.evaluation.prompts import EvaluationPrompt, load_prompts
+from torchspec.evaluation.prompts import EvaluationPrompt
 from torchspec.evaluation.serving import Reply, ServingError
 
-NUM_PROMPTS, BLOCK = 4, 6
-
-
-@pytest.fixture(scope="module")
-def target(target_path: Path) -> Target:
-    return Target.load(target_path)
-
-
-@pytest.fixture(scope="module")
-def prompts(target_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[EvaluationPrompt]:
-    return load_prompts("builtin:heldout", target_path, tmp_path_factory.mktemp("cache"), NUM_PROMPTS)
+BLOCK = 6
 
 
 @pytest.fixture(scope="module")

@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from torch import Tensor
 
-from tests.integration.trainer_harness import Bench, Outcome, Step, make_config, put_samples, run_script, running_bench
+from tests.integration.trainer_harness import Bench, Outcome, Step, make_config, put_samples, run_script
 
 RELATIVE = 1e-5
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with running_bench(tmp_path_factory.mktemp("bench")) as bench:
-        yield bench
 
 
 def assert_same_training(actual: Outcome, expected: Outcome) -> None:

@@ -11,25 +11,15 @@ import pytest
 import torch
 
 from benchmarks.vllm_accept import VENV, measure
-from tests.integration.draft_harness import ANSWER_TOKENS, Target, learnt_by_heart
+from tests.integration.draft_harness import ANSWER_TOKENS, NUM_PROMPTS, Target, learnt_by_heart
 from tests.oracles.peagle_speculation import Draft
 from tests.oracles.speculation import right_drafts
 from torchspec.drafts.export import read_spec
-from torchspec.evaluation.prompts import EvaluationPrompt, load_prompts
+from torchspec.evaluation.prompts import EvaluationPrompt
 from torchspec.evaluation.serving import Job, ServingError, serve
 
-NUM_PROMPTS, DRAFT_TOKENS = 4, 4
+DRAFT_TOKENS = 4
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def target(target_path: Path) -> Target:
-    return Target.load(target_path)
-
-
-@pytest.fixture(scope="module")
-def prompts(target_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[EvaluationPrompt]:
-    return load_prompts("builtin:heldout", target_path, tmp_path_factory.mktemp("cache"), NUM_PROMPTS)
 
 
 @pytest.fixture(scope="module")

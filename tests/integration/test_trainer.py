@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
@@ -25,19 +24,12 @@ from tests.integration.trainer_harness import (
     make_config,
     put_samples,
     run_script,
-    running_bench,
     spec_of,
 )
 from torchspec.contracts import RankId
 from torchspec.controller.steps import split_batch
 from torchspec.data.masks import unpack_mask
 from torchspec.training.fetch import SampleFetcher, StepStream
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with running_bench(tmp_path_factory.mktemp("bench")) as bench:
-        yield bench
 
 
 def test_learns_and_reports(bench: Bench, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from tests.integration.trainer_harness import (
     make_config,
     put_samples,
     run_script,
-    running_bench,
 )
 from torchspec.drafts.eagle3.model import Batch
 from torchspec.shards import ShardFormula
@@ -28,12 +26,6 @@ from torchspec.training.fetch import SampleFetcher
 
 LENGTHS = (37, 9, 22, 5, 1, 16)
 """One is shorter than any number of ranks; 9 and 1 have no multiple of anything."""
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    with running_bench(tmp_path_factory.mktemp("bench")) as bench:
-        yield bench
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,14 @@ Overrides = Annotated[
     typer.Argument(metavar="[a.b=c]...", show_default=False, help="Override the recipe, as in optimizer.lr=2e-3"),
 ]
 Run = Annotated[str, typer.Argument(metavar="RUN", help="The run's folder, or its name under runs/.")]
+OptionalRun = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="[RUN]",
+        help="The run's folder, or its name under runs/. Default: the one that was started last, of those that run.",
+        show_default=False,
+    ),
+]
 
 
 def find_run(run: str) -> Path:
@@ -28,3 +36,16 @@ def find_run(run: str) -> Path:
         if RunFolder(folder).exists():
             return folder
     raise ValueError(f"no run {run}: neither {places[0]} nor {places[1]} has a config.yaml")
+
+
+def newest_run(runs: Path = Path("runs")) -> Path:
+    """The folder of the run that was started last, of those that run now.
+
+    Raises:
+        ValueError: none runs.
+    """
+    started = [run for run in map(RunFolder, runs.glob("*")) if run.handle.exists()]
+    live = [run for run in sorted(started, key=lambda run: run.handle.stat().st_mtime) if run.is_live()]
+    if not live:
+        raise ValueError(f"no run is running in {runs}/: say which one to show, as in torchspec top runs/mine")
+    return live[-1].path

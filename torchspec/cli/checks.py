@@ -17,7 +17,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, distribution, entry_points, requires, version
+from importlib.metadata import PackageNotFoundError, distribution, requires, version
 from pathlib import Path
 from typing import Literal
 
@@ -67,9 +67,8 @@ def check_packages(package: str = "torchspec") -> Finding:
             wrong.append(f"{requirement.name} is {have} (wanted {requirement.specifier})")
     if wrong:
         return Finding("fail", "; ".join(wrong), "make setup, or: pip install -e '.[cpu]' (with a GPU: '.[cuda]')")
-    return Finding(
-        "ok", f"{len(wanted)} as pinned, ray {version('ray')} and transformers {version('transformers')} among them"
-    )
+    some = f"ray {version('ray')} and transformers {version('transformers')}"
+    return Finding("ok", f"{len(wanted)} as pinned, {some} among them")
 
 
 def check_torch() -> Finding:
@@ -124,14 +123,13 @@ def check_sglang() -> Finding:
         files = check_patched()
     except PatchError as error:
         return Finding("fail", str(error), "make setup")
-    return Finding("ok", f"{distribution('sglang').version}, patched ({files} files)")
+    return Finding("ok", f"{version('sglang')}, patched ({files} files)")
 
 
 def check_plugins(package: str = "torchspec") -> Finding:
     """SGLang finds our plugins by their entry points; without them it captures nothing."""
     ours = [e for e in distribution(package).entry_points if e.group.startswith("sglang.")]
-    known = {(e.group, e.name, e.value) for group in {e.group for e in ours} for e in entry_points(group=group)}
-    missing = [e.name for e in ours if (e.group, e.name, e.value) not in known or not _module_exists(e.module)]
+    missing = [e.name for e in ours if not _module_exists(e.module)]
     if missing or not ours:
         return Finding("fail", f"not registered: {', '.join(missing) or 'all of them'}", "pip install -e . --no-deps")
     return Finding("ok", ", ".join(f"{e.group}:{e.name}" for e in ours))
@@ -142,16 +140,14 @@ def check_shared_memory(folder: Path = SHARED_MEMORY) -> Finding:
     if not folder.is_dir():
         return Finding("fail", f"{folder} does not exist", fix)
     total, _, free = shutil.disk_usage(folder)
-    level: Literal["ok", "warn"] = "ok" if free >= GIB else "warn"
-    return Finding(level, f"{folder}: {human_bytes(free)} free of {human_bytes(total)}", "" if level == "ok" else fix)
+    return _graded(free, GIB, 0, f"{folder}: {human_bytes(free)} free of {human_bytes(total)}", fix)
 
 
 def check_disk(folder: Path = Path(), wanted: int = 10 * GIB, least: int = 2 * GIB) -> Finding:
     """Room for runs in ``folder`` (checkpoints, exports, logs)."""
     free = shutil.disk_usage(folder).free
     detail = f"{human_bytes(free)} free in {folder.absolute()}"
-    fix = "make room, or put runs elsewhere with run.dir=..."
-    return _graded(free, wanted, least, detail, fix)
+    return _graded(free, wanted, least, detail, "make room, or put runs elsewhere with run.dir=...")
 
 
 def check_memory(wanted: int = 12 * GIB, least: int = 6 * GIB) -> Finding:
@@ -164,8 +160,7 @@ def check_memory(wanted: int = 12 * GIB, least: int = 6 * GIB) -> Finding:
 
 def check_cores(wanted: int = 2) -> Finding:
     cores = len(os.sched_getaffinity(0))
-    busy = psutil.getloadavg()[0]
-    detail = f"{cores} usable, load {busy:.1f}"
+    detail = f"{cores} usable, load {psutil.getloadavg()[0]:.1f}"
     return _graded(cores, wanted, 1, detail, "works, but engines and trainer share one core: use a larger machine")
 
 
@@ -212,17 +207,15 @@ def check_stale_processes() -> Finding:
     if stale:
         fix = f"kill -9 {' '.join(map(str, stale))}"
         return Finding("warn", f"{len(stale)} processes of a run that has ended", fix)
-    alive = len(runs)
-    return Finding("ok", f"none ({alive} running)" if alive else "none")
+    return Finding("ok", f"none ({len(runs)} running)" if runs else "none")
 
 
 def check_leftovers(folder: Path = SHARED_MEMORY) -> Finding:
     """Files of ended engines in ``/dev/shm``: memory that nobody gives back."""
     left = sorted(entry.name for entry in find_shared_memory_leftovers(0.0, folder))
     if left:
-        return Finding(
-            "warn", f"{len(left)} files in {folder} that no process uses", f"cd {folder} && rm {' '.join(left)}"
-        )
+        fix = f"cd {folder} && rm {' '.join(left)}"
+        return Finding("warn", f"{len(left)} files in {folder} that no process uses", fix)
     return Finding("ok", "none")
 
 

@@ -19,9 +19,10 @@ from dataclasses import dataclass
 from rich import box
 from rich.columns import Columns
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
+from rich.padding import Padding
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from torchspec.cli.units import human_bytes, human_count, human_rate, human_seconds
@@ -110,9 +111,7 @@ def _figures(status: RunStatus, losses: Sequence[float], width: int) -> Renderab
     draft, pools = _draft(status, losses), _pools(status)
     if width < TWO_COLUMNS:
         return Group(draft, Text(), pools)
-    grid = Table.grid(expand=True, padding=(0, 2, 0, 0))
-    grid.add_column(ratio=1)
-    grid.add_column(ratio=1)
+    grid = Table.grid(Column(ratio=1), Column(ratio=1), expand=True, padding=(0, 2, 0, 0))
     grid.add_row(draft, pools)
     return grid
 
@@ -124,7 +123,8 @@ def _draft(status: RunStatus, losses: Sequence[float]) -> RenderableType:
     if not reports:
         grid.add_row("", Text("no step yet", style="dim"))
         return grid
-    grid.add_row("loss", _columns(Sparkline(losses), [f"{r.loss:.3f}" for r in reports]))
+    curve = Padding(Sparkline(losses, "cyan"), (0, 1, 0, 0))
+    grid.add_row("loss", _columns(curve, [f"{r.loss:.3f}" for r in reports]))
     grid.add_row("accept len", _columns("", [f"[bold]{r.accept_length:.2f}" for r in reports]))
     for t in range(len(reports[0].full_accuracy)):
         bar = _row(Text(f"{t + 1}", style="dim"), _bar(reports[-1].full_accuracy[t], 1.0, "green"), wide=1)
@@ -228,12 +228,13 @@ def _events(events: Iterable[str]) -> RenderableType:
 
 @dataclass(frozen=True)
 class Sparkline:
-    """Values as one line of blocks: means of equal stretches, scaled to their own range."""
+    """Values as one line of blocks, scaled to their own range, as wide as there is room."""
 
     values: Sequence[float]
+    style: str
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        yield Text(sparkline(self.values, options.max_width - 1), style="cyan", no_wrap=True)
+        yield Text(sparkline(self.values, options.max_width), style=self.style, no_wrap=True)
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
@@ -241,36 +242,37 @@ def sparkline(values: Sequence[float], width: int) -> str:
     cells = min(width, len(values))
     if cells < LEAST_SPARKS:
         return ""
-    edges = [i * len(values) // cells for i in range(cells + 1)]
-    means = [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+    means = resampled(values, cells)
     low, high = min(means), max(means)
     scale = (len(SPARKS) - 1) / (high - low) if high > low else 0.0
     return "".join(SPARKS[round((mean - low) * scale)] for mean in means)
 
 
+def resampled(values: Sequence[float], count: int) -> list[float]:
+    """Means of ``count`` stretches of equal length; ``count`` is at most the number of values."""
+    edges = [i * len(values) // count for i in range(count + 1)]
+    return [sum(values[a:b]) / (b - a) for a, b in itertools.pairwise(edges)]
+
+
 def _grid(title: str, headings: Sequence[str]) -> Table:
-    grid = Table.grid(expand=True, padding=(0, 1, 0, 0))
-    grid.add_column(width=LABEL, style="dim", no_wrap=True)
-    grid.add_column(ratio=1, no_wrap=True)
+    columns = Column(width=LABEL, style="dim", no_wrap=True), Column(ratio=1, no_wrap=True)
+    grid = Table.grid(*columns, expand=True, padding=(0, 1, 0, 0))
     grid.add_row(Text(title, style="bold not dim"), _columns("", [f"[dim]{heading}" for heading in headings]))
     return grid
 
 
 def _columns(first: RenderableType, numbers: Sequence[str]) -> Table:
     """``first`` takes what is left of the line, the numbers stand right in columns of equal width."""
-    row = Table.grid(expand=True)
-    row.add_column(ratio=1, no_wrap=True)
-    for _ in numbers:
-        row.add_column(width=NUMBER, justify="right", no_wrap=True)
+    columns = (Column(width=NUMBER, justify="right", no_wrap=True) for _ in numbers)
+    row = Table.grid(Column(ratio=1, no_wrap=True), *columns, expand=True)
     row.add_row(first, *numbers)
     return row
 
 
 def _row(left: RenderableType, right: RenderableType, wide: int = 0) -> Table:
     """Two things in a line; number ``wide`` takes the room that the other leaves."""
-    row = Table.grid(expand=True, padding=(0, 1, 0, 0))
-    for i in range(2):
-        row.add_column(ratio=1 if i == wide else None, no_wrap=True)
+    columns = (Column(ratio=1 if i == wide else None, no_wrap=True) for i in range(2))
+    row = Table.grid(*columns, expand=True, padding=(0, 1, 0, 0))
     row.add_row(left, right)
     return row
 

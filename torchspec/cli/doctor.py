@@ -8,17 +8,15 @@ import typer
 def doctor() -> None:
     """Check this machine; exit with 1 if something would stop every run."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     from torchspec.cli.checks import CHECKS
 
     console = Console(highlight=False)
     styles = {"ok": "green", "warn": "yellow", "fail": "bold red"}
-    table = Table(box=None, padding=(0, 2, 0, 0), show_header=False)
-    table.add_column(no_wrap=True)
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+    columns = Column(no_wrap=True), Column(no_wrap=True), Column(overflow="fold")
+    table = Table(*columns, box=None, padding=(0, 2, 0, 0), show_header=False)
     counts = dict.fromkeys(styles, 0)
     with console.status("checking"):
         for name, check in CHECKS.items():

@@ -21,7 +21,6 @@ from torchspec.contracts import RunStatus, StepReport
 
 HEARTBEAT_SECONDS = 15.0
 """Plain lines: say so often what is going on when nothing else was said."""
-REFRESH_PER_SECOND = 4
 LOSSES_KEPT = 2000
 EVENTS_KEPT = 50
 
@@ -42,7 +41,7 @@ class LiveView:
         self._events: deque[str] = deque(maxlen=EVENTS_KEPT)
         self._losses: deque[float] = deque(maxlen=LOSSES_KEPT)
         self._status: RunStatus | None = None
-        self._live = Live(get_renderable=self._picture, console=console, refresh_per_second=REFRESH_PER_SECOND)
+        self._live = Live(get_renderable=self._picture, console=console)
         self._live.start()
 
     def status(self, status: RunStatus) -> None:

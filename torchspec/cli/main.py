@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from torchspec.cli import doctor, drafts, quickstart, reference, runs, top, train, verify
+from torchspec.cli import doctor, export_eval, quickstart, reference, runs, train
 
 app = typer.Typer(
     name="torchspec",
@@ -30,17 +30,17 @@ for command in (
     train.plan,
     runs.status,
     runs.ui,
-    top.top,
+    runs.top,
     runs.trace,
     runs.scale,
     runs.stop,
-    verify.verify,
-    drafts.export,
-    drafts.evaluate,
+    runs.verify,
+    export_eval.export,
+    export_eval.evaluate,
     reference.config,
     doctor.doctor,
 ):
-    app.command(name="eval" if command is drafts.evaluate else None)(command)
+    app.command(name="eval" if command is export_eval.evaluate else None)(command)
 
 
 def _show_version(wanted: bool) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from torchspec.cli.arguments import Overrides
-from torchspec.cli.drafts import show_evaluation
+from torchspec.cli.export_eval import show_evaluation
 from torchspec.cli.train import run_training
 from torchspec.run_folder import RunFolder
 

@@ -66,12 +66,9 @@ def reference_lines(model: type[BaseModel], indent: str = "") -> Iterator[str]:
 def _default(field: FieldInfo) -> str:
     """The default as YAML on one line; nothing for a required key."""
     import yaml
+    from pydantic_core import to_jsonable_python
 
     if field.is_required():
         return ""
-    value = field.get_default(call_default_factory=True)
-    if isinstance(value, Path):
-        value = str(value)
-    if isinstance(value, tuple):
-        value = list(value)
+    value = to_jsonable_python(field.get_default(call_default_factory=True))
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("\n...\n").strip()

@@ -1,17 +1,21 @@
-"""``torchspec status``, ``ui``, ``trace``, ``scale`` and ``stop``: a run, running or not, from another terminal."""
+"""``torchspec status``, ``top``, ``ui``, ``trace``, ``scale``, ``stop``, ``verify``: a run, from another terminal."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from torchspec.cli.arguments import Run, find_run
+from torchspec.cli.arguments import OptionalRun, Run, find_run, newest_run
 from torchspec.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from torchspec.contracts import RunStatus
+
+VIOLATIONS_SHOWN = 10
+"""One mistake often shows in many."""
 
 
 def status(
@@ -56,6 +60,17 @@ def _ask_status(folder: Path, live: bool) -> RunStatus:
         return handle.status()
 
 
+def top(run: OptionalRun = None) -> None:
+    """Watch a run on the whole terminal: pools, queues, store, curves, workers, ranks and events. Keys: press ?."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        raise ValueError(
+            "torchspec top draws on a terminal, and this is none: use torchspec status RUN, or --json there"
+        )
+    from torchspec.cli.top_app import TopApp
+
+    TopApp(newest_run() if run is None else find_run(run)).run()
+
+
 def ui(
     run: Run,
     other: Annotated[str | None, typer.Argument(metavar="[RUN2]", help="Another run, to compare with.")] = None,
@@ -69,7 +84,7 @@ def ui(
 
     folders = [find_run(name) for name in (run, other) if name is not None]
     server = PageServer(folders, PageControls, port)
-    token, *_ = [ensure_token(folder) for folder in folders]
+    token, *_ = map(ensure_token, folders)
 
     async def serve() -> None:
         runner = await server.start()
@@ -140,3 +155,29 @@ def stop(run: Run) -> None:
     with connect(folder) as handle:
         handle.stop()
     print(f"{folder} stops after its current step and saves a checkpoint; continue it with: torchspec resume {folder}")
+
+
+def verify(run: Run) -> None:
+    """Prove from a run's journal that no sample was lost or trained twice, and that batches follow the seed.
+
+    Exit code 0: proven, for a run that has not finished as far as it got. 1: violations, the first of them named.
+    """
+    from rich.console import Console
+    from rich.text import Text
+
+    from torchspec.cli.tables import proof_table
+    from torchspec.controller.verify import verify_run
+
+    folder = find_run(run)
+    proof = verify_run(folder)
+    console = Console(highlight=False)
+    console.print(proof_table(folder.name, proof))
+    if not proof.proven:
+        console.print(Text(f"not proven: {len(proof.violations)} violations", style="bold red"))
+        for violation in proof.violations[:VIOLATIONS_SHOWN]:
+            console.print(Text(f"  {violation}", style="red"))
+        raise typer.Exit(1)
+    extent = "all of it" if proof.finished else "so far"
+    resumes = f", resumed {proof.resumes} times" if proof.resumes else ""
+    proven = f"proven, {extent}: {proof.steps:,} steps in the seeded order{resumes}; no sample lost, none twice"
+    console.print(Text(proven, style="bold green"))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from torchspec.cli.units import human_bytes, human_count, human_seconds
@@ -20,15 +20,14 @@ if TYPE_CHECKING:
     from torchspec.data.survey import Survey
     from torchspec.driver.plan import Plan
     from torchspec.driver.run import RunSummary
+    from torchspec.evaluation.result import Acceptance, EvaluationResult
     from torchspec.monitor import bottleneck
     from torchspec.monitor.health import Health
 
 
-def pairs_table(title: str, pairs: dict[str, str]) -> Table:
+def _pairs(title: str, pairs: dict[str, str]) -> Table:
     """Names on the left, values on the right."""
-    table = _framed(title)
-    table.add_column(style="dim", no_wrap=True)
-    table.add_column(overflow="fold")
+    table = _framed(title, Column(style="dim", no_wrap=True), Column(overflow="fold"))
     table.show_header = False
     for name, value in pairs.items():
         table.add_row(name, Text(value))
@@ -39,14 +38,11 @@ def plan_table(plan: Plan, data: Survey, training: TrainingConfig) -> Renderable
     """What a run needs and does: its actors, then its figures."""
     from torchspec.driver.plan import total_steps
 
-    actors = _framed("Actors")
-    actors.add_column("role")
-    actors.add_column("count", justify="right")
-    actors.add_column("each uses")
+    actors = _framed("Actors", "role", _figure("count"), "each uses")
     for role, count, uses in plan.actors:
         actors.add_row(role, str(count), uses)
     expected, available = human_bytes(plan.memory_bytes), human_bytes(plan.memory_available)
-    figures = pairs_table(
+    figures = _pairs(
         "Figures",
         {
             "data": _data_text(data),
@@ -71,19 +67,16 @@ def plan_table(plan: Plan, data: Survey, training: TrainingConfig) -> Renderable
 
 
 def _splits_table(plan: Plan) -> Table:
-    table = _framed(f"Ranks that share a sample of {plan.tokens_per_sample:,} tokens")
-    table.add_column("ulysses x ring")
-    for name in ("ranks", "memory of each", "longest sample"):
-        table.add_column(name, justify="right")
-    table.add_column("fits")
+    figures = map(_figure, ("ranks", "memory of each", "longest sample"))
+    title = f"Ranks that share a sample of {plan.tokens_per_sample:,} tokens"
+    table = _framed(title, "ulysses x ring", *figures, "fits")
     for split in plan.splits:
-        fits = f"no: {split.obstacle}" if split.obstacle else "yes"
         table.add_row(
             f"{split.ulysses} x {split.ring}{' (configured)' if split.configured else ''}",
             str(split.ranks),
             human_bytes(split.rank_bytes),
             f"{split.longest:,} tokens",
-            fits,
+            f"no: {split.obstacle}" if split.obstacle else "yes",
             style="bold" if split.configured else "",
         )
     return table
@@ -123,27 +116,74 @@ def summary_table(summary: RunSummary, target: str) -> RenderableType:
     ):
         if path is not None and path.exists():
             pairs[name] = shown(path)
-    table = pairs_table(f"{summary.run_dir.name} {'stopped' if summary.stopped else 'finished'}", pairs)
-    commands = Text("next: ", style="dim")
+    table = _pairs(f"{summary.run_dir.name} {'stopped' if summary.stopped else 'finished'}", pairs)
     if summary.stopped:
-        commands.append(f"torchspec resume {shown(summary.run_dir)}", style="cyan not dim")
+        command = f"resume {shown(summary.run_dir)}"
     elif summary.export is not None:
-        commands.append(f"torchspec eval {shown(summary.export)} --target {target}", style="cyan not dim")
+        command = f"eval {shown(summary.export)} --target {target}"
     else:
-        commands.append(f"torchspec export {shown(summary.checkpoint or summary.run_dir)}", style="cyan not dim")
-    return Group(table, commands)
+        command = f"export {shown(summary.checkpoint or summary.run_dir)}"
+    return Group(table, Text.assemble(("next: ", "dim"), (f"torchspec {command}", "cyan")))
 
 
 def proof_table(title: str, proof: Proof) -> Table:
     """Where the samples of each epoch are."""
-    table = _framed(f"{title}: step {proof.steps:,}, the last checkpoint has {proof.committed_step:,}")
-    table.add_column("epoch", justify="right")
-    for name in ("data set", "trained", "of these committed", "rejected", "not yet trained"):
-        table.add_column(name, justify="right")
+    columns = map(_figure, ("epoch", "data set", "trained", "of these committed", "rejected", "not yet trained"))
+    table = _framed(f"{title}: step {proof.steps:,}, the last checkpoint has {proof.committed_step:,}", *columns)
     for count in proof.epochs:
         figures = count.prompts, count.trained, count.committed, count.rejected, count.left
         table.add_row(str(count.epoch), *(f"{figure:,}" for figure in figures))
     return table
+
+
+def evaluation_tables(result: EvaluationResult) -> RenderableType:
+    """Acceptance overall and by category, then speed, then what was compared."""
+    return Group(_acceptance(result), _speed(result), _served(result))
+
+
+def _acceptance(result: EvaluationResult) -> Table:
+    table = Table(
+        "prompts",
+        _figure("count"),
+        _figure("accept\nlength", "bold"),
+        "% right by position",  # one column: a block has up to 63 of them
+        _figure("by\nSGLang", "dim"),
+        title=f"Accept length, {result.settings.num_draft_tokens} draft tokens, greedy",
+        title_justify="left",
+    )
+    for category, acceptance in result.categories.items():
+        table.add_row(category, *_cells(acceptance))
+    if result.categories:
+        table.add_section()
+    table.add_row("all", *_cells(result.overall), style="bold")
+    return table
+
+
+def _cells(acceptance: Acceptance) -> list[str]:
+    positions = " ".join(f"{100 * share:.1f}" for share in acceptance.position_acceptance)
+    length, by_server = (f"{x:.3f}" for x in (acceptance.accept_length, acceptance.server_accept_length))
+    return [str(acceptance.prompts), length, positions, by_server]
+
+
+def _speed(result: EvaluationResult) -> Table:
+    title = f"Speed on {result.settings.device}, {result.settings.concurrency} at a time"
+    table = Table("server", *map(_figure, ("tokens", "seconds", "tokens/s")), title=title, title_justify="left")
+    for name, speed in (("with the draft", result.with_draft), ("without", result.without_draft)):
+        table.add_row(name, str(speed.output_tokens), f"{speed.seconds:.1f}", f"{speed.tokens_per_s:.1f}")
+    table.add_section()
+    table.add_row("speed-up", "", "", f"{result.speed_up:.2f}x", style="bold")
+    return table
+
+
+def _served(result: EvaluationResult) -> Text:
+    dtype = result.settings.dtype
+    near_ties = "" if dtype == "float32" else "; in float32 all would be, here near-ties may fall either way"
+    return Text(
+        f"{result.identical_outputs} of {result.overall.prompts} answers identical with and without the draft "
+        f"({dtype}{near_ties}). SGLang {result.sglang_version}, {result.prompt_set}, "
+        f"up to {result.settings.max_tokens} tokens each.",
+        style="dim",
+    )
 
 
 def health_text(health: Health) -> Text:
@@ -169,5 +209,11 @@ def shown(path: Path) -> str:
     return str(path) if relative.startswith("..") else relative
 
 
-def _framed(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.ROUNDED, border_style="bright_black")
+def _framed(title: str, *columns: Column | str) -> Table:
+    return Table(
+        *columns, title=title, title_justify="left", title_style="bold", box=box.ROUNDED, border_style="bright_black"
+    )
+
+
+def _figure(name: str, style: str = "") -> Column:
+    return Column(name, justify="right", style=style)

@@ -9,6 +9,7 @@ import asyncio
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,15 +48,22 @@ p  pause and go on             q  quit (also Ctrl-C)
 
 @dataclass(frozen=True)
 class Column:
-    """One of a table; ``value`` is what to sort by."""
+    """One of a table: an attribute of its rows, by which they are sorted, and the words for it."""
 
     name: str
-    value: Callable[[Any], Any]
-    show: Callable[[Any], str]
+    attribute: str
+    words: Callable[[Any], str] = str
+
+    def value(self, row: WorkerState | RankState) -> Any:
+        return attrgetter(self.attribute)(row)
 
 
-def _share(read: Callable[[Any], float]) -> Callable[[Any], str]:
-    return lambda row: f"{read(row):.0%}"
+def _share(value: float) -> str:
+    return f"{value:.0%}"
+
+
+def _speed(bytes_per_s: float) -> str:
+    return f"{human_bytes(bytes_per_s)}/s"
 
 
 def _latency(seconds: float | None) -> str:
@@ -63,29 +71,29 @@ def _latency(seconds: float | None) -> str:
 
 
 WORKERS = (
-    Column("worker", lambda w: w.name, lambda w: w.name),
-    Column("state", lambda w: w.doing, lambda w: w.doing),
-    Column("samples/s", lambda w: w.samples_per_s, lambda w: human_rate(w.samples_per_s)),
-    Column("tokens/s", lambda w: w.tokens_per_s, lambda w: human_rate(w.tokens_per_s)),
-    Column("waiting", lambda w: w.wait_share, _share(lambda w: w.wait_share)),
-    Column("leases", lambda w: w.report.leases, lambda w: human_count(w.report.leases)),
-    Column("put p99", lambda w: w.put_p99_seconds or 0.0, lambda w: _latency(w.put_p99_seconds)),
-    Column("samples", lambda w: w.report.samples, lambda w: human_count(w.report.samples)),
-    Column("failed", lambda w: w.report.failures, lambda w: human_count(w.report.failures)),
-    Column("put", lambda w: w.put_bytes_per_s, lambda w: f"{human_bytes(w.put_bytes_per_s)}/s"),
+    Column("worker", "name"),
+    Column("state", "doing"),
+    Column("samples/s", "samples_per_s", human_rate),
+    Column("tokens/s", "tokens_per_s", human_rate),
+    Column("waiting", "wait_share", _share),
+    Column("leases", "report.leases", human_count),
+    Column("put p99", "put_p99_seconds", _latency),
+    Column("samples", "report.samples", human_count),
+    Column("failed", "report.failures", human_count),
+    Column("put", "put_bytes_per_s", _speed),
 )
 RANKS = (
-    Column("rank", lambda r: r.rank, lambda r: str(r.rank)),
-    Column("state", lambda r: r.report.doing, lambda r: r.report.doing),
-    Column("tokens/s", lambda r: r.tokens_per_s, lambda r: human_rate(r.tokens_per_s)),
-    Column("step", lambda r: r.step_seconds or 0.0, lambda r: _latency(r.step_seconds)),
-    Column("wait", lambda r: r.wait_share, _share(lambda r: r.wait_share)),
-    Column("fwd", lambda r: r.forward_share, _share(lambda r: r.forward_share)),
-    Column("bwd", lambda r: r.backward_share, _share(lambda r: r.backward_share)),
-    Column("opt", lambda r: r.optimizer_share, _share(lambda r: r.optimizer_share)),
-    Column("queue", lambda r: r.report.fetched_steps, lambda r: str(r.report.fetched_steps)),
-    Column("get p99", lambda r: r.get_p99_seconds or 0.0, lambda r: _latency(r.get_p99_seconds)),
-    Column("get", lambda r: r.get_bytes_per_s, lambda r: f"{human_bytes(r.get_bytes_per_s)}/s"),
+    Column("rank", "rank"),
+    Column("state", "report.doing"),
+    Column("tokens/s", "tokens_per_s", human_rate),
+    Column("step", "step_seconds", _latency),
+    Column("wait", "wait_share", _share),
+    Column("fwd", "forward_share", _share),
+    Column("bwd", "backward_share", _share),
+    Column("opt", "optimizer_share", _share),
+    Column("queue", "report.fetched_steps"),
+    Column("get p99", "get_p99_seconds", _latency),
+    Column("get", "get_bytes_per_s", _speed),
 )
 STATE_STYLES = {
     "working": top_view.INFERENCE,
@@ -100,7 +108,7 @@ class PoolTable(DataTable[Text]):
     """Workers or ranks, sorted by a column that a key or a click chooses."""
 
     def __init__(self, id: str, columns: tuple[Column, ...], rows: Callable[[Snapshot], tuple[Any, ...]]):
-        super().__init__(id=id, cursor_type="row", zebra_stripes=False, cell_padding=1)
+        super().__init__(id=id, cursor_type="row")
         self._columns, self._rows_of, self._sorted_by, self._down = columns, rows, 0, False
         self._rows_shown: tuple[Any, ...] = ()
 
@@ -108,37 +116,34 @@ class PoolTable(DataTable[Text]):
         self._rows_shown = self._rows_of(snapshot)
         self._draw()
 
+    def sort_further(self, columns: int) -> None:
+        """By the column that is so many further right."""
+        self.sort_by((self._sorted_by + columns) % len(self._columns))
+
     def sort_by(self, column: int) -> None:
         """The same column again turns the order round. Figures begin with the largest."""
-        first_down = column > 1
-        self._down = not self._down if column == self._sorted_by else first_down
+        self._down = not self._down if column == self._sorted_by else column > 1
         self._sorted_by = column
         self._draw()
-
-    def sort_next(self) -> None:
-        self.sort_by((self._sorted_by + 1) % len(self._columns))
-
-    def turn_round(self) -> None:
-        self.sort_by(self._sorted_by)
 
     def on_data_table_header_selected(self, event: DataTable.HeaderSelected) -> None:
         self.sort_by(event.column_index)
 
     def _draw(self) -> None:
-        place, row = self.scroll_offset, self.cursor_row
+        place, cursor = self.scroll_offset, self.cursor_row
         self.clear(columns=True)
         for i, column in enumerate(self._columns):
             arrow = ("↓" if self._down else "↑") if i == self._sorted_by else ""
-            self.add_column(Text(column.name + arrow, justify="left" if i < 2 else "right"))
-        key = self._columns[self._sorted_by].value
-        for item in sorted(self._rows_shown, key=lambda r: _natural(key(r)), reverse=self._down):
-            self.add_row(*(self._cell(item, i) for i in range(len(self._columns))))
-        self.move_cursor(row=row, scroll=False)
+            self.add_column(_cell(column.name + arrow, i))
+        value = self._columns[self._sorted_by].value
+        for row in sorted(self._rows_shown, key=lambda row: _natural(value(row)), reverse=self._down):
+            self.add_row(*(_cell(column.words(column.value(row)), i) for i, column in enumerate(self._columns)))
+        self.move_cursor(row=cursor, scroll=False)
         self.scroll_to(place.x, place.y, animate=False)
 
-    def _cell(self, item: WorkerState | RankState, i: int) -> Text:
-        words = self._columns[i].show(item)
-        return Text(words, style=STATE_STYLES.get(words, ""), justify="left" if i < 2 else "right")
+
+def _cell(words: str, column: int) -> Text:
+    return Text(words, style=STATE_STYLES.get(words, ""), justify="left" if column < 2 else "right")
 
 
 def _at_rest(worker: WorkerState) -> WorkerState:
@@ -149,8 +154,8 @@ def _at_rest(worker: WorkerState) -> WorkerState:
 
 
 def _natural(value: Any) -> Any:
-    """worker-9 comes before worker-10."""
-    return (len(value), value) if isinstance(value, str) else value
+    """worker-9 comes before worker-10, and what is not known yet is 0."""
+    return (len(value), value) if isinstance(value, str) else value or 0
 
 
 class TopApp(App[None]):
@@ -172,8 +177,8 @@ class TopApp(App[None]):
         Binding("r", "view('ranks')", "Ranks"),
         Binding("e", "view('events')", "Events"),
         Binding("c", "view('curves')", "Curves"),
-        Binding("s", "sort", "Sort"),
-        Binding("S", "turn_round", "Reverse", show=False),
+        Binding("s", "sort(1)", "Sort"),
+        Binding("S", "sort(0)", "Reverse", show=False),
         Binding("p", "pause", "Pause"),
         Binding("question_mark", "view('help')", "Help", key_display="?"),
         Binding("q", "quit", "Quit"),
@@ -224,7 +229,7 @@ class TopApp(App[None]):
             lines = [top_view.event_line(event) for event in reversed(look.events)]
             self.query_one("#log", Static).update(Text("\n").join(lines) if lines else "no events yet")
         elif shown == "curves":
-            self.query_one("#curves", Static).update(top_view.curves(look))
+            self.query_one("#curves", Static).update(top_view.Curves(look))
         elif shown != "help" and look.snapshot is not None:
             self.query_one(f"#{shown}", PoolTable).show(look.snapshot)
 
@@ -234,16 +239,10 @@ class TopApp(App[None]):
         if self._look is not None:
             self._draw()
 
-    def action_sort(self) -> None:
-        self._with_table(PoolTable.sort_next)
-
-    def action_turn_round(self) -> None:
-        self._with_table(PoolTable.turn_round)
-
-    def _with_table(self, change: Callable[[PoolTable], None]) -> None:
+    def action_sort(self, columns: int) -> None:
         shown = self.query_one(f"#{self.query_one(ContentSwitcher).current}")
         if isinstance(shown, PoolTable):
-            change(shown)
+            shown.sort_further(columns)
 
     def action_pause(self) -> None:
         self._paused = not self._paused

@@ -24,22 +24,19 @@ def describe_type(field: FieldInfo) -> str:
     return ", ".join(parts)
 
 
-def is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
-    """Whether a key of this type has keys of its own."""
-    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
-
-
 def section_of(field: FieldInfo, value: Any = None) -> type[BaseModel] | None:
     """The class of a key that has keys of its own.
 
     Args:
         value: the key's, not yet parsed; the class of ``draft`` depends on its kind.
     """
-    if not is_section(field.annotation):
-        return None
     if field.annotation is DraftKnobs:
         return KINDS.get(kind_of(value), KINDS[DEFAULT]).Knobs
-    return field.annotation
+    return field.annotation if _is_section(field.annotation) else None
+
+
+def _is_section(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
 
 
 def _limits(metadata: Iterable[Any]) -> list[str]:
@@ -51,7 +48,7 @@ def _type_name(annotation: Any) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if annotation is type(None):
         return "null"
-    if is_section(annotation):
+    if _is_section(annotation):
         return "keys and their values"
     if origin is Literal:
         return " | ".join(str(value) for value in arguments)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,9 @@ from torchspec.config.describe import describe_type, section_of
 from torchspec.config.schema import Config
 from torchspec.drafts.registry import KINDS, kind_of
 from torchspec.files import write_atomically
+
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+"""Numbers that YAML 1.1 reads as text, such as 2e-3."""
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
@@ -89,12 +93,7 @@ def _value(text: str, override: str) -> Any:
         value = yaml.safe_load(text)
     except yaml.YAMLError:
         raise ValueError(f"override {override!r}: the value is not valid YAML") from None
-    if isinstance(value, str):  # YAML 1.1 reads 2e-3 as text
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+    return float(value) if EXPONENT.fullmatch(text) else value
 
 
 def _explain(loc: tuple[int | str, ...], kind: str, message: str, tree: dict[str, Any]) -> str:
@@ -126,31 +125,31 @@ def _knob_at(loc: tuple[int | str, ...], tree: dict[str, Any]) -> tuple[list[str
 
 
 def _unknown_key(loc: tuple[int | str, ...], tree: dict[str, Any]) -> str:
-    name = ".".join(str(part) for part in loc)
-    known = _known_keys(tree)
-    parent = ".".join(str(part) for part in loc[:-1])
-    siblings = [k for k in known if k.rpartition(".")[0] == parent]
-    leaf = {k.rpartition(".")[2]: k for k in siblings}
-    if elsewhere := [k for k in known if k.rpartition(".")[2] == loc[-1]]:
-        return f"unknown key {name}: did you mean {elsewhere[0]}?"
-    if parent == "draft" and (kinds := [kind for kind in KINDS if loc[-1] in KINDS[kind].Knobs.model_fields]):
-        return f"unknown key {name}: it is one of kind {' and '.join(kinds)}, draft.kind is {kind_of(tree['draft'])}"
-    near = difflib.get_close_matches(str(loc[-1]), leaf, n=1, cutoff=0.5)
+    *sections, wrong = map(str, loc)
+    prefix = "".join(f"{section}." for section in sections)
+    here: list[str] = []  # keys of this section
+    places: dict[str, str] = {}  # of any key, the first that has it
+    for place, key in _known_keys(tree):
+        places.setdefault(key, place + key)
+        if place == prefix:
+            here.append(key)
+    complaint = f"unknown key {prefix}{wrong}"
+    if wrong in places:
+        return f"{complaint}: did you mean {places[wrong]}?"
+    if sections == ["draft"] and (kinds := [kind for kind in KINDS if wrong in KINDS[kind].Knobs.model_fields]):
+        return f"{complaint}: it is one of kind {' and '.join(kinds)}, draft.kind is {kind_of(tree['draft'])}"
+    near = [prefix + key for key in difflib.get_close_matches(wrong, here, n=1, cutoff=0.5)]
+    near += [places[key] for key in difflib.get_close_matches(wrong, places, n=1, cutoff=0.8)]
     if near:
-        return f"unknown key {name}: did you mean {leaf[near[0]]}?"
-    anywhere = difflib.get_close_matches(str(loc[-1]), [k.rpartition(".")[2] for k in known], n=1, cutoff=0.8)
-    if anywhere:
-        full = next(k for k in known if k.rpartition(".")[2] == anywhere[0])
-        return f"unknown key {name}: did you mean {full}?"
-    return f"unknown key {name}: valid keys here are {', '.join(sorted(leaf))}"
+        return f"{complaint}: did you mean {near[0]}?"
+    return f"{complaint}: valid keys here are {', '.join(sorted(here))}"
 
 
-def _known_keys(tree: Any, model: type[BaseModel] = Config, prefix: str = "") -> list[str]:
-    keys = []
+def _known_keys(tree: Any, model: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Every key, with what stands before it (``training.``) where ``tree`` has the sections' kinds."""
     for name, field in model.model_fields.items():
-        keys.append(prefix + name)
+        yield prefix, name
         value = tree.get(name) if isinstance(tree, dict) else None
         section = section_of(field, value)
         if section is not None:
-            keys += _known_keys(value, section, f"{prefix}{name}.")
-    return keys
+            yield from _known_keys(value, section, f"{prefix}{name}.")

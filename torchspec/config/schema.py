@@ -330,50 +330,34 @@ class Config(Section):
         return KINDS[kind].Knobs.model_validate({} if section is None else section)
 
     @model_validator(mode="after")
-    def check_workers(self) -> Config:
-        inference = self.inference
+    def check_together(self) -> Config:
+        """What fits each by itself must fit the others, too."""
+        data, inference, training, window = self.data, self.inference, self.training, self.controller.reorder_window
         if inference.min_workers > inference.max_workers:
             raise ValueError(
                 f"inference.min_workers ({inference.min_workers}) is larger than inference.max_workers "
                 f"({inference.max_workers})"
             )
-        return self
-
-    @model_validator(mode="after")
-    def check_batch(self) -> Config:
-        if self.training.batch_size < self.training.dp_size:
+        if training.batch_size < training.dp_size:
             raise ValueError(
-                f"training.batch_size ({self.training.batch_size}) is smaller than training.dp_size "
-                f"({self.training.dp_size}): some ranks would never train; raise the one or lower the other"
+                f"training.batch_size ({training.batch_size}) is smaller than training.dp_size "
+                f"({training.dp_size}): some ranks would never train; raise the one or lower the other"
             )
-        if self.controller.reorder_window < self.training.batch_size:
+        if window < training.batch_size:
             raise ValueError(
-                f"controller.reorder_window ({self.controller.reorder_window}) is smaller than "
-                f"training.batch_size ({self.training.batch_size}): a batch could never fill"
+                f"controller.reorder_window ({window}) is smaller than training.batch_size ({training.batch_size}): "
+                "a batch could never fill"
             )
-        return self
-
-    @model_validator(mode="after")
-    def check_sequence_parallel(self) -> Config:
-        training = self.training
         if training.attention_backend != "usp" and training.sp_size > 1:
             raise ValueError(
                 f"training.sp_ulysses_size ({training.sp_ulysses_size}) and training.sp_ring_size "
                 f"({training.sp_ring_size}) need training.attention_backend=usp; it is {training.attention_backend}"
             )
-        return self
-
-    @model_validator(mode="after")
-    def check_vocabulary(self) -> Config:
-        if self.controller.reorder_window < self.data.vocab_prompts:
+        if window < data.vocab_prompts:
             raise ValueError(
-                f"controller.reorder_window ({self.controller.reorder_window}) is smaller than "
-                f"data.vocab_prompts ({self.data.vocab_prompts}): the vocabulary could never be counted"
+                f"controller.reorder_window ({window}) is smaller than data.vocab_prompts ({data.vocab_prompts}): "
+                "the vocabulary could never be counted"
             )
-        return self
-
-    @model_validator(mode="after")
-    def check_profile(self) -> Config:
         steps = self.monitor.profile_steps
         if steps is not None and steps[0] > steps[1]:
             raise ValueError(f"monitor.profile_steps ({list(steps)}) must be a first and a last step, in this order")

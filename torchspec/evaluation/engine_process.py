@@ -12,7 +12,6 @@ hashes what each runner holds; here the same hashes are made from the file, unde
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from dataclasses import asdict
@@ -26,7 +25,8 @@ from torch import Tensor
 
 from torchspec.drafts.export import WEIGHTS, read_spec
 from torchspec.drafts.spec import DraftSpec
-from torchspec.evaluation.serving import Job, Reply
+from torchspec.evaluation.serving import Job, Reply, Served
+from torchspec.files import write_atomically
 from torchspec.inference.sglang_process import end_engine, start_token_engine
 
 _WARM_UP_TOKENS = 8
@@ -34,8 +34,8 @@ _HEAD, _VOCAB_MULTIPLE = "lm_head.weight", 64
 """SGLang pads the rows of a head to a multiple of this, with zeros."""
 
 
-def answer(job: Job) -> tuple[list[Reply], float]:
-    """All replies, and the seconds they took.
+def answer(job: Job) -> Served:
+    """Start an engine and let it answer all prompts.
 
     Raises:
         ValueError: the engine does not hold all of the draft.
@@ -49,7 +49,7 @@ def answer(job: Job) -> tuple[list[Reply], float]:
         end_engine(engine)
 
 
-def _generate(engine: Any, job: Job) -> tuple[list[Reply], float]:
+def _generate(engine: Any, job: Job) -> Served:
     sampling = {"temperature": 0.0, "max_new_tokens": job.max_tokens}
     engine.generate(
         input_ids=job.prompts[: job.concurrency], sampling_params=sampling | {"max_new_tokens": _WARM_UP_TOKENS}
@@ -57,7 +57,8 @@ def _generate(engine: Any, job: Job) -> tuple[list[Reply], float]:
     start = time.perf_counter()
     outputs = engine.generate(input_ids=job.prompts, sampling_params=sampling)
     seconds = time.perf_counter() - start
-    return [Reply(o["output_ids"], o["meta_info"].get("spec_correct_drafts_histogram", [])) for o in outputs], seconds
+    replies = [Reply(o["output_ids"], o["meta_info"].get("spec_correct_drafts_histogram", [])) for o in outputs]
+    return Served(replies, seconds, sglang_version)
 
 
 def require_loaded(engine: Any, draft: Path, dtype: torch.dtype) -> None:
@@ -99,10 +100,8 @@ def draft_checksums(spec: DraftSpec, tensors: dict[str, Tensor], dtype: torch.dt
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    replies, seconds = answer(Job(**json.loads((folder / "job.json").read_text())))
-    served = {"replies": [asdict(r) for r in replies], "seconds": seconds, "sglang_version": sglang_version}
-    (folder / "replies.part").write_text(json.dumps(served))
-    os.rename(folder / "replies.part", folder / "replies.json")
+    served = answer(Job(**json.loads((folder / "job.json").read_text())))
+    write_atomically(folder / "replies.json", lambda file: file.write(json.dumps(asdict(served)).encode()))
 
 
 if __name__ == "__main__":  # SGLang's own processes import this module too

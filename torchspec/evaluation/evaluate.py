@@ -6,26 +6,19 @@ The engines run one after the other, never two at once. What the figures mean is
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from torchspec.data.builtin_target import CACHE
 from torchspec.drafts.export import DraftExport, validate_export
 from torchspec.evaluation.prompts import EvaluationPrompt, load_prompts
-from torchspec.evaluation.result import (
-    Acceptance,
-    EvaluationResult,
-    EvaluationSettings,
-    PromptResult,
-    Speed,
-    by_category,
-)
+from torchspec.evaluation.result import Acceptance, EvaluationResult, EvaluationSettings, PromptResult, Speed
 from torchspec.evaluation.serving import Job, Served, serve
 from torchspec.hardware import fast_dtype, pick_device
 from torchspec.target.checkpoint import TargetCheckpoint
 from torchspec.target.shape import TargetShape
-
-Progress = Callable[[str], None]
 
 
 def run_evaluation(
@@ -35,50 +28,24 @@ def run_evaluation(
     settings: EvaluationSettings | None = None,
     *,
     limit: int | None = None,
-    cache_dir: Path = Path("~/.cache/torchspec"),
-    output: Path | None = None,
-    progress: Progress = lambda stage: None,
+    progress: Callable[[str], None] = lambda stage: None,
 ) -> EvaluationResult:
-    """``torchspec eval``: load a prompt set, evaluate the draft, write JSON to ``output``.
+    """``torchspec eval``: serve a prompt set with and without the draft, greedily.
 
     Args:
         prompt_set: path, glob, or a set by name (``builtin:heldout``, ``builtin:mtbench``, ``builtin:humaneval``).
         limit: use the first so many prompts.
-
-    Raises:
-        ValueError: the draft, the target or the prompt set cannot be used; one clear line.
-        ServingError: the server failed.
-    """
-    require_match(validate_export(draft_folder), TargetCheckpoint(Path(target_path)))  # before anything is downloaded
-    prompts = load_prompts(prompt_set, Path(target_path).expanduser(), cache_dir, limit)
-    result = evaluate_draft(draft_folder, target_path, prompts, settings, prompt_set=prompt_set, progress=progress)
-    if output is not None:
-        result.save(output)
-    return result
-
-
-def evaluate_draft(
-    draft_folder: str | Path,
-    target_path: str | Path,
-    prompts: Sequence[EvaluationPrompt],
-    settings: EvaluationSettings | None = None,
-    *,
-    prompt_set: str = "",
-    progress: Progress = lambda stage: None,
-) -> EvaluationResult:
-    """Serve ``prompts`` with and without the draft, greedily.
-
-    Args:
-        prompt_set: its name, for the record.
         progress: told what is about to happen.
 
     Raises:
-        ValueError: the draft does not fit the target, or a prompt does not fit its context.
+        ValueError: the draft, the target or the prompt set cannot be used; one clear line.
         ServingError: the server failed, or did not load all of the draft.
     """
     export, target = validate_export(draft_folder), TargetCheckpoint(Path(target_path))
     settings = _resolve(settings or EvaluationSettings())
     require_match(export, target)
+    speculation = export.spec.server_args(settings.num_draft_tokens)
+    prompts = load_prompts(prompt_set, target.path, CACHE, limit)
     _require_room(prompts, target.shape, settings)
     plain_job = Job(
         target=str(target.path),
@@ -90,7 +57,6 @@ def evaluate_draft(
         concurrency=min(settings.concurrency, len(prompts)),
         engine_args=settings.engine_args,
     )
-    speculation = export.spec.server_args(settings.num_draft_tokens)
     progress(f"serving {len(prompts)} prompts with the draft")
     drafted = serve(replace(plain_job, draft=str(export.folder), speculation=speculation))
     progress(f"serving {len(prompts)} prompts without it")
@@ -128,8 +94,6 @@ def _resolve(settings: EvaluationSettings) -> EvaluationSettings:
 
 
 def _require_room(prompts: Sequence[EvaluationPrompt], target: TargetShape, settings: EvaluationSettings) -> None:
-    if not prompts:
-        raise ValueError("there is no prompt to evaluate the draft on")
     room = target.max_position_embeddings - settings.max_tokens - settings.num_draft_tokens
     for prompt in prompts:
         if len(prompt.input_ids) > room:
@@ -153,6 +117,10 @@ def _compare(
         PromptResult(prompt.id, prompt.category, a.output_ids, a.histogram, a.output_ids == b.output_ids)
         for prompt, a, b in zip(prompts, drafted.replies, plain.replies, strict=True)
     ]
+    categories: dict[str, list[PromptResult]] = defaultdict(list)
+    for result in results:
+        if result.category is not None:
+            categories[result.category].append(result)
     with_draft, without_draft = (Speed.of(served.output_tokens, served.seconds) for served in (drafted, plain))
     return EvaluationResult(
         draft=draft,
@@ -163,7 +131,7 @@ def _compare(
         overall=Acceptance.of(results, settings.num_draft_tokens),
         categories={
             category: Acceptance.of(members, settings.num_draft_tokens)
-            for category, members in by_category(results).items()
+            for category, members in categories.items()
             if any(member.histogram for member in members)
         },
         with_draft=with_draft,

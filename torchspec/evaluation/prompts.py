@@ -20,9 +20,7 @@ class EvaluationPrompt:
     input_ids: tuple[int, ...]
 
 
-def load_prompts(
-    source: str, target_path: str | Path, cache_dir: Path, limit: int | None = None, chat_template: str | None = None
-) -> list[EvaluationPrompt]:
+def load_prompts(source: str, target_path: Path, cache_dir: Path, limit: int | None = None) -> list[EvaluationPrompt]:
     """Tokenise the first ``limit`` conversations of ``source`` as a chat server does; a given last answer is left out.
 
     Args:
@@ -33,20 +31,16 @@ def load_prompts(
     """
     files = find_files(source, cache_dir, "the prompt set")
     require_clean(files, limit)
-    categories = _categories(files)
     conversations = [c for c in read_conversations(files, limit) if isinstance(c, Conversation)]
     if not conversations:
         raise ValueError(f"the prompt set {source} holds no conversation")
     questions = [Conversation(c.id, c.messages[:-1] if c.answered else c.messages) for c in conversations]
+    # A conversation keeps no category. All lines are clean so far, so each is a line, and lines behind the limit wait.
+    rows = (json.loads(line) for file in files for line in file.read_bytes().split(b"\n") if line.strip())
     prompts = []
-    for question, tokens in zip(questions, ChatTokenizer(target_path, chat_template).encode(questions), strict=True):
+    for question, tokens, row in zip(questions, ChatTokenizer(target_path).encode(questions), rows, strict=False):
         if isinstance(tokens, Refusal):
             raise ValueError(f"prompt {question.id}: {tokens.reason}")
-        prompts.append(EvaluationPrompt(question.id, categories.get(question.id), tuple(tokens.input_ids.tolist())))
+        category = str(row["category"]) if "category" in row else None
+        prompts.append(EvaluationPrompt(question.id, category, tuple(tokens.input_ids.tolist())))
     return prompts
-
-
-def _categories(files: list[Path]) -> dict[str, str]:
-    """``category`` of each conversation that has one, and an id to find it by."""
-    rows = (json.loads(line) for file in files for line in file.read_bytes().splitlines() if line.strip())
-    return {str(row["id"]): str(row["category"]) for row in rows if "id" in row and "category" in row}

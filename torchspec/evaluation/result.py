@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -36,7 +36,6 @@ class PromptResult:
     category: str | None
     output_ids: list[int]
     histogram: list[int]
-    """``histogram[k]``: verify steps in which exactly ``k`` drafts were right."""
     identical: bool
     """Whether the answer without the draft is the same."""
 
@@ -167,12 +166,3 @@ class EvaluationResult:
         Series(run.evaluations, EVENT_LINES, EVENT_RECENT).append(json.dumps(noted).encode() + b"\n")
         message = f"measured in a server on {self.prompt_set}: accept length {overall.accept_length:.2f}"
         EventLog(run.path).write(now, "evaluated", message, accept_length=overall.accept_length)
-
-
-def by_category(prompts: Iterable[PromptResult]) -> dict[str, list[PromptResult]]:
-    """Prompts of each category, in order of first appearance; those without one are in none."""
-    groups: dict[str, list[PromptResult]] = {}
-    for prompt in prompts:
-        if prompt.category is not None:
-            groups.setdefault(prompt.category, []).append(prompt)
-    return groups

@@ -135,6 +135,7 @@ def serve(job: Job) -> Served:
             tail = "\n".join((temp / "log").read_text(errors="replace").splitlines()[-_LOG_LINES:])
             raise ServingError(f"the SGLang engine ended with exit code {code} before it had answered:\n{tail}")
         served = json.loads((temp / "replies.json").read_text())
-        return Served([Reply(**reply) for reply in served["replies"]], served["seconds"], served["sglang_version"])
+        served["replies"] = [Reply(**reply) for reply in served["replies"]]
+        return Served(**served)
     finally:
         janitor.close()

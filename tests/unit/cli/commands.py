@@ -27,7 +27,7 @@ def command(*arguments: str | Path, **options: object) -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", code, *map(str, arguments)], **pipes, **options)  # type: ignore[call-overload]
 
 
-def rendered(renderable: object, width: int = 100) -> str:
-    console = Console(width=width, record=True, file=io.StringIO())
+def rendered(renderable: object, width: int = 100, height: int | None = None) -> str:
+    console = Console(width=width, height=height, record=True, file=io.StringIO())
     console.print(renderable)
     return console.export_text()

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torchspec.contracts import RunStatus, StepReport, WorkerReport
+from tests.reports import REPORT
+from torchspec.contracts import RunStatus, WorkerReport
 
 ACCURACY = (0.62, 0.45, 0.32, 0.23, 0.17)
-TRAIN = StepReport(
+TRAIN = replace(
+    REPORT,
     step=620,
     loss=3.412,
     loss_per_position=(3.4, 3.7, 4.0, 4.3, 4.6),
@@ -16,12 +18,6 @@ TRAIN = StepReport(
     accept_length=2.01,
     learning_rate=1.83e-3,
     grad_norm=0.4123,
-    tokens=2311,
-    loss_tokens=1200,
-    wait_seconds=0.25,
-    fetch_seconds=0.05,
-    compute_seconds=2.1,
-    optimizer_seconds=0.1,
 )
 HELDOUT = replace(
     TRAIN, step=600, loss=3.777, full_accuracy=(0.58, 0.42, 0.30, 0.22, 0.15), accept_length=1.91, split="heldout"

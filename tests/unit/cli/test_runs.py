@@ -1,4 +1,4 @@
-"""A run from another terminal: its status, and what can be asked of one that is over."""
+"""A run from another terminal: its status, what can be asked of one that is over, and how far it is proven."""
 
 from __future__ import annotations
 
@@ -11,17 +11,14 @@ from tests.simulation.pipeline import Simulation
 from tests.simulation.simulated_run import SCENARIOS, SimulatedRun
 from tests.unit.cli.commands import run
 from torchspec.cli.arguments import find_run
-from torchspec.config.load import load_config, save_config
+from torchspec.data.order import epoch_order
+from torchspec.files import JsonLines
 
 
 def test_a_run_that_is_over_cannot_be_asked(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    old_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(recipe.parent)
-    folder = Path("runs/old")
-    folder.mkdir(parents=True)
-    save_config(load_config(recipe), folder / "config.yaml")
-    assert find_run("old") == find_run("runs/old") == folder
+    assert find_run("old") == find_run("runs/old") == old_run
     for arguments in (["stop", "old"], ["scale", "old", "--inference", "2"]):
         assert run(monkeypatch, *arguments) == 2
         assert "is not running now" in capsys.readouterr().err
@@ -49,3 +46,20 @@ def test_the_status_of_a_run_that_was_killed_says_which_side_was_slow_and_how_to
     assert known["verdict"]["side"] == "inference" and known["live"] is False and known["step"] == simulation.ranks.step
     assert run(monkeypatch, "trace", str(folder)) == 0
     assert json.loads((folder / "trace.json").read_text())["traceEvents"]
+
+
+def test_verify_says_how_far_a_run_is_proven_and_names_what_is_not(
+    old_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "verify", "old") == 1
+    assert "the journal is empty" in capsys.readouterr().out
+    (first, second, third), others = epoch_order(5, 0, 8)[:3].tolist(), {"max_steps": None, "epochs": 1}
+    shape = {"dataset": "d", "prompts": 8, "batch_size": 2, "seed": 5}
+    journal = JsonLines(old_run / "ledger.jsonl")
+    journal.write({"event": "started", **shape, **others})
+    journal.write({"event": "trained", "step": 1, "end": 2, "samples": [[0, first], [0, second]]})
+    assert run(monkeypatch, "verify", "old") == 0
+    assert "proven, so far: 1 steps" in capsys.readouterr().out
+    journal.write({"event": "trained", "step": 2, "end": 4, "samples": [[0, third], [0, second]]})
+    assert run(monkeypatch, "verify", "old") == 1
+    assert f"line 3: step 2 trains a second time e0p{second}" in capsys.readouterr().out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import os
 import re
@@ -17,14 +16,14 @@ from pathlib import Path
 import pexpect
 import pyte
 import pytest
-from rich.console import Console
 from textual.pilot import Pilot
 from textual.widgets import ContentSwitcher, Static
 
 from tests.simulation.pipeline import Setup, Simulation
 from tests.simulation.simulated_run import SimulatedRun
+from tests.unit.cli.commands import rendered
 from torchspec.cli import top_view
-from torchspec.cli.top import newest_run
+from torchspec.cli.arguments import newest_run
 from torchspec.cli.top_app import PoolTable, TopApp
 from torchspec.cli.units import human_count, human_rate
 from torchspec.monitor.snapshot import read_latest
@@ -46,9 +45,7 @@ def run(tmp_path: Path) -> SimulatedRun:
 
 
 def drawn(picture: object, width: int) -> list[str]:
-    console = Console(width=width, height=24, file=io.StringIO(), record=True)
-    console.print(picture)
-    return console.export_text().splitlines()
+    return rendered(picture, width, height=24).splitlines()
 
 
 @pytest.mark.parametrize("width", [80, 120, 200])

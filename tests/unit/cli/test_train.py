@@ -27,13 +27,9 @@ def test_or_resume_continues_what_has_been_started(
 
 
 def test_resume_stays_in_the_runs_folder(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    old_run: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(recipe.parent)
-    folder = Path("runs/renamed")
-    folder.mkdir(parents=True)
-    save_config(load_config(recipe, ["run.name=original"]), folder / "config.yaml")
-    assert run(monkeypatch, "resume", "renamed") == 2
+    assert run(monkeypatch, "resume", "old") == 2
     assert "continues in its own folder" in capsys.readouterr().err
 
 

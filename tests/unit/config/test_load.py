@@ -48,6 +48,8 @@ def test_an_empty_section_is_all_defaults(recipe: Path) -> None:
     ("override", "value"),
     [
         ("run.seed=7", 7),
+        ("run.name='7e2'", "7e2"),
+        ("run.name=inf", "inf"),
         ("optimizer.eps=1e-6", 1e-6),
         ("optimizer.betas=[0.8, 0.9]", (0.8, 0.9)),
         ("target.aux_layers=[1,14,26]", [1, 14, 26]),
@@ -58,6 +60,7 @@ def test_an_empty_section_is_all_defaults(recipe: Path) -> None:
         ("training.threads=3", 3),
         ("data.cache_dir=/tmp/cache", Path("/tmp/cache")),
         ("inference.engine_args.log_level=info", {"log_level": "info"}),
+        ("inference.engine_args.share=2e-1", {"share": 0.2}),
     ],
 )
 def test_override_forms(recipe: Path, override: str, value: object) -> None:
@@ -109,7 +112,10 @@ def test_a_value_that_does_not_fit_is_named_with_what_does(recipe: Path, overrid
     ("override", "key"),
     [
         ("training.dp_size=5", "training.dp_size"),
-        ("controller.reorder_window=2", "controller.reorder_window"),
+        ("controller.reorder_window=2", "controller.reorder_window (2) is smaller than training.batch_size (4)"),
+        ("controller.reorder_window=100", "controller.reorder_window (100) is smaller than data.vocab_prompts (128)"),
+        ("inference.min_workers=9", "inference.min_workers (9) is larger than inference.max_workers (4)"),
+        ("monitor.profile_steps=[3, 2]", "monitor.profile_steps ([3, 2])"),
         ("training.sp_ring_size=2", "need training.attention_backend=usp; it is flash"),
         ("training.sp_ulysses_size=0", "training.sp_ulysses_size"),
         ("training.sp_layout=striped", "training.sp_layout"),

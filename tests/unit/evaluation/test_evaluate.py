@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 
+from tests.unit.cli.commands import rendered
+from torchspec.cli.export_eval import show_evaluation
+from torchspec.cli.tables import evaluation_tables
 from torchspec.drafts.eagle3.spec import Eagle3Knobs, Eagle3Spec
 from torchspec.drafts.export import DraftExport
 from torchspec.evaluation import evaluate
-from torchspec.evaluation.evaluate import evaluate_draft, require_match, run_evaluation
+from torchspec.evaluation.evaluate import require_match, run_evaluation
 from torchspec.evaluation.prompts import EvaluationPrompt
-from torchspec.evaluation.render import render
 from torchspec.evaluation.result import Acceptance, EvaluationResult, EvaluationSettings, PromptResult
 from torchspec.evaluation.serving import Job, Reply, Served
 from torchspec.monitor.series import read_series
@@ -53,7 +53,7 @@ def test_acceptance_needs_a_verify_step() -> None:
 
 @pytest.fixture
 def result() -> EvaluationResult:
-    """What ``evaluate_draft`` makes of two known servings; the servers themselves are in the integration tests."""
+    """What an evaluation makes of two known servings; the servers themselves are in the integration tests."""
     drafted = Served([Reply(p.output_ids, p.histogram) for p in PROMPTS], seconds=2.0, sglang_version="0.5.23")
     plain = Served([Reply(p.output_ids if p.identical else [1], []) for p in PROMPTS], 3.0, "0.5.23")
     prompts = [EvaluationPrompt(p.id, p.category, (1, 2)) for p in PROMPTS]
@@ -85,9 +85,7 @@ def test_the_result_is_saved_as_json_and_shown_as_tables(result: EvaluationResul
         "histogram": [3],
         "identical": False,
     }
-    shown = io.StringIO()
-    Console(width=80, file=shown).print(render(result))
-    text = shown.getvalue()
+    text = rendered(evaluation_tables(result), width=80)
     for figure in ("code", "1.909", "45.5 27.3 18.2", "10.5", "1.75x", "3 of 4 answers identical"):
         assert figure in text, figure
 
@@ -101,6 +99,19 @@ def test_the_run_that_the_draft_comes_from_knows_what_it_is_worth(result: Evalua
     assert (first["draft"], first["num_draft_tokens"], first["speed_up"]) == ("draft", 3, pytest.approx(1.75))
     told = read_series(run.events)[-1]
     assert told["kind"] == "evaluated" and told["message"].endswith("on mine.jsonl: accept length 1.91")
+
+
+def test_the_command_writes_the_result_notes_it_in_the_run_and_prints_it(
+    result: EvaluationResult, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunFolder(tmp_path)
+    run.config.touch()
+    monkeypatch.setattr(evaluate, "run_evaluation", lambda *_, **__: result)
+    show_evaluation(run.export, "target", "mine.jsonl", result.settings, None, run.evaluation)
+    assert json.loads(run.evaluation.read_text())["overall"]["accept_length"] == result.overall.accept_length
+    (noted,) = read_series(run.evaluations)
+    assert noted["accept_length"] == result.overall.accept_length
+    assert "1.75x" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -165,11 +176,12 @@ def test_what_cannot_be_evaluated_is_refused_before_a_server_starts(
         run_evaluation(tmp_path, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no-such-file"):
         run_evaluation(tmp_path, target_path, "no-such-file.jsonl")
-    with pytest.raises(ValueError, match="no prompt"):
-        evaluate_draft(tmp_path, target_path, [])
+    with pytest.raises(ValueError, match="holds no conversation"):
+        run_evaluation(tmp_path, target_path, limit=0)
     long = EvaluationPrompt("long", None, (1,) * 8100)
+    monkeypatch.setattr(evaluate, "load_prompts", lambda *_: [long])
     with pytest.raises(ValueError, match=r"prompt long has 8100 tokens; with max_tokens=100 .* context of 8192"):
-        evaluate_draft(tmp_path, target_path, [long])
+        run_evaluation(tmp_path, target_path)
 
 
 def test_engine_arguments(target_path: Path) -> None:

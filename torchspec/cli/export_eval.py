@@ -71,8 +71,8 @@ def show_evaluation(
 
     from rich.console import Console
 
+    from torchspec.cli.tables import evaluation_tables
     from torchspec.evaluation.evaluate import run_evaluation
-    from torchspec.evaluation.render import render
     from torchspec.evaluation.serving import ServingError
 
     started = time.monotonic()
@@ -81,14 +81,16 @@ def show_evaluation(
         print(f"[{human_seconds(time.monotonic() - started):>6}] {stage}", file=sys.stderr, flush=True)
 
     try:
-        result = run_evaluation(draft, target, prompts, settings, limit=limit, output=json_file, progress=progress)
+        result = run_evaluation(draft, target, prompts, settings, limit=limit, progress=progress)
     except ServingError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
+    if json_file is not None:
+        result.save(json_file)
     run = RunFolder.around(draft)
     if run is not None:
         result.record(run)
-    Console().print(render(result))
+    Console().print(evaluation_tables(result))
 
 
 def target_of(draft: Path) -> str:
