@@ -97,10 +97,19 @@ def _batch(target: Target, texts: list[Tensor], layers: tuple[int, ...]) -> Batc
     )
 
 
-def served_with(folder: Path, target: Target, prompts: list[EvaluationPrompt], drafted: int) -> list[Reply]:
-    """The engine's answers, with ``drafted`` tokens a verify step."""
-    ids, speculation = [list(prompt.input_ids) for prompt in prompts], read_spec(folder).server_args(drafted)
-    job = Job(str(target.path), ids, ANSWER_TOKENS, "float32", "cpu", 1, CONCURRENCY, str(folder), speculation)
+def served_with(folder: Path | None, target: Target, prompts: list[EvaluationPrompt], drafted: int = 0) -> list[Reply]:
+    """The engine's answers, with ``drafted`` tokens a verify step, or without a draft."""
+    job = Job(
+        target=str(target.path),
+        prompts=[list(prompt.input_ids) for prompt in prompts],
+        max_tokens=ANSWER_TOKENS,
+        dtype="float32",
+        device="cpu",
+        threads=1,
+        concurrency=CONCURRENCY,
+    )
+    if folder is not None:
+        job = replace(job, draft=str(folder), speculation=read_spec(folder).server_args(drafted))
     return serve(job).replies
 
 

@@ -20,10 +20,11 @@ from tests.integration.draft_harness import (
 )
 from tests.oracles.dflash_speculation import Draft, right_drafts
 from torchspec.drafts.export import WEIGHTS, read_spec
-from torchspec.evaluation.prompts import EvaluationPrompt
+from torchspec.evaluation.prompts import EvaluationPrompt, load_prompts
 from torchspec.evaluation.serving import Reply, ServingError
 
 BLOCK = 6
+LEARNT, MANY = 16, 80
 
 
 @pytest.fixture(scope="module")
@@ -76,3 +77,16 @@ def test_a_renamed_tensor_is_noticed_in_the_server(
     save_file(tensors, spoiled / WEIGHTS)
     with pytest.raises(ServingError, match=r"did not load all of .*layers\.1\.self_attn\.qkv_proj\.weight differ"):
         served_with(spoiled, target, prompts, BLOCK - 1)
+
+
+@pytest.mark.slow
+def test_sixteen_answers_by_heart_and_eighty_that_are_the_same_without_a_draft(
+    target: Target, target_path: Path, tmp_path: Path
+) -> None:
+    block, prompts = 8, load_prompts("builtin:heldout", target_path, tmp_path, MANY)
+    known = {"block_size": block, "num_layers": 2, "num_features": 3, "num_anchors": 6, "gamma": 100.0}
+    draft = learnt_by_heart(target, prompts[: LEARNT + 1], tmp_path / "draft", "dflash", steps=160, lr=2e-3, **known)
+    drafted = served_with(draft, target, prompts, block - 1)
+    plain = served_with(None, target, prompts)
+    assert [reply.output_ids for reply in drafted] == [reply.output_ids for reply in plain]
+    assert accept_length(drafted[:LEARNT]) > 1 + 5
