@@ -67,7 +67,7 @@ def check_sizes(config: Config, target: TargetShape, geometry: SampleGeometry) -
         wrong.append(
             f"store.segment_bytes ({config.store.segment_bytes}) is too small for a batch of training.batch_size "
             f"({config.training.batch_size}) samples of up to {longest} tokens (data.max_seq_length){heldout}: "
-            f"at least {needed} bytes"
+            f"at least {_mib(needed)}"
         )
     shards = [geometry.shard(longest, rank).values() for rank in range(config.training.sp_size)]
     read = max(sum(align(tensor.num_bytes) for tensor in shard) for shard in shards)
@@ -76,7 +76,7 @@ def check_sizes(config: Config, target: TargetShape, geometry: SampleGeometry) -
         size = found(_value(config, f"{pool}.buffer_bytes"))
         if size < 2 * slot:
             wrong.append(
-                f"{pool}.buffer_bytes ({size}) must hold two samples of the largest size: at least {2 * slot} bytes, "
+                f"{pool}.buffer_bytes ({size}) must hold two samples of the largest size: at least {_mib(2 * slot)}, "
                 "or lower data.max_seq_length"
             )
     if wrong:
@@ -117,6 +117,11 @@ def _context(target: TargetShape) -> int:
 def _stored_at_once(config: Config) -> int:
     """Samples: held-out ones come first, as many at a time as fit beside a batch."""
     return config.training.batch_size + (config.evaluation.heldout is not None)
+
+
+def _mib(size: int) -> str:
+    """As a recipe can have it, rounded up."""
+    return f"{-(-size >> 20)}MiB"
 
 
 def _value(config: Config, knob: str) -> Any:
