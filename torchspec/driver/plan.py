@@ -10,7 +10,7 @@ import torch
 
 from torchspec.config.schema import Config, TrainingConfig
 from torchspec.contracts import ITEM_BYTES
-from torchspec.driver.memory import MemoryBudget, Split, possible_splits
+from torchspec.driver.memory import MemoryBudget, Split, host_bytes, possible_splits
 from torchspec.driver.resolve import Resolved
 from torchspec.hardware import device_memory, usable_memory
 from torchspec.knobs import found
@@ -46,7 +46,7 @@ class Plan:
     """Samples of the largest size that the store holds at once."""
     draft_parameters: int
     memory_bytes: int
-    """Expected on this machine, all processes together (CPU runs)."""
+    """Expected on this machine, all processes together; not what lies on GPUs."""
     memory_available: int
     splits: tuple[Split, ...]
     """Ways to share the largest sample among ranks."""
@@ -56,16 +56,19 @@ class Plan:
 
 def make_plan(resolved: Resolved, heldout_samples: int) -> Plan:
     """Work out what a run needs."""
-    config, on_gpu = resolved.config, resolved.on_gpu
+    config, draft, on_gpu = resolved.config, resolved.draft, resolved.on_gpu
+    training, longest, dtype = config.training, config.data.max_seq_length, resolved.geometry.dtype
     cores = usable_cores(config)
     threads = plan_threads(config, cores, on_gpu)
-    sample_bytes = resolved.geometry.stored_bytes(config.data.max_seq_length)
+    sample_bytes = resolved.geometry.stored_bytes(longest)
     segment_bytes = found(config.store.segment_bytes)
     credit_bytes = int(segment_bytes * USABLE_SHARE)
     others = BASE_BYTES + segment_bytes + config.inference.most_workers * _engine_bytes(resolved)
-    splits = _splits(resolved, heldout_samples, others)
+    steps = max(2, config.controller.prefetch_steps)  # the one in training, and at least one that is being fetched
+    kept = steps * training.batch_size + heldout_samples
+    splits = possible_splits(draft, training, longest, kept, dtype, _budget(resolved, others))
     (configured,) = (split for split in splits if split.configured)
-    training = config.training
+    rank_bytes = host_bytes(draft, training, longest, kept, dtype) if on_gpu else configured.rank_bytes
     actors = (
         ("controller", 1, "metadata only"),
         ("store node", 1, f"{segment_bytes / 2**20:.0f} MiB of memory"),
@@ -76,12 +79,12 @@ def make_plan(resolved: Resolved, heldout_samples: int) -> Plan:
         actors=actors,
         threads=threads,
         cores=cores,
-        tokens_per_sample=config.data.max_seq_length,
+        tokens_per_sample=longest,
         sample_bytes=sample_bytes,
         credit_bytes=credit_bytes,
         store_samples=credit_bytes // sample_bytes,
-        draft_parameters=resolved.draft.parameters(),
-        memory_bytes=others + configured.ranks * configured.rank_bytes,
+        draft_parameters=draft.parameters(),
+        memory_bytes=others + configured.ranks * rank_bytes,
         memory_available=usable_memory(),
         splits=splits,
         found=resolved.found,
@@ -115,27 +118,23 @@ def total_steps(training: TrainingConfig, prompts: int) -> int:
     return min(steps, training.max_steps) if training.max_steps is not None else steps
 
 
-def _splits(resolved: Resolved, heldout_samples: int, others: int) -> tuple[Split, ...]:
-    """Args: ``others``, bytes of host memory of everything but the training ranks."""
-    config, budget = resolved.config, MemoryBudget(usable_memory() - others)
-    if resolved.on_gpu:
-        gpus = torch.cuda.device_count() - config.inference.most_workers * config.inference.tp_size
-        budget = replace(budget, gpus=gpus, gpu_bytes=device_memory("cuda"))
-    steps = max(2, config.controller.prefetch_steps)  # the one in training, and at least one that is being fetched
-    kept = steps * config.training.batch_size + heldout_samples
-    length, dtype = config.data.max_seq_length, resolved.geometry.dtype
-    return possible_splits(resolved.draft, config.training, length, kept, dtype, budget)
+def _budget(resolved: Resolved, others: int) -> MemoryBudget:
+    """Of the training ranks. ``others``: bytes of host memory of everything else."""
+    inference, budget = resolved.config.inference, MemoryBudget(usable_memory() - others)
+    if not resolved.on_gpu:
+        return budget
+    gpus = torch.cuda.device_count() - inference.most_workers * inference.tp_size
+    return replace(budget, gpus=gpus, gpu_bytes=device_memory("cuda"))
 
 
 def _engine_bytes(resolved: Resolved) -> int:
     """Host memory of one engine: on a GPU, its buffer and its processes; on a CPU, weights and KV cache as well."""
     inference, target, item = resolved.config.inference, resolved.target, ITEM_BYTES[resolved.config.target.dtype]
-    outside = ENGINE_OVERHEAD_BYTES + found(inference.buffer_bytes)
+    weights, outside = target.num_parameters * item, ENGINE_OVERHEAD_BYTES + found(inference.buffer_bytes)
     if resolved.on_gpu:
         return outside
     _, keys = target.shape.widths
-    kv_cache = found(inference.max_total_tokens) * target.num_layers * 2 * keys * item
-    return outside + target.num_parameters * item + kv_cache
+    return outside + weights + found(inference.max_total_tokens) * target.num_layers * 2 * keys * item
 
 
 def _uses(threads: int, gpus: int, on_gpu: bool) -> str:

@@ -58,7 +58,7 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Pre
     folder = RunFolder(config.run_dir)
     resume_from = _check_folder(folder, resume)
     message("reading and tokenising the prompts")
-    train, heldout = _read(resolved, load_or_build, lambda data: (len(data), data.fully_answered))
+    train, heldout = _check_and_read(resolved, load_or_build, lambda data: (len(data), data.fully_answered))
     if resume_from is not None:
         LedgerSnapshot.from_json((resume_from / LEDGER_FILE).read_text(), ledger_shape(config, train))
     plan = make_plan(resolved, len(heldout) if heldout else 0)
@@ -71,11 +71,11 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Pre
 def make_plan_for(config: Config) -> tuple[Plan, Survey]:
     """The figures of a run and of its data, of which a sample is tokenised. Raises ValueError: it could not run."""
     resolved = resolve(config)
-    train, heldout = _read(resolved, survey, lambda data: (data.rows, not data.answer_tokens))
+    train, heldout = _check_and_read(resolved, survey, lambda data: (data.rows, not data.answer_tokens))
     return make_plan(resolved, heldout.rows if heldout else 0), train
 
 
-def _read(
+def _check_and_read(
     resolved: Resolved, read: Callable[..., T], rows_and_answered: Callable[[T], tuple[int, bool]]
 ) -> tuple[T, T | None]:
     """The training and the held-out data, by ``load_or_build`` or by ``survey``, which take the same arguments.
