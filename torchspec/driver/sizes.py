@@ -39,7 +39,7 @@ def find_sizes(config: Config, target: TargetShape, geometry: SampleGeometry, on
     sizes = {
         "store.segment_bytes": max(segment, LEAST_SEGMENT, segment_for(_stored_at_once(config), sample)),
         "inference.max_concurrency": samples,
-        "inference.buffer_bytes": max(2 * slot, min((samples + 2) * slot, MOST_BUFFER), 1 << 20),
+        "inference.buffer_bytes": max(2 * slot, min((samples + 2) * sample, MOST_BUFFER), 1 << 20),
         "training.buffer_bytes": max(2 * slot, LEAST_RANK_BUFFER),
         "training.loss_chunk_tokens": min(1 << (max(logits, LEAST_LOSS_TOKENS).bit_length() - 1), MOST_LOSS_TOKENS),
     }

@@ -54,10 +54,10 @@ def test_the_store_has_room_for_the_window_as_far_as_memory_allows(monkeypatch: 
 
 def test_engines_have_room_for_the_samples_that_they_work_on(monkeypatch: pytest.MonkeyPatch) -> None:
     small = found(config_of(), 64 * GIB, monkeypatch)
-    assert small["inference.max_concurrency"] == 32 and small["inference.buffer_bytes"] == 34 * SLOT
+    assert small["inference.max_concurrency"] == 32 and small["inference.buffer_bytes"] == 34 * SAMPLE
     assert small["inference.max_total_tokens"] == 1 << 15 and small["inference.chunked_prefill_size"] == 2048
     few = found(config_of(inference={"max_concurrency": 3}), 64 * GIB, monkeypatch)
-    assert few["inference.max_total_tokens"] == 4096 >= 3 * 1007 and few["inference.buffer_bytes"] == 5 * SLOT
+    assert few["inference.max_total_tokens"] == 4096 >= 3 * 1007 and few["inference.buffer_bytes"] == 5 * SAMPLE
     long = found(config_of(data={"max_seq_length": 100_000}), 64 * GIB, monkeypatch)
     assert long["inference.max_total_tokens"] == 100_007
     assert long["inference.buffer_bytes"] == max(4 * GIB, 2 * GEOMETRY.slot_bytes(100_000))
