@@ -83,7 +83,7 @@ def serve(role: str, model: Path, endpoint: StoreEndpoint) -> None:
     """Answer :meth:`Engine.ask` until stdin closes."""
     sections = {
         "target": {"path": str(model), "dtype": fast_dtype("cpu")},
-        "inference": {"max_total_tokens": 10000, "buffer_bytes": BUFFER_BYTES},
+        "inference": {"max_total_tokens": 10000, "chunked_prefill_size": 2048, "buffer_bytes": BUFFER_BYTES},
     }
     spec = EngineSpec(Config.model_validate(sections), endpoint, early_middle_late(30))
     engine: Any

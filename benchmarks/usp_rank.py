@@ -20,6 +20,7 @@ from torchspec.config.schema import OptimizerConfig, TrainingConfig
 from torchspec.drafts.draft import Batch, DraftOptions
 from torchspec.drafts.eagle3.model import Eagle3Draft
 from torchspec.drafts.eagle3.spec import Eagle3Spec
+from torchspec.knobs import found
 from torchspec.network import free_port
 from torchspec.parallel.mesh import Sharing, build_mesh, join_ranks, shard_module
 from torchspec.store.geometry import segment_rows
@@ -67,6 +68,7 @@ def setup_of(way: str, degree: int, ttt_length: int, **changes: Any) -> Setup:
         batch_size=1,
         micro_batch_size=1,
         dtype="float32",
+        loss_chunk_tokens=1024,
         **sizes,
         **changes,
     )
@@ -84,7 +86,7 @@ class Rank:
             mesh = build_mesh(CPU, training.sp_ulysses_size, training.sp_ring_size)
             sharing = Sharing(self.formula, mesh, training.sp_gather_once)
         torch.manual_seed(0)
-        self.draft = Eagle3Draft(spec, DraftOptions(training.loss_chunk_tokens, sharing=sharing))
+        self.draft = Eagle3Draft(spec, DraftOptions(found(training.loss_chunk_tokens), sharing=sharing))
         embedding_VH, head_VH = (torch.randn(TARGET.vocab_size, TARGET.hidden_size).mul_(0.1) for _ in range(2))
         in_draft, rest = (part.clone() for part in head_VH.split(DRAFT_VOCAB))
         self.target = TargetHead(embedding_VH, in_draft, rest, torch.ones(TARGET.hidden_size), TARGET.rms_norm_eps)

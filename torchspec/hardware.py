@@ -1,8 +1,11 @@
-"""What this machine computes with: the device, the dtype that is fast on it, and how fast that could be."""
+"""What this machine computes with: the device, its memory, the dtype that is fast on it, and how fast that could be."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import psutil
 
 if TYPE_CHECKING:
     import torch
@@ -20,6 +23,22 @@ PEAK_FLOPS = {
     "B200": 2250e12,
 }
 """Dense bfloat16 operations a second by a part of the device's name, from NVIDIA's data sheets; first match counts."""
+
+CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
+"""Of the container that this process is in: version 2, version 1."""
+
+
+def usable_memory() -> int:
+    """Bytes of this machine, or of the container if it may have fewer."""
+    limits = [path.read_text().strip() for path in CGROUP_LIMITS if path.is_file()]
+    return min([psutil.virtual_memory().total, *(int(limit) for limit in limits if limit != "max")])
+
+
+def device_memory(device: Device) -> int:
+    """Bytes that one process's computations may take: of a GPU, or of the machine."""
+    import torch
+
+    return torch.cuda.get_device_properties(0).total_memory if device == "cuda" else usable_memory()
 
 
 def pick_device(wanted: Literal["auto", "cpu", "cuda"], knob: str) -> Device:

@@ -51,7 +51,7 @@ def make_spec(
         "target": {"path": "unused"},
         "training": {"batch_size": 4, "epochs": 2, "micro_batch_size": 2, **overrides.pop("training", {})},
         "controller": {"reorder_window": 8, "max_attempts": 3, **overrides.pop("controller", {})},
-        "data": {"vocab_prompts": 4},
+        "data": {"vocab_prompts": 4, **overrides.pop("data", {})},
         "checkpoint": {"every_steps": 2},
         "evaluation": {
             "heldout": "unused" if heldout else None,

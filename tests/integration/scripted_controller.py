@@ -30,6 +30,7 @@ class ScriptedController:
         self.world, self.sp, self.heldout = world, sp, heldout
         self.steps = dict(enumerate(steps, start=first_step))
         self.next_step = [first_step] * world
+        self.with_heldout: set[int] = set()
         self.rounds: dict[int, list[set[SampleId]]] = {}
         self.decisions: dict[int, asyncio.Event] = {}
         self.log: list[tuple[Any, ...]] = []
@@ -72,10 +73,14 @@ class ScriptedController:
 
     async def heldout_batches(self, member: RankId) -> tuple[tuple[SampleRef, ...], ...]:
         rank = member.rank
+        if rank in self.with_heldout:
+            return ()
         return split_batch(self.heldout, self.world // self.sp, micro_batch_size=2)[rank // self.sp]
 
     async def heldout_fetched(self, member: RankId, missing: tuple[SampleId, ...]) -> bool:
         self.log.append(("heldout", member.rank, missing))
+        if not missing:
+            self.with_heldout.add(member.rank)
         return not missing
 
     async def heldout_done(self, _: RankId, report: StepReport) -> None:

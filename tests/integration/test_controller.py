@@ -29,6 +29,7 @@ from tests.journal import trained_batches
 from torchspec.contracts import HELDOUT_EPOCH, SampleId, WorkerReport
 from torchspec.controller.verify import EpochCount, verify_run
 from torchspec.data.masks import unpack_mask
+from torchspec.files import read_lines
 
 
 @pytest.mark.parametrize(("workers", "ranks"), [(1, 1), (3, 1), (2, 2)])
@@ -184,6 +185,75 @@ def test_heldout_samples_come_first_and_never_enter_a_batch(endpoint, client, tm
     asyncio.run(scenario())
 
 
+def test_held_out_samples_come_in_windows_where_the_store_does_not_hold_them_all(endpoint, client, tmp_path):
+    """Nine of them, and a batch of four, in a store of six and a half: two at a time, on two ranks."""
+
+    async def take(controller, number: int, lost: set[SampleId]) -> list[SampleId]:
+        taken: list[SampleId] = []
+        while micro_batches := await controller.heldout_batches(member(number)):
+            window = [ref.sample for micro in micro_batches for ref in micro]
+            missing = [sample for sample in window if sample not in lost and sample.prompt == 4]
+            lost.update(missing)
+            if await controller.heldout_fetched(member(number), missing):
+                taken += window
+        assert micro_batches == ()
+        return taken
+
+    async def scenario() -> None:
+        room = GEOMETRY.stored_bytes(9) * 13 // 2
+        spec = {"heldout": 9, "credit_bytes": room, "training": {"dp_size": 2, "epochs": 1}}
+        controller = await start(make(endpoint, tmp_path, **spec))
+        pool = [asyncio.create_task(worker(controller, client, f"w{i}", random.Random(i))) for i in range(2)]
+        lost: set[SampleId] = set()
+        taken = await asyncio.gather(take(controller, 0, lost), take(controller, 1, lost))
+        assert sorted(taken[0] + taken[1]) == [SampleId(HELDOUT_EPOCH, i) for i in range(9)] and lost
+        assert controller.buffer.heldout.trained_step == 5
+        seen: dict = {}
+        await asyncio.gather(*(rank(controller, client, i, seen) for i in range(2)))
+        assert samples(seen) == seeded_batches(epochs=1)
+        await controller.finish()
+        await asyncio.gather(*pool)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_a_vocabulary_is_counted_over_more_than_the_store_holds(endpoint, client, tmp_path, dies):
+    """Forty answers first, in a store of six samples; what makes room is prefilled again in the order of steps."""
+
+    async def scenario() -> None:
+        room = GEOMETRY.stored_bytes(9) * 13 // 2
+        wide = {"controller": {"reorder_window": 50}, "data": {"vocab_prompts": 40}, "training": {"epochs": 1}}
+        spec = {"prompts": 48, "heldout": 3, "name": f"counts-{dies}", "credit_bytes": room, **wide}
+        controller = await start(make(endpoint, tmp_path, **spec))
+        if dies:
+            doomed = asyncio.create_task(worker(controller, client, "w0", random.Random(7)))
+            while len(list(read_lines(tmp_path / "answers.jsonl"))) < 25:
+                assert controller.counts.vocab is None
+                await asyncio.sleep(0.01)
+            doomed.cancel()
+            controller = await start(make(endpoint, tmp_path, **spec))
+        pool = [asyncio.create_task(worker(controller, client, f"w{i + 1}", random.Random(i))) for i in range(2)]
+        async with asyncio.timeout(60):
+            await controller.draft_vocab()
+            assert len(list(read_lines(tmp_path / "answers.jsonl"))) >= 40
+            assert controller.buffer.ledger.trained_step == 0
+            while micro_batches := await controller.heldout_batches(member(0, controller.buffer.generation)):
+                await controller.heldout_fetched(member(0, controller.buffer.generation), [])
+            assert micro_batches == ()
+            seen: dict = {}
+            await rank(controller, client, 0, seen)
+        await controller.finish()
+        await asyncio.gather(*pool)
+        assert samples(seen) == seeded_batches(prompts=48, epochs=1)
+        verdict = verify_run(tmp_path)
+        assert verdict.proven and verdict.finished
+        answered = [line["id"] for line in read_lines(tmp_path / "answers.jsonl")]
+        assert len(answered) == len(set(answered)) == 48, "nothing is answered twice"
+
+    asyncio.run(scenario())
+
+
 def test_a_stop_gives_held_out_batches_to_all_ranks_or_to_none(endpoint, client, tmp_path):
     async def scenario() -> None:
         controller = await start(make(endpoint, tmp_path, heldout=2, training={"dp_size": 2}))
@@ -191,9 +261,9 @@ def test_a_stop_gives_held_out_batches_to_all_ranks_or_to_none(endpoint, client,
         waiting = asyncio.create_task(controller.heldout_batches(member(0)))
         await controller.publish("w0", *await asyncio.to_thread(put_sample, client, leases[0]))
         await controller.request_stop("test")
-        assert await waiting == ()
+        assert await waiting is None
         await controller.publish("w0", *await asyncio.to_thread(put_sample, client, leases[1]))
-        assert await controller.heldout_batches(member(1)) == ()
+        assert await controller.heldout_batches(member(1)) is None
 
     asyncio.run(scenario())
 

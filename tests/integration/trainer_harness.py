@@ -90,7 +90,10 @@ def make_config(target: Path, run_dir: Path, **sections: Mapping[str, Any]) -> C
         "run": {"name": run_dir.name, "dir": str(run_dir.parent), "seed": 5},
         "target": {"path": str(target), "dtype": "float32"},
         "draft": {"ttt_length": TTT, "vocab_size": len(DRAFT_IDS)},
-        "training": {"dtype": "float32", "device": "cpu", "micro_batch_size": 2, "batch_size": 6},
+        "training": {
+            **{"dtype": "float32", "device": "cpu", "micro_batch_size": 2, "batch_size": 6},
+            **{"buffer_bytes": 64 << 20, "loss_chunk_tokens": 1024},
+        },
         "optimizer": {"lr": 0.01, "warmup_ratio": 0.2, "weight_decay": 0.1},
         "checkpoint": {"export": False},
     }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,18 +53,25 @@ def plan_table(plan: Plan, data: Survey, training: TrainingConfig) -> Renderable
             "store": f"{human_bytes(plan.credit_bytes)} of credits: {plan.store_samples:,} samples of the largest size",
             "draft": f"{human_count(plan.draft_parameters)} trained parameters",
             "memory": f"about {expected} of {available}",
+            **({"sizes found": _sizes_text(plan.found)} if plan.found else {}),
         },
     )
     parts: list[RenderableType] = [actors, figures, _splits_table(plan)]
     if plan.memory_bytes > plan.memory_available or any(s.obstacle for s in plan.splits if s.configured):
         parts.append(
             Text(
-                "This is more than the machine has: choose a split that fits, or lower store.segment_bytes, "
-                "inference.workers, inference.max_total_tokens or data.max_seq_length.",
+                f"This is more than the machine has: use one with more than {expected} of memory, choose a split that "
+                "fits, or lower inference.workers or data.max_seq_length.",
                 style="yellow",
             )
         )
     return Group(*parts)
+
+
+def _sizes_text(found: Mapping[str, int]) -> str:
+    """As they can be written into a recipe, but for digits that do not matter."""
+    shown = (human_bytes(size) if knob.endswith("_bytes") else str(size) for knob, size in found.items())
+    return "\n".join(f"{knob}: {size}" for knob, size in zip(found, shown, strict=True))
 
 
 def _splits_table(plan: Plan) -> Table:

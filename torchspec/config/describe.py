@@ -6,13 +6,16 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeGuard, Union, get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ByteSize
 from pydantic.fields import FieldInfo
 
 from torchspec.drafts.registry import DEFAULT, KINDS, kind_of
 from torchspec.drafts.spec import DraftKnobs
 
-TYPE_NAMES = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path", Any: "anything"}
+TYPE_NAMES = {
+    **{int: "integer", float: "number", bool: "true or false", str: "text", Path: "path", Any: "anything"},
+    ByteSize: "bytes, as 16GiB or 500MB",
+}
 LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "pattern": "matching"}
 
 

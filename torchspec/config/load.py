@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import reduce
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -85,15 +86,26 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         if not isinstance(child, dict):
             raise ValueError(f"override {override!r}: {section} is a value, not a section")
         node = child
-    node[leaf] = _value(value, override)
+    node[leaf] = _value(value, override, _takes_text(key.split("."), tree))
 
 
-def _value(text: str, override: str) -> Any:
+def _value(text: str, override: str, as_text: bool) -> Any:
+    """What ``text`` is to YAML, but ``as_text`` a number or a date is what stands there."""
     try:
         value = yaml.safe_load(text)
+        if as_text and not isinstance(value, (dict, list, NoneType)):
+            return yaml.load(text, yaml.BaseLoader)
     except yaml.YAMLError:
         raise ValueError(f"override {override!r}: the value is not valid YAML") from None
     return float(value) if EXPONENT.fullmatch(text) else value
+
+
+def _takes_text(key: list[str], tree: dict[str, Any]) -> bool:
+    try:
+        knob, field = _knob_at(key, tree)
+    except KeyError:  # an unknown key: which are valid is said once all is read
+        return False
+    return knob == key and not {str, Path}.isdisjoint((field.annotation, *get_args(field.annotation)))
 
 
 def _explain(loc: tuple[int | str, ...], kind: str, message: str, tree: dict[str, Any]) -> str:
@@ -110,7 +122,7 @@ def _explain(loc: tuple[int | str, ...], kind: str, message: str, tree: dict[str
     return f"{name}: {value!r} does not fit; valid: {describe_type(field)}"
 
 
-def _knob_at(loc: tuple[int | str, ...], tree: dict[str, Any]) -> tuple[list[str], FieldInfo]:
+def _knob_at(loc: Iterable[int | str], tree: dict[str, Any]) -> tuple[list[str], FieldInfo]:
     """The key that ``loc`` lies in: what follows it there are places inside its value, and pydantic's own names."""
     model: type[BaseModel] = Config
     knob: list[str] = []

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, PositiveInt, SerializeAsAny, field_validator, model_validator
+from pydantic import ByteSize, Field, PositiveInt, SerializeAsAny, field_validator, model_validator
 
 from torchspec.drafts.registry import DEFAULT, KINDS, kind_of
 from torchspec.drafts.spec import DraftKnobs
@@ -55,7 +55,7 @@ class DataConfig(Section):
     """Use the first so many conversations only."""
     vocab_prompts: int = Field(default=128, ge=1)
     """For a draft with a vocabulary of its own and prompts without an answer: it is counted over the first so many
-    answers, then training starts."""
+    answers, then training starts. The store need not hold them all."""
     cache_dir: Path = Path("~/.cache/torchspec")
     """Tokenised data sets and draft vocabularies are kept here under the hash of what they were made from."""
 
@@ -83,16 +83,18 @@ class InferenceConfig(Section):
     """Tensor parallelism inside one engine (GPUs)."""
     threads: PositiveInt | Literal["auto"] = "auto"
     """CPU threads of one engine. ``auto`` shares the node's cores among both pools."""
-    max_concurrency: int = Field(default=32, ge=1)
-    """Samples one engine works on at a time."""
-    chunked_prefill_size: int = Field(default=2048, ge=16)
-    """Tokens of one prefill chunk."""
-    max_total_tokens: int = Field(default=32768, ge=64)
-    """KV-cache pool of one engine, in tokens."""
+    max_concurrency: int | None = Field(default=None, ge=1)
+    """Samples one engine works on at a time. Default: 32 on a CPU, 128 on a GPU, and no more than its share of
+    ``controller.reorder_window``."""
+    chunked_prefill_size: int | None = Field(default=None, ge=16)
+    """Tokens of one prefill chunk. Default: 2048 on a CPU, SGLang's own choice on a GPU."""
+    max_total_tokens: int | None = Field(default=None, ge=64)
+    """KV-cache pool of one engine, in tokens. Default: on a CPU room for ``max_concurrency`` of the longest samples, at
+    most 32768 tokens unless a single one needs more; SGLang's own choice on a GPU."""
     mem_fraction_static: float | None = Field(default=None, gt=0, lt=1)
     """Share of the memory that weights and KV cache may take. Default: SGLang's own choice on a GPU, half on a CPU,
     where ``max_total_tokens`` decides how much of it is used."""
-    buffer_bytes: int | None = Field(default=None, ge=1 << 20)
+    buffer_bytes: ByteSize | None = Field(default=None, ge=1 << 20)
     """Registered host buffer of one engine, which gathers the states of the samples it works on. Default: room for
     ``max_concurrency`` of the largest and two on their way to the store, at most 4 GiB."""
     engine_args: dict[str, Any] = Field(default_factory=dict)
@@ -110,8 +112,9 @@ class InferenceConfig(Section):
 
 
 class StoreConfig(Section):
-    segment_bytes: int = Field(default=1 << 30, ge=16 << 20)
-    """Memory of the Mooncake store on one node."""
+    segment_bytes: ByteSize | None = Field(default=None, ge=16 << 20)
+    """Memory of the Mooncake store on one node. Default: room for ``controller.reorder_window`` of the longest samples,
+    at most a quarter of the machine's memory, at least 1 GiB; pages are touched as samples arrive."""
     protocol: Literal["tcp", "rdma"] = "tcp"
     """Transport between hosts."""
     host: str | None = None
@@ -186,10 +189,11 @@ class TrainingConfig(Section):
     """Compile the draft with torch.compile; falls back to eager, with a warning, where no compiler is found."""
     activation_checkpointing: bool = False
     """Recompute the decoder layer in the backward pass: less memory, more time."""
-    loss_chunk_tokens: int = Field(default=1024, ge=16)
-    """Positions whose logits exist at the same time. Lower it when the loss runs out of memory."""
-    buffer_bytes: int = Field(default=256 << 20, ge=1 << 20)
-    """Registered host buffer of one rank, into which samples arrive."""
+    loss_chunk_tokens: int | None = Field(default=None, ge=16)
+    """Positions whose logits exist at the same time. Default: 1024, fewer where their logits over the target's
+    vocabulary would take more than a 32nd of the memory. Lower it when the loss runs out of memory."""
+    buffer_bytes: ByteSize | None = Field(default=None, ge=1 << 20)
+    """Registered host buffer of one rank, into which samples arrive. Default: two of the largest, at least 64 MiB."""
     init_from: Path | None = None
     """Start from the weights of this checkpoint or exported draft (weights only: fresh optimizer, schedule, ledger)."""
 
@@ -332,35 +336,32 @@ class Config(Section):
     @model_validator(mode="after")
     def check_together(self) -> Config:
         """What fits each by itself must fit the others, too."""
-        data, inference, training, window = self.data, self.inference, self.training, self.controller.reorder_window
+        inference, training, window = self.inference, self.training, self.controller.reorder_window
+        steps, wrong = self.monitor.profile_steps, list[str]()
         if inference.min_workers > inference.max_workers:
-            raise ValueError(
+            wrong.append(
                 f"inference.min_workers ({inference.min_workers}) is larger than inference.max_workers "
                 f"({inference.max_workers})"
             )
         if training.batch_size < training.dp_size:
-            raise ValueError(
+            wrong.append(
                 f"training.batch_size ({training.batch_size}) is smaller than training.dp_size "
                 f"({training.dp_size}): some ranks would never train; raise the one or lower the other"
             )
         if window < training.batch_size:
-            raise ValueError(
+            wrong.append(
                 f"controller.reorder_window ({window}) is smaller than training.batch_size ({training.batch_size}): "
                 "a batch could never fill"
             )
         if training.attention_backend != "usp" and training.sp_size > 1:
-            raise ValueError(
+            wrong.append(
                 f"training.sp_ulysses_size ({training.sp_ulysses_size}) and training.sp_ring_size "
                 f"({training.sp_ring_size}) need training.attention_backend=usp; it is {training.attention_backend}"
             )
-        if window < data.vocab_prompts:
-            raise ValueError(
-                f"controller.reorder_window ({window}) is smaller than data.vocab_prompts ({data.vocab_prompts}): "
-                "the vocabulary could never be counted"
-            )
-        steps = self.monitor.profile_steps
         if steps is not None and steps[0] > steps[1]:
-            raise ValueError(f"monitor.profile_steps ({list(steps)}) must be a first and a last step, in this order")
+            wrong.append(f"monitor.profile_steps ({list(steps)}) must be a first and a last step, in this order")
+        if wrong:
+            raise ValueError("\n".join(wrong))
         return self
 
     @property

@@ -27,15 +27,15 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torchspec.config.schema import Config, TrainingConfig
 from torchspec.contracts import HELDOUT_EPOCH, Answer, FailureKind, Lease, SampleId, SampleRef, SampleTiming
 from torchspec.controller.ledger import Ledger, Record
-from torchspec.controller.ledger_snapshot import LedgerShape, Rejection, ledger_shape
-from torchspec.controller.objects import StoredObjects
+from torchspec.controller.ledger_snapshot import Rejection, heldout_shape, ledger_shape
+from torchspec.controller.objects import Credits, StoredObjects
 from torchspec.controller.prompts import Prompts
 from torchspec.data.prompt_set import PromptSet
 from torchspec.files import JsonLines, read_lines
@@ -70,48 +70,20 @@ class ControllerSpec:
     run_dir: Path
 
 
-@dataclass
-class Credits:
-    """Bytes of the store that are spoken for: the store is a bounded buffer.
-
-    They are reserved from the moment a lease is given out, at the sample's upper bound, and shrink to its true size
-    once it is stored. No lease is given out beyond ``capacity``, so the store never has to refuse or evict.
-    """
-
-    capacity: int
-    held: dict[SampleId, int] = field(default_factory=dict)
-    used: int = 0
-
-    def reserve(self, sample: SampleId, size: int) -> bool:
-        """Reserve ``size`` bytes for ``sample`` in place of what it holds; False if they do not fit."""
-        if not self.fits(sample, size):
-            return False
-        self.used += size - self.held.get(sample, 0)
-        self.held[sample] = size
-        return True
-
-    def fits(self, sample: SampleId, size: int) -> bool:
-        """Whether :meth:`reserve` would succeed."""
-        return self.used + size - self.held.get(sample, 0) <= self.capacity
-
-    def release(self, sample: SampleId) -> None:
-        """Give back what ``sample`` has; nothing if it has none."""
-        self.used -= self.held.pop(sample, 0)
-
-
 class SampleBuffer:
     """See the module's docstring."""
 
     def __init__(self, spec: ControllerSpec, observer: Observer, changed: Callable[[], None]):
-        config, heldout = spec.config, len(spec.heldout) if spec.heldout else 0
-        self._folder, self._run, self._halo = RunFolder(spec.run_dir), config.run.name, spec.halo
+        config, self._halo = spec.config, spec.halo
+        self._folder, self._run = RunFolder(spec.run_dir), config.run.name
         self._observer, self._changed = observer, changed
         window, max_failures = config.controller.reorder_window, config.controller.max_attempts
         shape, max_steps = ledger_shape(config, spec.train), config.training.max_steps
         self.ledger = Ledger(shape, window, max_failures, max_steps, moved=observer.timelines.moved)
-        content, one_batch = spec.heldout.content_hash if spec.heldout else "", max(1, heldout)
-        shape = LedgerShape(content, heldout, 1, one_batch, config.run.seed)
-        self.heldout = Ledger(shape, one_batch, max_failures, first_epoch=HELDOUT_EPOCH, moved=observer.timelines.moved)
+        shape = heldout_shape(config, spec.heldout, _room_beside_a_batch(spec))
+        self.heldout = Ledger(
+            shape, shape.batch_size, max_failures, first_epoch=HELDOUT_EPOCH, moved=observer.timelines.moved
+        )
         self.ledgers = self.heldout, self.ledger  # held-out samples come first
         self._journal, self._rejections = JsonLines(self._folder.journal), JsonLines(self._folder.rejected)
         self.prompts = Prompts(spec.train, spec.heldout, self._folder.answers, config.answer.reuse, config.run.seed)
@@ -119,6 +91,8 @@ class SampleBuffer:
         self._making_room = False
         self.store_away = False
         """Nothing is leased, and nothing that fails is held against a sample."""
+        self.counted_first = 0
+        """Positions before this are all answered before any is trained; 0 once they are."""
         self.geometry = spec.geometry
         """Of the samples that are leased from now on, but for those of steps that are formed."""
         self._formed_sharding: ShardFormula | None = spec.geometry.sharding
@@ -235,15 +209,20 @@ class SampleBuffer:
             self._settle(ledger, [r.sample for r in records])
         return len(keys)
 
-    def make_room(self, ledger: Ledger, record: Record) -> None:
-        """Let the sample furthest behind ``record`` give up its credits, one at a time.
+    def displaces(self, ledger: Ledger, record: Record) -> bool:
+        """Whether samples behind ``record`` give up their credits where it finds none.
 
-        Leases are given out from the front, so nothing behind holds credits that the front needs; but after a rewind
-        the front has lost its own.
+        Training's leases are given out from the front, so nothing behind holds credits that the front needs; but after
+        a rewind the front has lost its own. While answers are counted, those that are there make room for those to
+        come, and are prefilled again when training comes to them.
         """
-        if self._making_room or (ledger is self.ledger and not record.attempts):
+        return ledger is self.heldout or record.attempts > 0 or record.position < self.counted_first
+
+    def make_room(self, ledger: Ledger, record: Record) -> None:
+        """Let the sample furthest behind ``record`` give up its credits, one at a time."""
+        if self._making_room or not self.displaces(ledger, record):
             return
-        behind = record.position if ledger is self.ledger else -1
+        behind = record.position if ledger is self.ledger and record.position >= self.counted_first else -1
         holds = self.credits.held.__contains__
         victim = self.ledger.furthest_behind(behind, lambda r: r.state in ("stored", "pending") and holds(r.sample))
         if victim is None:
@@ -255,7 +234,14 @@ class SampleBuffer:
         self._making_room = True
         if victim.state == "stored":
             self.ledger.put_back(victim)
+            if self.counted_first:
+                self.ledger.passed_over.add(victim.position)
         self._drop([victim], made)
+
+    def all_counted(self) -> None:
+        """Training may begin: from now on, samples are made in its order."""
+        self.counted_first = 0
+        self.ledger.passed_over.clear()
 
     # ---- assigned -> trained -> committed ----
 
@@ -287,12 +273,11 @@ class SampleBuffer:
         self._drop(records, freed)
         self._changed()
 
-    def hold_heldout(self) -> None:
-        """All ranks have the held-out samples in their memory."""
-        if not self.heldout.trained_step:
-            records = self.heldout.step_records(1)
-            self.heldout.train(1)
-            self._drop(records, self.unpark)
+    def hold_heldout(self, step: int) -> None:
+        """All ranks have these held-out samples in their memory."""
+        records = self.heldout.step_records(step)
+        self.heldout.train(step)
+        self._drop(records, self.unpark)
 
     async def snapshot(self, step: int) -> str:
         """The ledger as of ``step``. The journal is on the disk up to there."""
@@ -394,3 +379,9 @@ class SampleBuffer:
         line = {"id": name, "sample": list(rejection.sample), "reason": rejection.reason}
         self._journal.write({"event": "rejected", **line})
         return line
+
+
+def _room_beside_a_batch(spec: ControllerSpec) -> int:
+    """Samples of the largest size that the store holds beside those of a step; at least one."""
+    longest = max(prompts.longest for prompts in (spec.train, spec.heldout) if prompts)
+    return max(1, spec.credit_bytes // spec.geometry.stored_bytes(longest) - spec.config.training.batch_size)

@@ -215,16 +215,16 @@ class Controller:
         self.buffer.commit(step, folder)
         self.observer.committed(step, folder, best)
 
-    async def heldout_batches(self, rank: RankId) -> MicroBatches:
-        """This rank's held-out micro-batches, as soon as all are captured. Empty tuples where it has fewer."""
+    async def heldout_batches(self, rank: RankId) -> MicroBatches | None:
+        """This rank's next held-out micro-batches, as many as the store holds at a time, as soon as all are captured.
+
+        Empty tuples where it has fewer, nothing once it has had all of them; None: they will not all be captured.
+        """
         return await self._group_of(rank).heldout_batches(rank.rank)
 
     async def heldout_fetched(self, rank: RankId, missing: Iterable[SampleId]) -> bool:
-        """``rank`` holds its held-out samples now. False: some rank missed one; ask ``heldout_batches`` again."""
-        complete = await self._group_of(rank).heldout_fetched(rank.rank, missing)
-        if complete:
-            self.buffer.hold_heldout()
-        return complete
+        """``rank`` holds these held-out samples now. False: some rank missed one, and all fetch them again."""
+        return await self._group_of(rank).heldout_fetched(rank.rank, missing)
 
     async def heldout_done(self, rank: RankId, report: StepReport) -> None:
         self._group_of(rank)

@@ -29,7 +29,8 @@ class Leases:
         for ledger in buffer.ledgers:
             record = ledger.next_to_lease(self.of_steps_only)
             if record is not None:
-                return record.attempts > 0 or buffer.credits.fits(record.sample, buffer.offer(record).credit_bytes)
+                fits = buffer.credits.fits(record.sample, buffer.offer(record).credit_bytes)
+                return fits or buffer.displaces(ledger, record)
         return False
 
     def grant(self, worker: str, max_count: int) -> list[Lease]:

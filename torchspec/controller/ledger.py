@@ -91,6 +91,8 @@ class Ledger:
         self._leases: defaultdict[str, set[int]] = defaultdict(set)  # by worker
         self._retries: list[int] = []  # sorted
         self._parked: list[int] = []  # wait until the store has room
+        self.passed_over: set[int] = set()
+        """Pending positions that are not leased for now, because later ones are answered first."""
         self._orders: dict[int, np.ndarray] = {}
         self._rejected_ahead = 0  # positions from the trained cursor on, which the window does not count
 
@@ -118,8 +120,9 @@ class Ledger:
         """
         if of_steps_only:
             return next((self.records[p] for p in self._retries if self.records[p].step), None)
-        if self._retries:
-            return self.records[self._retries[0]]
+        again = next((p for p in self._retries if p not in self.passed_over), None)
+        if again is not None:
+            return self.records[again]
         window_end = self.trained_cursor + self.reorder_window + self._rejected_ahead
         if self._parked or self._frontier >= min(self.end, window_end) or self.exhausted:
             return None

@@ -30,6 +30,12 @@ def ledger_shape(config: Config, train: PromptSet) -> LedgerShape:
     return LedgerShape(train.content_hash, len(train), training.epochs, training.batch_size, config.run.seed)
 
 
+def heldout_shape(config: Config, heldout: PromptSet | None, room: int) -> LedgerShape:
+    """Of the held-out samples: a step of them is what all ranks take out of the store at a time, ``room`` at most."""
+    content, count = (heldout.content_hash, len(heldout)) if heldout else ("", 0)
+    return LedgerShape(content, count, 1, max(1, min(count, room)), config.run.seed)
+
+
 @dataclass(frozen=True, slots=True)
 class Rejection:
     sample: SampleId

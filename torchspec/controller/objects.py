@@ -1,4 +1,4 @@
-"""The controller's hand in the store: it removes objects, now or in the background, and does nothing else there.
+"""The controller's hand in the store: credits for what is in it, and removal, now or in the background; nothing else.
 
 While the store's master is away nothing can be removed; it comes back empty.
 """
@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from torchspec.contracts import SampleId
 from torchspec.store.client import StoreClient
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.errors import StoreError
@@ -24,6 +26,35 @@ _LONG_PAUSE_SECONDS = 10.0
 """Between two such series of attempts."""
 _WORKER_ENDS_SECONDS = 15.0
 """Children of a killed actor may live on for 11 s, and put what they hold."""
+
+
+@dataclass
+class Credits:
+    """Bytes of the store that are spoken for: the store is a bounded buffer.
+
+    They are reserved from the moment a lease is given out, at the sample's upper bound, and shrink to its true size
+    once it is stored. No lease is given out beyond ``capacity``, so the store never has to refuse or evict.
+    """
+
+    capacity: int
+    held: dict[SampleId, int] = field(default_factory=dict)
+    used: int = 0
+
+    def reserve(self, sample: SampleId, size: int) -> bool:
+        """Reserve ``size`` bytes for ``sample`` in place of what it holds; False if they do not fit."""
+        if not self.fits(sample, size):
+            return False
+        self.used += size - self.held.get(sample, 0)
+        self.held[sample] = size
+        return True
+
+    def fits(self, sample: SampleId, size: int) -> bool:
+        """Whether :meth:`reserve` would succeed."""
+        return self.used + size - self.held.get(sample, 0) <= self.capacity
+
+    def release(self, sample: SampleId) -> None:
+        """Give back what ``sample`` has; nothing if it has none."""
+        self.used -= self.held.pop(sample, 0)
 
 
 class StoredObjects:

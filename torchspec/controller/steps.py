@@ -64,8 +64,9 @@ class TrainingGroup:
         self._rounds: dict[int, FetchRound] = {}
         self._acks: defaultdict[int, set[int]] = defaultdict(set)
         self._asking = 0  # ranks that wait for a step
-        self._over = self._heldout_told = False
-        self._seen = self._first = self._ledger.trained_step
+        self._over = False
+        self._first = self._ledger.trained_step
+        self._seen = self._first, False
         self._changed = Signal()
 
     def close(self) -> None:
@@ -92,11 +93,13 @@ class TrainingGroup:
         """Form every step that can be formed, complete every round that waits for lost samples, and tell the ranks of
         that: of a sample alone nobody is told, there may be many ranks."""
         assert not self._over, "steps of a group that has ended would reach nobody"
-        news = self._ledger.trained_step != self._seen or self._ledger.exhausted
-        self._seen = self._ledger.trained_step
+        news = False
         if not self.closing:  # some ranks may already have been told that there will be no held-out batches
-            self._heldout.assign()
-        # until the ranks have the held-out samples, a single batch is all that surely fits beside those in the store
+            news = self._heldout.assign() is not None
+        seen = self._ledger.trained_step, self._heldout.exhausted
+        news |= seen != self._seen or self._ledger.exhausted
+        self._seen = seen
+        # until all held-out samples have been in the store, a single batch is all that surely fits beside them
         prefetch = self._config.controller.prefetch_steps if self._heldout.exhausted else 1
         ahead = self._ledger.trained_step + prefetch
         while not self.closing and max(self._batches, default=self._ledger.trained_step) < ahead:
@@ -105,10 +108,8 @@ class TrainingGroup:
                 break
             self._batches[step] = self._rank_batches(step)
             news = True
-        if not self._heldout_told and (self._heldout.steps or self._heldout.exhausted):
-            self._heldout_told = news = True
         for step, round_ in list(self._rounds.items()):
-            ledger, number = (self._heldout, 1) if step == HELDOUT_EPOCH else (self._ledger, step)
+            ledger, number = (self._ledger, step) if step != HELDOUT_EPOCH else (self._heldout, self._next_heldout)
             if not round_.silent and all(r.state == "assigned" for r in ledger.step_records(number)):
                 del self._rounds[step]
                 if ledger is self._ledger:
@@ -151,19 +152,28 @@ class TrainingGroup:
         while self._ledger.trained_step < step:
             await self._wait()
 
-    async def heldout_batches(self, rank: int) -> MicroBatches:
+    async def heldout_batches(self, rank: int) -> MicroBatches | None:
         """See ``Controller.heldout_batches``."""
-        while not (self._heldout.steps or self._heldout.exhausted):
-            if self.closing:
+        while (step := self._next_heldout) not in self._heldout.steps:
+            if self._heldout.exhausted:
                 return ()
+            if self.closing:
+                return None
             await self._wait()
-        if not self._heldout.steps:
-            return ()
-        return self._split(self._heldout, 1)[self._group(rank)]
+        return self._split(self._heldout, step)[self._group(rank)]
 
     async def heldout_fetched(self, rank: int, missing: Iterable[SampleId]) -> bool:
-        """Whether all ranks hold their held-out samples now."""
-        return await self._report(rank, HELDOUT_EPOCH, self._heldout, 1, missing) is None
+        """Whether all ranks hold these held-out samples now."""
+        step = self._next_heldout
+        complete = await self._report(rank, HELDOUT_EPOCH, self._heldout, step, missing) is None
+        if complete and self._next_heldout == step:
+            self._buffer.hold_heldout(step)
+        return complete
+
+    @property
+    def _next_heldout(self) -> int:
+        """The step of held-out samples that the ranks are at."""
+        return self._heldout.trained_step + 1
 
     async def _report(
         self, rank: int, name: int, ledger: Ledger, step: int, missing: Iterable[SampleId]

@@ -3,7 +3,8 @@
 A draft over the target's whole vocabulary waits for nothing.
 
 Answered prompts are counted at once; of the others, the first ``data.vocab_prompts`` in the run's order. Which samples
-count depends on the seed alone, so the vocabulary does too, whatever the number of workers.
+count depends on the seed alone, so the vocabulary does too, whatever the number of workers. Where the store has no
+room for all of them, those that are answered leave it again.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class TokenCounts:
         else:
             self._counter = VocabCounter(spec.vocab_size)
             self._counter.add_answered(spec.train)
+            buffer.counted_first = min(data.vocab_prompts, len(spec.train))
 
     async def vocabulary(self) -> DraftVocab:
         """As soon as enough answers have been counted."""
@@ -62,4 +64,5 @@ class TokenCounts:
         prior = np.bincount(self._prompts.token_ids, minlength=len(self._counter.counts))
         self.vocab = self._counter.build(self._size, self._always, prior)
         self.vocab.save(self._path)
+        self._buffer.all_counted()
         self._known.fire()

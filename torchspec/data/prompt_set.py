@@ -71,6 +71,11 @@ class PromptSet:
     def fully_answered(self) -> bool:
         return not self.max_answer_tokens.any()
 
+    @property
+    def longest(self) -> int:
+        """Most tokens that a row may have, its answer included."""
+        return int((np.diff(self.offsets) + self.max_answer_tokens).max(initial=0))
+
     @cached_property
     def _mask_offsets(self) -> np.ndarray:
         sizes = np.where(self.max_answer_tokens > 0, 0, (np.diff(self.offsets) + 7) // 8)

@@ -26,6 +26,7 @@ from torchspec.driver.plan import plan_threads
 from torchspec.driver.prepare import Prepared
 from torchspec.inference.sglang_process import EngineSpec
 from torchspec.inference.worker import InferenceWorker
+from torchspec.knobs import found
 from torchspec.processes.janitor import MARK, start_janitor
 from torchspec.store.client import StoreNode
 from torchspec.store.endpoint import StoreEndpoint
@@ -94,7 +95,8 @@ class ActorFactory:
         """A new store node; of those before it none is left."""
         self._nodes += 1
         options = {"max_concurrency": NODE_CALLS, "incarnation": self._nodes, **self._placement.beside_the_driver()}
-        return self._start(StoreNode, "store-node", 1, 0, self._endpoint, self._config.store.segment_bytes, **options)
+        size = found(self._config.store.segment_bytes)
+        return self._start(StoreNode, "store-node", 1, 0, self._endpoint, size, **options)
 
     def controller(self) -> Any:
         prepared, resolved = self._prepared, self._prepared.resolved

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 from torchspec.config.schema import TrainingConfig
 from torchspec.contracts import ITEM_BYTES
 from torchspec.drafts.spec import DraftSpec, Work
+from torchspec.knobs import found
 from torchspec.shards import ShardFormula
 
 MASTER = 4
@@ -49,7 +50,7 @@ def rank_memory(draft: DraftSpec, training: TrainingConfig, num_tokens: int, sta
     """Peak of a step whose samples all have ``num_tokens`` tokens.
 
     Args:
-        training: with its dtype resolved.
+        training: resolved.
         state_dtype: what the target's hidden states are stored in.
 
     Raises:
@@ -64,7 +65,7 @@ def rank_memory(draft: DraftSpec, training: TrainingConfig, num_tokens: int, sta
         gather_once=training.sp_gather_once,
         dtype=training.dtype,
         recompute=training.activation_checkpointing,
-        loss_chunk_tokens=training.loss_chunk_tokens,
+        loss_chunk_tokens=found(training.loss_chunk_tokens),
     )
     return RankMemory(
         weights=_weights(draft.parameters(), training),
@@ -82,7 +83,7 @@ def host_bytes(draft: DraftSpec, training: TrainingConfig, num_tokens: int, kept
     """
     sharding, samples = training.shard_formula(draft.halo), -(-kept // training.dp_size)
     fetched = _input_bytes(draft, sharding, samples, num_tokens, state_dtype)
-    return PROCESS_BYTES + training.buffer_bytes + fetched
+    return PROCESS_BYTES + found(training.buffer_bytes) + fetched
 
 
 def _input_bytes(
@@ -138,7 +139,7 @@ def possible_splits(
     """The configured split and all others of a few degrees whose Ulysses ranks divide the draft's query heads.
 
     Args:
-        training: with its dtype resolved.
+        training: resolved.
         num_tokens: of the longest sample.
         kept: samples that all ranks together keep in host memory.
         state_dtype: what the target's hidden states are stored in.

@@ -1,18 +1,20 @@
-"""The dry run: what a config needs, said before anything starts, and refused where it cannot work."""
+"""The dry run: what a config needs, said before anything starts."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-import psutil
 import torch
 
 from torchspec.config.schema import Config, TrainingConfig
 from torchspec.contracts import ITEM_BYTES
-from torchspec.driver.memory import MemoryBudget, Split, possible_splits
+from torchspec.driver.memory import MemoryBudget, Split, host_bytes, possible_splits
 from torchspec.driver.resolve import Resolved
-from torchspec.store.geometry import USABLE_SHARE, stored_bytes
+from torchspec.hardware import device_memory, usable_memory
+from torchspec.knobs import found
+from torchspec.store.geometry import USABLE_SHARE
 
 ENGINE_OVERHEAD_BYTES = 3 << 29
 """Measured on a CPU: both processes of one engine, beside weights and KV cache."""
@@ -44,39 +46,32 @@ class Plan:
     """Samples of the largest size that the store holds at once."""
     draft_parameters: int
     memory_bytes: int
-    """Expected on this machine, all processes together (CPU runs)."""
+    """Expected on this machine, all processes together; not what lies on GPUs."""
     memory_available: int
     splits: tuple[Split, ...]
     """Ways to share the largest sample among ranks."""
+    found: Mapping[str, int] = field(default_factory=dict)
+    """Sizes that the config had left open, by the knob's name."""
 
 
-def make_plan(resolved: Resolved, heldout_samples: int, vocab_prompts: int) -> Plan:
-    """Work out what a run needs.
-
-    Args:
-        vocab_prompts: samples that are stored before training starts, because their answers are counted first.
-
-    Raises:
-        ValueError: the store cannot hold what the run must have in it at the same time.
-    """
-    config, target, on_gpu = resolved.config, resolved.target, resolved.on_gpu
-    if on_gpu:
-        check_gpus(config, torch.cuda.device_count())
+def make_plan(resolved: Resolved, heldout_samples: int) -> Plan:
+    """Work out what a run needs."""
+    config, draft, on_gpu = resolved.config, resolved.draft, resolved.on_gpu
+    training, longest, dtype = config.training, config.data.max_seq_length, resolved.geometry.dtype
     cores = usable_cores(config)
     threads = plan_threads(config, cores, on_gpu)
-    sample_bytes = resolved.geometry.stored_bytes(config.data.max_seq_length)
-    credit_bytes = int(config.store.segment_bytes * USABLE_SHARE)
-    buffer_bytes = check_buffers(resolved, heldout_samples, vocab_prompts)
-    weights = target.num_parameters * ITEM_BYTES[config.target.dtype]
-    kv_cache = config.inference.max_total_tokens * target.num_layers * target.shape.hidden_size * 2
-    engine = weights + kv_cache + ENGINE_OVERHEAD_BYTES + buffer_bytes
-    others = BASE_BYTES + config.store.segment_bytes + config.inference.most_workers * engine
-    splits = _splits(resolved, heldout_samples, others)
+    sample_bytes = resolved.geometry.stored_bytes(longest)
+    segment_bytes = found(config.store.segment_bytes)
+    credit_bytes = int(segment_bytes * USABLE_SHARE)
+    others = BASE_BYTES + segment_bytes + config.inference.most_workers * _engine_bytes(resolved)
+    steps = max(2, config.controller.prefetch_steps)  # the one in training, and at least one that is being fetched
+    kept = steps * training.batch_size + heldout_samples
+    splits = possible_splits(draft, training, longest, kept, dtype, _budget(resolved, others))
     (configured,) = (split for split in splits if split.configured)
-    training = config.training
+    rank_bytes = host_bytes(draft, training, longest, kept, dtype) if on_gpu else configured.rank_bytes
     actors = (
         ("controller", 1, "metadata only"),
-        ("store node", 1, f"{config.store.segment_bytes / 2**20:.0f} MiB of memory"),
+        ("store node", 1, f"{segment_bytes / 2**20:.0f} MiB of memory"),
         ("inference worker", config.inference.most_workers, _uses(threads.inference, config.inference.tp_size, on_gpu)),
         ("trainer rank", training.world_size, _uses(threads.training, 1, on_gpu)),
     )
@@ -84,33 +79,16 @@ def make_plan(resolved: Resolved, heldout_samples: int, vocab_prompts: int) -> P
         actors=actors,
         threads=threads,
         cores=cores,
-        tokens_per_sample=config.data.max_seq_length,
+        tokens_per_sample=longest,
         sample_bytes=sample_bytes,
         credit_bytes=credit_bytes,
         store_samples=credit_bytes // sample_bytes,
-        draft_parameters=resolved.draft.parameters(),
-        memory_bytes=others + configured.ranks * configured.rank_bytes,
-        memory_available=psutil.virtual_memory().total,
+        draft_parameters=draft.parameters(),
+        memory_bytes=others + configured.ranks * rank_bytes,
+        memory_available=usable_memory(),
         splits=splits,
+        found=resolved.found,
     )
-
-
-def check_buffers(resolved: Resolved, heldout_samples: int = 0, vocab_prompts: int = 0) -> int:
-    """Refuse a store or buffers that are too small for samples split as the config says; returns the engines' buffer.
-
-    Raises:
-        ValueError: names the knob, and what it must be at least.
-    """
-    config, geometry = resolved.config, resolved.geometry
-    assert config.inference.buffer_bytes is not None
-    longest = config.data.max_seq_length
-    sample_bytes = geometry.stored_bytes(longest)
-    credit_bytes = int(config.store.segment_bytes * USABLE_SHARE)
-    _check_store(config, sample_bytes, credit_bytes, heldout_samples, vocab_prompts)
-    shards = [stored_bytes(geometry.shard(longest, rank)) for rank in range(config.training.sp_size)]
-    _check_buffer("inference", config.inference.buffer_bytes, sample_bytes)
-    _check_buffer("training", config.training.buffer_bytes, max(shards))
-    return config.inference.buffer_bytes
 
 
 def usable_cores(config: Config) -> int:
@@ -140,16 +118,23 @@ def total_steps(training: TrainingConfig, prompts: int) -> int:
     return min(steps, training.max_steps) if training.max_steps is not None else steps
 
 
-def _splits(resolved: Resolved, heldout_samples: int, others: int) -> tuple[Split, ...]:
-    """Args: ``others``, bytes of host memory of everything but the training ranks."""
-    config, budget = resolved.config, MemoryBudget(psutil.virtual_memory().total - others)
+def _budget(resolved: Resolved, others: int) -> MemoryBudget:
+    """Of the training ranks. ``others``: bytes of host memory of everything else."""
+    inference, budget = resolved.config.inference, MemoryBudget(usable_memory() - others)
+    if not resolved.on_gpu:
+        return budget
+    gpus = torch.cuda.device_count() - inference.most_workers * inference.tp_size
+    return replace(budget, gpus=gpus, gpu_bytes=device_memory("cuda"))
+
+
+def _engine_bytes(resolved: Resolved) -> int:
+    """Host memory of one engine: on a GPU, its buffer and its processes; on a CPU, weights and KV cache as well."""
+    inference, target, item = resolved.config.inference, resolved.target, ITEM_BYTES[resolved.config.target.dtype]
+    weights, outside = target.num_parameters * item, ENGINE_OVERHEAD_BYTES + found(inference.buffer_bytes)
     if resolved.on_gpu:
-        gpus = torch.cuda.device_count() - config.inference.most_workers * config.inference.tp_size
-        budget = replace(budget, gpus=gpus, gpu_bytes=torch.cuda.get_device_properties(0).total_memory)
-    steps = max(2, config.controller.prefetch_steps)  # the one in training, and at least one that is being fetched
-    kept = steps * config.training.batch_size + heldout_samples
-    length, dtype = config.data.max_seq_length, resolved.geometry.dtype
-    return possible_splits(resolved.draft, config.training, length, kept, dtype, budget)
+        return outside
+    _, keys = target.shape.widths
+    return outside + weights + found(inference.max_total_tokens) * target.num_layers * 2 * keys * item
 
 
 def _uses(threads: int, gpus: int, on_gpu: bool) -> str:
@@ -166,32 +151,4 @@ def check_gpus(config: Config, gpus: int) -> None:
             f"training.sp_ring_size ({training.sp_ring_size}) and inference.workers ({inference.most_workers}) x "
             f"inference.tp_size ({inference.tp_size}) ask for {training.world_size} + {engines} GPUs; "
             f"this machine has {gpus}"
-        )
-
-
-def _check_store(
-    config: Config, sample_bytes: int, credit_bytes: int, heldout_samples: int, vocab_prompts: int
-) -> None:
-    batch = config.training.batch_size
-    needs = {
-        "one sample": 1,
-        f"one batch of training.batch_size ({batch}) samples": batch,
-        f"the {heldout_samples} held-out samples (evaluation.samples) and one batch": heldout_samples + batch,
-        f"the {heldout_samples} held-out samples (evaluation.samples) and the {vocab_prompts} whose answers the "
-        "vocabulary is counted over (data.vocab_prompts)": heldout_samples + vocab_prompts,
-    }
-    for what, samples in needs.items():
-        if samples * sample_bytes > credit_bytes:
-            least = int(samples * sample_bytes / USABLE_SHARE) + 1
-            raise ValueError(
-                f"store.segment_bytes ({config.store.segment_bytes}) is too small for {what} of up to "
-                f"{config.data.max_seq_length} tokens (data.max_seq_length): at least {least} bytes"
-            )
-
-
-def _check_buffer(pool: str, buffer_bytes: int, sample_bytes: int) -> None:
-    if buffer_bytes < 2 * sample_bytes:
-        raise ValueError(
-            f"{pool}.buffer_bytes ({buffer_bytes}) must hold two samples of the largest size: "
-            f"at least {2 * sample_bytes} bytes, or lower data.max_seq_length"
         )

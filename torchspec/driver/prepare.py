@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
+
+import torch
 
 from torchspec.config.schema import Config
 from torchspec.controller.ledger_snapshot import LedgerSnapshot, ledger_shape
 from torchspec.data.prompt_builder import load_or_build
 from torchspec.data.prompt_set import PromptSet, TokenizeOptions
 from torchspec.data.survey import Survey, survey
-from torchspec.driver.plan import Plan, make_plan, total_steps
+from torchspec.driver.plan import Plan, check_gpus, make_plan, total_steps
 from torchspec.driver.resolve import Resolved, resolve
+from torchspec.driver.sizes import check_sizes
 from torchspec.inference.sglang_patch import check_patched
 from torchspec.monitor.trackers import check_trackers
 from torchspec.run_folder import LEDGER_FILE, RunFolder
@@ -54,10 +58,10 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Pre
     folder = RunFolder(config.run_dir)
     resume_from = _check_folder(folder, resume)
     message("reading and tokenising the prompts")
-    train, heldout = _read(config, load_or_build)
+    train, heldout = _check_and_read(resolved, load_or_build, lambda data: (len(data), data.fully_answered))
     if resume_from is not None:
         LedgerSnapshot.from_json((resume_from / LEDGER_FILE).read_text(), ledger_shape(config, train))
-    plan = _plan(resolved, len(train), train.rejected, train.fully_answered, len(heldout) if heldout else 0)
+    plan = make_plan(resolved, len(heldout) if heldout else 0)
     folder.path.mkdir(parents=True, exist_ok=True)
     if not resume:
         _list_rejected(folder, train, heldout)
@@ -67,14 +71,27 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Pre
 def make_plan_for(config: Config) -> tuple[Plan, Survey]:
     """The figures of a run and of its data, of which a sample is tokenised. Raises ValueError: it could not run."""
     resolved = resolve(config)
-    train, heldout = _read(resolved.config, survey)
-    answered = not train.answer_tokens
-    return _plan(resolved, train.rows, train.rejected, answered, heldout.rows if heldout else 0), train
+    train, heldout = _check_and_read(resolved, survey, lambda data: (data.rows, not data.answer_tokens))
+    return make_plan(resolved, heldout.rows if heldout else 0), train
 
 
-def _read(config: Config, read: Callable[..., T]) -> tuple[T, T | None]:
-    """The training and the held-out data, by ``load_or_build`` or by ``survey``, which take the same arguments."""
+def _check_and_read(
+    resolved: Resolved, read: Callable[..., T], rows_and_answered: Callable[[T], tuple[int, bool]]
+) -> tuple[T, T | None]:
+    """The training and the held-out data, by ``load_or_build`` or by ``survey``, which take the same arguments.
+
+    Raises:
+        ValueError: a line for each thing, in the data or elsewhere, that cannot work.
+    """
+    config, wrong = resolved.config, list[str]()
     data, evaluation = config.data, config.evaluation
+
+    @contextmanager
+    def noted() -> Iterator[None]:
+        try:
+            yield
+        except ValueError as error:
+            wrong.append(str(error))
 
     def read_from(knob: str, source: str, limit: int | None) -> T:
         options = TokenizeOptions(
@@ -89,23 +106,41 @@ def _read(config: Config, read: Callable[..., T]) -> tuple[T, T | None]:
         )
         return read(source, Path(config.target.path), options, data.cache_dir, knob)
 
-    train = read_from("data.train", data.train, data.limit)
-    if evaluation.heldout is None:
-        return train, None
-    return train, read_from("evaluation.heldout", evaluation.heldout, evaluation.samples)
+    heldout = None
+    with noted():
+        check_sizes(config, resolved.draft.target, resolved.geometry)
+    if resolved.on_gpu:
+        with noted():
+            check_gpus(config, torch.cuda.device_count())
+    with noted():
+        train = read_from("data.train", data.train, data.limit)
+        wrong += _complaints(resolved, *rows_and_answered(train), train.rejected)
+    if evaluation.heldout is not None:
+        with noted():
+            heldout = read_from("evaluation.heldout", evaluation.heldout, evaluation.samples)
+    if wrong:
+        raise ValueError("\n".join(dict.fromkeys(wrong)))
+    return train, heldout
 
 
-def _plan(resolved: Resolved, rows: int, rejected: Sequence[tuple[str, str]], answered: bool, heldout: int) -> Plan:
-    """For so many ``rows`` of training data, and so many held-out ones. ``answered``: no row waits for an answer."""
-    config, vocab_prompts = resolved.config, 0
+def _complaints(resolved: Resolved, rows: int, answered: bool, rejected: Sequence[tuple[str, str]]) -> Iterator[str]:
+    """What cannot work with so many ``rows`` of training data. ``answered``: no row waits for an answer."""
+    config, data = resolved.config, resolved.config.data
     if rows == 0:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected[:3])
-        raise ValueError(f"data.train {config.data.train}: no usable conversation is left ({reasons})")
-    if not answered:
+        yield f"data.train {data.train}: no usable conversation is left ({reasons})"
+    if answered:
+        return
+    try:
         resolved.draft.check_answers(config.answer.max_tokens)
-        if resolved.draft.vocab_size is not None:
-            vocab_prompts = min(config.data.vocab_prompts, rows)
-    return make_plan(resolved, heldout, vocab_prompts)
+    except ValueError as error:
+        yield str(error)
+    window, counted = config.controller.reorder_window, min(data.vocab_prompts, rows)
+    if resolved.draft.vocab_size is not None and window < counted:
+        yield (
+            f"controller.reorder_window ({window}) is smaller than data.vocab_prompts ({data.vocab_prompts}): the "
+            f"vocabulary could never be counted; at least {counted}"
+        )
 
 
 def _check_folder(folder: RunFolder, resume: bool) -> Path | None:

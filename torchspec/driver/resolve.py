@@ -5,20 +5,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torchspec.config.load import with_values
 from torchspec.config.schema import Config
 from torchspec.drafts.registry import KINDS
 from torchspec.drafts.spec import DraftSpec
+from torchspec.driver.sizes import find_sizes
 from torchspec.hardware import fast_dtype, pick_device
 from torchspec.shards import key_value_repeats
 from torchspec.store.geometry import SampleGeometry
 from torchspec.target.checkpoint import TargetCheckpoint
-
-MAX_DEFAULT_BUFFER = 4 << 30
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,8 @@ class Resolved:
     geometry: SampleGeometry
     """Of the samples that the run stores."""
     on_gpu: bool
+    found: Mapping[str, int] = field(compare=False)
+    """Sizes that were left open, by the knob's name."""
 
 
 def resolve(config: Config) -> Resolved:
@@ -49,21 +50,13 @@ def resolve(config: Config) -> Resolved:
     if sharding is not None:
         key_value_repeats(draft.target.num_heads, draft.target.num_kv_heads, sharding.ulysses_size)
     geometry = SampleGeometry(len(draft.layers), draft.target.hidden_size, config.target.dtype, sharding)
-    values: dict[str, Any] = {**_absolute_paths(config)}
-    if config.inference.buffer_bytes is None:
-        values["inference.buffer_bytes"] = _buffer_bytes(config, geometry)
-    return Resolved(with_values(config, values), target, draft, geometry, on_gpu)
+    sizes = find_sizes(config, draft.target, geometry, on_gpu)
+    return Resolved(with_values(config, {**_absolute_paths(config), **sizes}), target, draft, geometry, on_gpu, sizes)
 
 
 def computes_on_gpu(config: Config) -> bool:
     """Raises ValueError: it is to, and cannot."""
     return pick_device(config.training.device, "training.device") == "cuda"
-
-
-def _buffer_bytes(config: Config, geometry: SampleGeometry) -> int:
-    """For as many samples as an engine works on and two on their way; where they are large, fewer will do."""
-    sample = geometry.stored_bytes(config.data.max_seq_length)
-    return max(2 * sample, min((config.inference.max_concurrency + 2) * sample, MAX_DEFAULT_BUFFER))
 
 
 def _absolute_paths(config: Config) -> dict[str, str]:

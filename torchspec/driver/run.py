@@ -35,6 +35,7 @@ from torchspec.driver.session import Session
 from torchspec.driver.store import StoreSupervisor
 from torchspec.driver.supervise import RunFailed
 from torchspec.files import write_atomically
+from torchspec.knobs import found
 from torchspec.monitor.curves import draw_curves
 from torchspec.monitor.record.recorder import EventLog
 from torchspec.monitor.server import PageServer, ServerThread, ensure_token
@@ -132,7 +133,7 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
         placement = Placement(cluster, config.cluster)
         actors = ActorFactory(prepared, master.endpoint, placement, temp_dir / "actors")
         recovery = config.recovery
-        store = StoreSupervisor(master, actors.store_node, config.store.segment_bytes, recovery)
+        store = StoreSupervisor(master, actors.store_node, found(config.store.segment_bytes), recovery)
         stack.callback(store.close)
         controller = ControllerClient(actors.controller(), recovery.hang_seconds, recovery.start_seconds)
         controller.begin()

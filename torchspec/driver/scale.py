@@ -13,8 +13,9 @@ from torchspec.config.load import load_config, with_values
 from torchspec.config.schema import Config
 from torchspec.driver.cluster import alive_nodes
 from torchspec.driver.placement import check_pools, nodes_within
-from torchspec.driver.plan import check_buffers, check_gpus, plan_threads, usable_cores
+from torchspec.driver.plan import check_gpus, plan_threads, usable_cores
 from torchspec.driver.resolve import computes_on_gpu, resolve
+from torchspec.driver.sizes import check_sizes
 from torchspec.run_folder import RunFolder
 
 SIZES = ("dp_size", "attention_backend", "sp_ulysses_size", "sp_ring_size")
@@ -55,7 +56,8 @@ def checked_change(
         sizes = _sizes(config, dp, sp, ulysses, ring)
         config = with_values(config, {f"training.{name}": size for name, size in sizes.items()})
         change = replace(change, sizes=sizes)
-        check_buffers(resolve(config))
+        resolved = resolve(config)
+        check_sizes(resolved.config, resolved.draft.target, resolved.geometry)
     _check_machines(config, run_dir)
     return change
 

@@ -43,6 +43,7 @@ from torchspec.inference.sglang_process import (
 )
 from torchspec.inference.source import Produced, SourceFailed
 from torchspec.instruments import Stopwatch
+from torchspec.knobs import found
 from torchspec.processes.leftovers import remove_shared_memory_leftovers
 from torchspec.shards import ShardFormula
 from torchspec.store.geometry import SampleGeometry
@@ -84,8 +85,7 @@ class TargetEngine:
     """
 
     def __init__(self, spec: EngineSpec):
-        self._config, target, buffer_bytes = spec.config, spec.config.target, spec.config.inference.buffer_bytes
-        assert buffer_bytes is not None, "resolved before the run starts"
+        self._config, target, buffer_bytes = spec.config, spec.config.target, found(spec.config.inference.buffer_bytes)
         self._tokenizer = AutoTokenizer.from_pretrained(target.path, trust_remote_code=target.trust_remote_code)
         self._started = time.time()
         self._folder = Path(tempfile.mkdtemp(prefix="torchspec-"))

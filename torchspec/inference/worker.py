@@ -22,6 +22,7 @@ from torchspec.inference.engine import TargetEngine
 from torchspec.inference.sglang_process import EngineSpec
 from torchspec.inference.source import Produced, SampleSource, SourceFailed
 from torchspec.instruments import Stopwatch, observe
+from torchspec.knobs import found
 
 _CONTROLLER_PAUSE_SECONDS = 0.5
 
@@ -53,7 +54,7 @@ class InferenceWorker:
             self._source.stop()
 
     async def _work(self, samples: set[asyncio.Task[None]]) -> None:
-        most, more = self._config.inference.max_concurrency, True
+        most, more = found(self._config.inference.max_concurrency), True
         asking: asyncio.Task[list[Lease]] | None = None
         while more or samples:
             if more and asking is None and len(samples) < most:

@@ -207,15 +207,14 @@ class StepStream:
 
     def _fetch_heldout(self) -> list[Batch]:
         held: Rows = {}
-        complete = False
-        micro_batches: list[Batch] = []
-        while not complete:
-            refs: MicroBatches = ray.get(self._controller.heldout_batches.remote(self._rank))
-            if not refs:
-                return []
+        kept: list[Batch] = []
+        refs: MicroBatches | None
+        while refs := ray.get(self._controller.heldout_batches.remote(self._rank)):
             micro_batches, missing = self._fetcher.fetch(refs, held)
-            complete = ray.get(self._controller.heldout_fetched.remote(self._rank, tuple(missing)))
-        return micro_batches
+            if ray.get(self._controller.heldout_fetched.remote(self._rank, tuple(missing))):
+                kept += micro_batches
+                held = {}
+        return [] if refs is None else kept  # the score of a part could not be compared with those of the whole
 
 
 def _mask(ref: SampleRef) -> Tensor:

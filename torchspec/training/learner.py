@@ -27,6 +27,7 @@ from torchspec.config.schema import Config
 from torchspec.contracts import StepReport
 from torchspec.drafts.draft import Batch, Draft, DraftOptions, DraftOutput
 from torchspec.drafts.spec import DraftSpec
+from torchspec.knobs import found
 from torchspec.parallel.mesh import Sharing, shard_module
 from torchspec.target.checkpoint import TargetCheckpoint
 from torchspec.target.head import TargetHead, load_target_head
@@ -147,7 +148,7 @@ def build_draft(
     target = TargetCheckpoint(Path(config.target.path), config.target.trust_remote_code)
     whole = len(draft_ids) == spec.target.vocab_size
     head = load_target_head(target, getattr(torch, training.dtype), device, None if whole else draft_ids)
-    options = DraftOptions(training.loss_chunk_tokens, training.activation_checkpointing, sharing)
+    options = DraftOptions(found(training.loss_chunk_tokens), training.activation_checkpointing, sharing)
     torch.manual_seed(config.run.seed)
     draft = spec.build(head, target, options)
     if training.init_from is not None:

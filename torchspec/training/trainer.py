@@ -30,6 +30,7 @@ from torchspec.drafts.draft import Batch
 from torchspec.drafts.export import export_draft
 from torchspec.drafts.spec import DraftSpec
 from torchspec.hardware import peak_flops, pick_device
+from torchspec.knobs import found
 from torchspec.parallel.mesh import build_mesh, join_ranks
 from torchspec.run_folder import LEDGER_FILE, RunFolder
 from torchspec.store.endpoint import StoreEndpoint
@@ -102,7 +103,7 @@ class Trainer:
             learner = self.learner
             self.step = restore_checkpoint(spec.resume, learner.parameters, learner.optimizer, learner.draft_ids).step
             self.saved_step = self.step
-        self.store = HiddenStateStore(spec.endpoint, training.buffer_bytes)
+        self.store = HiddenStateStore(spec.endpoint, found(training.buffer_bytes))
 
     def run(self, controller: Any) -> None:
         """Train what ``controller`` hands out until it says that nothing follows.

@@ -34,6 +34,7 @@ def test_the_plan_warns_when_memory_is_short() -> None:
             memory_bytes=memory,
             memory_available=16 << 30,
             splits=splits,
+            found={"store.segment_bytes": 6 << 30, "inference.max_concurrency": 32},
         )
 
     data = Survey(90, 12_345, 6_789, (("p7", "too long"), ("p8", "too short")), exact=True)
@@ -42,6 +43,7 @@ def test_the_plan_warns_when_memory_is_short() -> None:
     assert "90 conversations of 12,345 tokens, and up to 6,789 that the target answers" in fits
     assert "2 rejected (p7: too long, ...)" in " ".join(fits.replace("│", " ").split())
     assert "23 of 8 samples" in fits
+    assert "store.segment_bytes: 6.0 GiB" in fits and "inference.max_concurrency: 32" in fits
     assert "2,048 tokens, 9.0 MiB" in fits and "99 samples" in fits and "9.8M" in fits
     assert "about 10.0 GiB of 16.0 GiB" in fits
     assert "more than the machine has" in short and "more than the machine has" not in fits

@@ -44,12 +44,38 @@ def test_an_empty_section_is_all_defaults(recipe: Path) -> None:
     assert error_of(recipe, "dta=null") == "unknown key dta: did you mean data?"
 
 
+def test_a_number_in_a_file_is_text_where_text_is_wanted(recipe: Path) -> None:
+    recipe.write_text("run: {name: 2024}\ntarget: {path: models/x}\nstore: {segment_bytes: 1.5GB}\n")
+    config = load_config(recipe)
+    assert (config.run.name, config.store.segment_bytes) == ("2024", 1_500_000_000)
+    save_config(config, recipe)
+    assert "segment_bytes: 1500000000\n" in recipe.read_text() and load_config(recipe) == config
+
+
+def test_all_that_contradicts_is_said_at_once(recipe: Path) -> None:
+    lines = error_of(
+        recipe, "training.dp_size=5", "inference.min_workers=9", "controller.reorder_window=2"
+    ).splitlines()
+    assert [line.split()[0] for line in lines] == [
+        *("inference.min_workers", "training.batch_size", "controller.reorder_window"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("override", "value"),
     [
         ("run.seed=7", 7),
         ("run.name='7e2'", "7e2"),
         ("run.name=inf", "inf"),
+        ("run.name=2024", "2024"),
+        ("run.name=1e5", "1e5"),
+        ("run.name=2024-01-02", "2024-01-02"),
+        ("run.dir=2024", Path("2024")),
+        ("store.segment_bytes=16GiB", 16 << 30),
+        ("training.buffer_bytes=512 MiB", 512 << 20),
+        ("inference.buffer_bytes=1.5GB", 1_500_000_000),
+        ("inference.buffer_bytes=2097152", 2 << 20),
+        ("inference.engine_args.revision=1e5", {"revision": 1e5}),
         ("optimizer.eps=1e-6", 1e-6),
         ("optimizer.betas=[0.8, 0.9]", (0.8, 0.9)),
         ("target.aux_layers=[1,14,26]", [1, 14, 26]),
@@ -102,6 +128,10 @@ def test_malformed_overrides_and_typos_are_one_line(recipe: Path, override: str,
             "run.name: '../up' does not fit; valid: text, matching ^[A-Za-z0-9][A-Za-z0-9._-]*$",
         ),
         ("run.dir=[3]", "run.dir: [3] does not fit; valid: path"),
+        (
+            "store.segment_bytes=lots",
+            "store.segment_bytes: 'lots' does not fit; valid: bytes, as 16GiB or 500MB | null, >= 16777216",
+        ),
     ],
 )
 def test_a_value_that_does_not_fit_is_named_with_what_does(recipe: Path, override: str, message: str) -> None:
@@ -113,7 +143,6 @@ def test_a_value_that_does_not_fit_is_named_with_what_does(recipe: Path, overrid
     [
         ("training.dp_size=5", "training.dp_size"),
         ("controller.reorder_window=2", "controller.reorder_window (2) is smaller than training.batch_size (4)"),
-        ("controller.reorder_window=100", "controller.reorder_window (100) is smaller than data.vocab_prompts (128)"),
         ("inference.min_workers=9", "inference.min_workers (9) is larger than inference.max_workers (4)"),
         ("monitor.profile_steps=[3, 2]", "monitor.profile_steps ([3, 2])"),
         ("training.sp_ring_size=2", "need training.attention_backend=usp; it is flash"),

@@ -43,7 +43,7 @@ class Scene:
     """A buffer, and what a worker does to it."""
 
     def __init__(self, run_dir: Path):
-        self.spec = make_spec(ENDPOINT, run_dir, training={"epochs": 1})
+        self.spec = make_spec(ENDPOINT, run_dir, training={"epochs": 1}, controller={"reorder_window": 10})
         self.changes = 0
         self.buffer = SampleBuffer(self.spec, Observer(run_dir, 0), self.change)
         self.ledger, self.credits = self.buffer.ledger, self.buffer.credits
@@ -205,5 +205,31 @@ def test_the_front_gets_its_credits_from_whoever_is_furthest_behind(play) -> Non
         scene.buffer.make_room(scene.ledger, front)
         assert [scene.state(ref) for ref in refs[4:]] == ["stored", "pending"]
         await scene.until(lambda: refs[5].sample not in scene.credits.held)
+
+    play(script)
+
+
+def test_while_answers_are_counted_those_that_are_there_make_room_and_are_made_again_in_order(play) -> None:
+    """A store of three, six to count: the front stays, and what gave up its place waits until all are counted."""
+
+    async def script(scene: Scene) -> None:
+        buffer, ledger, order = scene.buffer, scene.ledger, [scene.ledger.sample_at(p) for p in range(10)]
+        buffer.counted_first = 6
+        refs = await scene.stored(3)
+        scene.credits.capacity = scene.credits.used
+        for position in range(3, 6):
+            record = ledger.next_to_lease()
+            assert record.sample == order[position] and buffer.lease(ledger, record, "w") is None
+            assert buffer.displaces(ledger, record)
+            buffer.make_room(ledger, record)
+            await scene.until(lambda record=record: buffer.credits.fits(record.sample, refs[0].num_bytes))
+            refs.append(await scene.publish(scene.lease()))
+        assert [scene.state(ref) for ref in refs] == ["stored"] * 2 + ["pending"] * 3 + ["stored"]
+        last = ledger.next_to_lease()
+        assert last.sample == order[6] and not buffer.displaces(ledger, last), "what is not counted waits"
+        buffer.all_counted()
+        assert ledger.next_to_lease().sample == order[2]
+        buffer.make_room(ledger, ledger.next_to_lease())
+        assert [scene.state(ref) for ref in refs] == ["stored"] * 2 + ["pending"] * 4
 
     play(script)

@@ -33,7 +33,13 @@ TOKENS = 960
 
 def training_of(ulysses: int = 1, ring: int = 1, **changes: Any) -> TrainingConfig:
     backend = "usp" if ulysses * ring > 1 else "flash"
-    defaults = {"dtype": "float32", "batch_size": 1, "micro_batch_size": 1}
+    defaults = {
+        "dtype": "float32",
+        "batch_size": 1,
+        "micro_batch_size": 1,
+        "loss_chunk_tokens": 1024,
+        "buffer_bytes": 1 << 28,
+    }
     return TrainingConfig(
         attention_backend=backend, sp_ulysses_size=ulysses, sp_ring_size=ring, **{**defaults, **changes}
     )

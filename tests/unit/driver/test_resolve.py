@@ -17,10 +17,13 @@ def test_what_is_open_is_filled_in_and_a_resolved_config_stays_as_it_is(
     tree = {"target": {"path": str(target_path)}, "data": {"max_seq_length": 64}, "inference": {"max_concurrency": 6}}
     resolved = resolve(parse_config(tree))
     config, sample = resolved.config, resolved.geometry.stored_bytes(64)
-    assert config.inference.buffer_bytes == 8 * sample
+    assert config.inference.buffer_bytes == resolved.found["inference.buffer_bytes"] == 8 * sample
+    assert config.inference.max_concurrency == 6 and "inference.max_concurrency" not in resolved.found
+    assert None not in (config.store.segment_bytes, config.training.buffer_bytes, config.training.loss_chunk_tokens)
     assert config.training.dtype == config.target.dtype == resolved.geometry.dtype != "auto"
     assert config.run_dir.parent == tmp_path / "runs" and config.data.cache_dir.is_absolute()
-    assert resolve(config) == resolved
+    again = resolve(config)
+    assert again == resolved and not again.found
 
 
 def test_what_was_said_stays(target_path: Path) -> None:

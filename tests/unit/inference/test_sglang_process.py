@@ -20,5 +20,6 @@ def test_knobs_reach_sglang_and_the_users_own_arguments_win() -> None:
         "float32",
         [1, 5],
     )
+    assert args["chunked_prefill_size"] is None, "left open on a GPU: SGLang's own choice"
     assert (args["max_running_requests"], args["max_total_tokens"], args["watchdog_timeout"]) == (3, 999, 50)
     assert (args["log_level"], args["mem_fraction_static"]) == ("info", 0.5)

@@ -1,0 +1,134 @@
+"""Every recipe that we show can be planned as it stands, and all that is wrong with one is said at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from torchspec.config.load import load_config, parse_config
+from torchspec.driver import plan as planning
+from torchspec.driver import sizes
+from torchspec.driver.plan import Plan
+from torchspec.driver.prepare import make_plan_for
+
+ROOT = Path(__file__).parents[3]
+RECIPES = sorted(path.stem for path in ROOT.glob("configs/*.yaml"))
+FENCE = re.compile(r"```yaml\n(.*?)```", re.DOTALL)
+SHOWN = {
+    f"{path.name}-{n}": text
+    for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
+    for n, text in enumerate(FENCE.findall(path.read_text()))
+}
+QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 4096,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "intermediate_size": 12288,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "tie_word_embeddings": False,
+}
+PARAMETERS = 8_190_735_360
+
+
+@pytest.fixture
+def qwen(target_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A target of Qwen3-8B's sizes without weights, in a folder with the data that recipes name; 23 GiB of memory."""
+    folder = tmp_path / "target"
+    folder.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        if (target_path / name).exists():
+            shutil.copy(target_path / name, folder)
+    (folder / "config.json").write_text(json.dumps(QWEN3_8B))
+    (folder / "model.safetensors").touch()
+    os.truncate(folder / "model.safetensors", 2 * PARAMETERS)  # sparse
+    (tmp_path / "data").mkdir()
+    for name in ("train", "heldout"):
+        lines = [json.dumps({"prompt": f"What is {name} {i}?"}) for i in range(200)]
+        (tmp_path / "data" / f"{name}.jsonl").write_text("\n".join(lines))
+    monkeypatch.chdir(tmp_path)
+    for module in (sizes, planning):
+        monkeypatch.setattr(module, "usable_memory", lambda: 23 << 30)
+    monkeypatch.setattr(sizes, "device_memory", lambda device: 23 << 30)
+    return folder
+
+
+def shown(name: str) -> dict[str, Any]:
+    """A recipe of a document; where it is a part of one, with the rest of the README's."""
+    (readme,) = (text for key, text in SHOWN.items() if key.startswith("README"))
+    return yaml.safe_load(readme) | yaml.safe_load(SHOWN[name])
+
+
+def planned(tree: dict[str, Any], target: Path, **changes: Any) -> Plan:
+    tree["target"]["path"] = str(target)
+    for dtype in ("target", "training"):  # as on a GPU, or on a CPU of a server
+        tree[dtype] = tree.get(dtype, {}) | {"dtype": "bfloat16"}
+    return make_plan_for(parse_config(tree | changes))[0]
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_what_the_documents_show_can_be_planned(name: str, qwen: Path) -> None:
+    plan = planned(shown(name), qwen)
+    assert plan.tokens_per_sample == 4096 and plan.store_samples >= 17
+    assert plan.memory_bytes > 2 * 2 * PARAMETERS > plan.memory_available, "that it takes a larger machine is said"
+
+
+def test_the_kubernetes_recipe_can_be_planned(qwen: Path) -> None:
+    (recipe,) = (
+        document["data"]["recipe.yaml"]
+        for document in yaml.safe_load_all((ROOT / "configs/launch/kuberay.yaml").read_text())
+        if document["kind"] == "ConfigMap"
+    )
+    tree = yaml.safe_load(recipe)
+    tree["data"] |= {"train": "data/*.jsonl", "cache_dir": "cache"}
+    assert planned(tree, qwen).store_samples >= 16
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_recipes_have_no_less_than_when_they_named_their_sizes(name: str, target_path: Path) -> None:
+    plan, _ = make_plan_for(load_config(ROOT / "configs" / f"{name}.yaml", [f"target.path={target_path}"]))
+    had = {
+        "store.segment_bytes": 1 << 30,
+        "inference.max_concurrency": 32,
+        "inference.max_total_tokens": 16384,
+        "inference.chunked_prefill_size": 2048,
+        "inference.buffer_bytes": 34 * 320 * 576 * 4 * 2,
+        "training.buffer_bytes": 64 << 20,
+        "training.loss_chunk_tokens": 1024,
+    }
+    assert set(plan.found) == set(had)
+    assert all(plan.found[knob] >= size for knob, size in had.items())
+    same = ("inference.max_concurrency", "inference.max_total_tokens", "training.loss_chunk_tokens")
+    assert all(plan.found[knob] == had[knob] for knob in same)
+
+
+def test_all_that_is_wrong_is_said_at_once(qwen: Path) -> None:
+    tree = shown(next(iter(SHOWN)))
+    tree |= {"store": {"segment_bytes": "1GiB"}, "inference": {"buffer_bytes": "200MiB", "max_total_tokens": 4096}}
+    tree["controller"] = {"reorder_window": 64}
+    tree["evaluation"]["heldout"] = "absent.jsonl"
+    with pytest.raises(ValueError, match=r"\w") as caught:
+        planned(tree, qwen)
+    lines = str(caught.value).splitlines()
+    knobs = ["inference.max_total_tokens", "store.segment_bytes", "inference.buffer_bytes"]
+    assert [line.split()[0] for line in lines[:3]] == knobs
+    assert any("controller.reorder_window (64) is smaller than data.vocab_prompts (128)" in line for line in lines)
+    assert any("evaluation.heldout absent.jsonl: no such file" in line for line in lines)
+
+
+def test_a_vocabulary_that_nobody_counts_needs_no_window(qwen: Path) -> None:
+    tree = shown(next(iter(SHOWN))) | {"controller": {"reorder_window": 64}}
+    assert planned(tree | {"draft": {"vocab_size": None}}, qwen).store_samples >= 17
