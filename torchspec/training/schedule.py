@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from torchspec.config.schema import OptimizerConfig
 
-SPENT = 0.01
+SPENT = 0.02
 """Of the peak: with less there is nothing left to stretch."""
 
 
