@@ -129,7 +129,7 @@ def _tell_schedule(checkpoint: Path, steps: int, config: Config, message: Callab
         rate = bent.rate(info.step + 1, config.optimizer)
         message(
             f"{steps:,} steps instead of {info.schedule.total:,}: the learning rate goes on with {rate:.2e}, and what "
-            f"was left of its schedule is spread over the {steps - info.step:,} steps to come"
+            "was left of its schedule is spread over the steps to come"
         )
 
 
