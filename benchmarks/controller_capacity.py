@@ -204,7 +204,9 @@ def spec(run_dir: Path, endpoint: StoreEndpoint, data: PromptSet, pool: int) -> 
             "controller": {"reorder_window": max(256, 4 * batch)},
         }
     )
-    return ControllerSpec(config, data, None, GEOMETRY, VOCAB, (0,), endpoint, 1 << 40, run_dir)
+    return ControllerSpec(
+        config, data, None, GEOMETRY, None, VOCAB, "target", None, (0,), endpoint, credit_bytes=1 << 40, run_dir=run_dir
+    )
 
 
 def measure(

@@ -62,7 +62,20 @@ def controller_of(endpoint: StoreEndpoint, folder: Path, samples: int, ranks: in
         content_hash=f"bench-{samples}",
     )
     return Controller(
-        ControllerSpec(config, prompts, None, GEOMETRY, 64, (0,), endpoint, credit_bytes=1 << 34, run_dir=folder)
+        ControllerSpec(
+            config,
+            prompts,
+            None,
+            GEOMETRY,
+            None,
+            64,
+            "target",
+            None,
+            (0,),
+            endpoint,
+            credit_bytes=1 << 34,
+            run_dir=folder,
+        )
     )
 
 

@@ -1,4 +1,4 @@
-"""A run's folder: every file in it by name, its newest checkpoint, and whether a driver lives. Standard library only.
+"""A run's folder: every file in it by name, its checkpoints, and whether a driver lives. Standard library only.
 
 RUN/
   config.yaml              the resolved config, with the sizes of the moment; a folder with it is a run
@@ -30,11 +30,12 @@ RUN/
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import socket
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 LEDGER_FILE = "ledger.json"
 """In a checkpoint: which samples its steps have consumed."""
@@ -65,9 +66,23 @@ class RunFolder:
         """Whether there is a run, running or not."""
         return self.config.is_file()
 
+    def expect(self, run: bool) -> None:
+        """Raises ValueError: there is none to resume, or, without ``run``, one where a new one is to be."""
+        if self.exists() and not run:
+            raise ValueError(
+                f"the run {self.path} exists already: continue it with `torchspec resume {self.path}`, or choose "
+                "another name with run.name=..."
+            )
+        if run and not self.exists():
+            raise ValueError(f"there is nothing to resume in {self.path}: it has no config.yaml")
+
     def log(self, name: str) -> Path:
         """Of an actor or a process."""
         return self.path / "logs" / f"{name}.log"
+
+    def logs(self) -> dict[str, Path]:
+        """Those that there are, by name."""
+        return {path.stem: path for path in sorted((self.path / "logs").glob("*.log"))}
 
     def profile(self, rank: int) -> Path:
         return self.path / "profile" / f"rank-{rank}.json.gz"
@@ -80,6 +95,41 @@ class RunFolder:
         """The newest complete one; None before the first."""
         pointer = self.checkpoints / "latest"
         return pointer.resolve() if pointer.exists() else None
+
+    def find_checkpoint(self, which: str) -> Path | None:
+        """``latest``, ``best``, or that of a step. None: the latest, before there is one.
+
+        Raises:
+            ValueError: there is no such checkpoint.
+        """
+        if which == "latest":
+            return self.newest_checkpoint()
+        folders = [folder for folder in sorted(self.checkpoints.glob("step_*")) if not folder.suffix]
+        there = {folder.name.removeprefix("step_").lstrip("0"): folder for folder in folders}
+        if (best := self.checkpoints / "best").exists():
+            there["best"] = best.resolve()
+        if which not in there:
+            raise ValueError(f"{self.path} has no checkpoint {which}; it has {', '.join(there) or 'none'}")
+        return there[which]
+
+    def hold(self) -> IO[str]:
+        """The run's lock, of which there is one: closing it lets go, and so does the end of this process.
+
+        Raises:
+            ValueError: somebody else has it, or its folder cannot be locked.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            file = self.lock.open("w")
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(f"{self.path} is running already; see it with: torchspec status {self.path}") from None
+        except OSError as error:
+            raise ValueError(
+                f"run.dir: {self.path} cannot be locked ({error.strerror}); it must be writable, on a file system with "
+                "flock"
+            ) from None
+        return file
 
     def is_live(self) -> bool:
         """Whether the run has a driver: on this machine one that lives, elsewhere one that has not ended."""

@@ -67,6 +67,7 @@ def make_spec(
         geometry=GEOMETRY,
         halo=7,
         vocab_size=VOCAB,
+        target_fingerprint="target",
         draft_vocab_size=16,
         end_token_ids=(0,),
         endpoint=endpoint,

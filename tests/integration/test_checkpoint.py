@@ -40,6 +40,7 @@ from torchspec.training.checkpoint import (
 )
 from torchspec.training.learner import build_draft
 from torchspec.training.optimizer import build_optimizer
+from torchspec.training.schedule import Schedule
 from torchspec.training.weights import export_checkpoint, load_draft
 
 CPU = torch.device("cpu")
@@ -235,7 +236,7 @@ def test_resume_takes_dtypes_from_the_data(one_rank: None, bench: Bench, tmp_pat
     save_checkpoint(
         tmp_path / "step_000001",
         state,
-        CheckpointInfo(1, spec_of(make_config(bench.target, tmp_path / "run")), None),
+        CheckpointInfo(1, Schedule(((0, 1),)), spec_of(make_config(bench.target, tmp_path / "run")), None),
         {},
     )
     fresh = nn.Parameter(torch.zeros(4, 3))

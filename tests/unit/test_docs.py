@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-FOLDERS = ("benchmarks", "configs", "docs", "patches", "tests", "torchspec")
+FOLDERS = ("benchmarks", "configs", "docs", "tests", "torchspec")
 PATH = re.compile(rf"(?<![\w/.~-])(?:{'|'.join(FOLDERS)})/[\w./*-]*[\w/*]")
 MODULE = re.compile(r"(?<![\w./])(?:torchspec|benchmarks|tests)(?:\.\w+)+")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")

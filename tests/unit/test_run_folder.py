@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 from pathlib import Path
+
+import pytest
 
 from torchspec.run_folder import RunFolder, this_process
 
@@ -22,3 +25,35 @@ def test_the_run_around_a_draft_is_found(tmp_path: Path) -> None:
     run.config.touch()
     found = RunFolder.around(draft)
     assert found is not None and found.path == run.path
+
+
+def test_a_file_system_without_locks_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def unsupported(file: object, operation: int) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with pytest.raises(ValueError, match=rf"run\.dir: {tmp_path} .*Operation not supported.*flock"):
+        RunFolder(tmp_path).hold()
+
+
+def test_a_run_has_one_driver(tmp_path: Path) -> None:
+    with RunFolder(tmp_path).hold(), pytest.raises(ValueError, match="is running already; see it with: torchspec st"):
+        RunFolder(tmp_path).hold()
+    RunFolder(tmp_path).hold().close()
+
+
+def test_checkpoints_are_found_by_step_and_by_name(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    assert run.find_checkpoint("latest") is None
+    with pytest.raises(ValueError, match="has no checkpoint best; it has none"):
+        run.find_checkpoint("best")
+    for name in ("step_000040", "step_000200", "step_000240.tmp"):
+        (run.checkpoints / name).mkdir(parents=True)
+    (run.checkpoints / "latest").symlink_to("step_000200")
+    (run.checkpoints / "best").symlink_to("step_000040")
+    assert [run.find_checkpoint(which) for which in ("latest", "200", "40", "best")] == [
+        *(run.checkpoint(step) for step in (200, 200, 40, 40))
+    ]
+    for which in ("240", "2", "../checkpoints/step_000040", "worst"):
+        with pytest.raises(ValueError, match=rf"has no checkpoint {which}; it has 40, 200, best"):
+            run.find_checkpoint(which)

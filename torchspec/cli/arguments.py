@@ -1,28 +1,54 @@
-"""Arguments that several commands share."""
+"""What several commands share: arguments and how they are completed, finding runs, JSON."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from torchspec.run_folder import RunFolder
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A recipe in YAML (see configs/).")]
+ConfigFile = Annotated[
+    Path, typer.Argument(metavar="CONFIG", help="A recipe in YAML, or builtin:quickstart; torchspec init writes one.")
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[a.b=c]...", show_default=False, help="Override the recipe, as in optimizer.lr=2e-3"),
 ]
-Run = Annotated[str, typer.Argument(metavar="RUN", help="The run's folder, or its name under runs/.")]
+
+
+def runs_in(folder: Path = Path("runs")) -> list[RunFolder]:
+    """The runs that lie in ``folder``, by name."""
+    return [run for run in map(RunFolder, sorted(folder.glob("*"))) if run.exists()]
+
+
+def _complete_run(incomplete: str) -> list[str]:
+    """For the shell: names under ``runs/``, and paths of runs."""
+    names = [run.path.name for run in runs_in()]
+    return [word for word in (*names, *(f"runs/{name}" for name in names)) if word.startswith(incomplete)]
+
+
+Run = Annotated[
+    str,
+    typer.Argument(metavar="RUN", help="The run's folder, or its name under runs/.", autocompletion=_complete_run),
+]
 OptionalRun = Annotated[
     str | None,
     typer.Argument(
         metavar="[RUN]",
         help="The run's folder, or its name under runs/. Default: the one that was started last, of those that run.",
         show_default=False,
+        autocompletion=_complete_run,
     ),
 ]
+AsJson = Annotated[bool, typer.Option("--json", help="Print everything that is known, as JSON.")]
+
+
+def print_json(tree: Any) -> None:
+    """Everything that JSON does not know (paths) as text."""
+    print(json.dumps(tree, indent=2, default=str))
 
 
 def find_run(run: str) -> Path:

@@ -26,7 +26,7 @@ from packaging.requirements import Requirement
 
 from torchspec.cli.units import human_bytes
 from torchspec.data.builtin_target import CACHE, MODEL
-from torchspec.inference.sglang_patch import PatchError, check_patched
+from torchspec.inference.sglang_patch import SUPPORTED_VERSION, PatchError, check_patched
 from torchspec.processes.janitor import MARK
 from torchspec.processes.leftovers import SHARED_MEMORY, find_shared_memory_leftovers
 
@@ -122,7 +122,9 @@ def check_sglang() -> Finding:
     try:
         files = check_patched()
     except PatchError as error:
-        return Finding("fail", str(error), "make setup")
+        install = f"pip install --no-deps sglang=={SUPPORTED_VERSION}"
+        fix = f"make setup; with a wheel: {install} && python -m torchspec.inference.sglang_patch apply"
+        return Finding("fail", str(error), fix)
     return Finding("ok", f"{version('sglang')}, patched ({files} files)")
 
 

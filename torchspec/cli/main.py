@@ -13,34 +13,40 @@ from typing import Annotated
 
 import typer
 
-from torchspec.cli import doctor, export_eval, quickstart, reference, runs, train
+from torchspec.cli import doctor, export_eval, folders, init, quickstart, reference, runs, train
+
+NAMES = {export_eval.evaluate: "eval", folders.list_runs: "list", folders.remove: "rm"}
+"""Of commands that Python has another word for."""
 
 app = typer.Typer(
     name="torchspec",
     help="Train drafts for speculative decoding online: SGLang produces the target's hidden states while torch trains.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for command in (
     quickstart.quickstart,
+    init.init,
     train.train,
     train.resume,
     train.plan,
+    folders.list_runs,
     runs.status,
     runs.ui,
     runs.top,
+    folders.logs,
     runs.trace,
     runs.scale,
     runs.stop,
     runs.verify,
+    folders.remove,
     export_eval.export,
     export_eval.evaluate,
     reference.config,
     doctor.doctor,
 ):
-    app.command(name="eval" if command is export_eval.evaluate else None)(command)
+    app.command(name=NAMES.get(command))(command)
 
 
 def _show_version(wanted: bool) -> None:

@@ -15,9 +15,6 @@ from torchspec.run_folder import RunFolder
 if TYPE_CHECKING:
     from torchspec.config.schema import Config
 
-RECIPES = Path(__file__).parents[2] / "configs"
-"""``quickstart.yaml`` is for the default kind of draft, ``quickstart_KIND.yaml`` for another."""
-
 
 def quickstart(
     overrides: Overrides = None,
@@ -33,8 +30,8 @@ def quickstart(
 
     if kind not in (None, *KINDS):
         raise ValueError(f"--kind {kind} must be one of {', '.join(KINDS)}")
-    recipe = "quickstart.yaml" if kind in (None, DEFAULT) else f"quickstart_{kind}.yaml"
-    config = load_config(RECIPES / recipe, overrides or [])
+    recipe = "quickstart" if kind in (None, DEFAULT) else f"quickstart_{kind}"
+    config = load_config(f"builtin:{recipe}", overrides or [])
     config.run.name = unused_name(config)
     summary = run_training(config, resume=False)
     if summary.stopped or summary.export is None:

@@ -29,16 +29,13 @@ def config(
     overrides: Overrides = None,
 ) -> None:
     """Print every key with its type, default and meaning; with CONFIG, that recipe as it resolves."""
-    import yaml
-
-    from torchspec.config.load import load_config
+    from torchspec.config.load import config_text, load_config
     from torchspec.config.schema import Config
 
     if config is None:
         print("\n".join(reference_lines(Config)))
     else:
-        tree = load_config(config, overrides or []).model_dump(mode="json")
-        print(yaml.safe_dump(tree, sort_keys=False), end="")
+        print(config_text(load_config(config, overrides or [])), end="")
 
 
 def reference_lines(model: type[BaseModel], indent: str = "") -> Iterator[str]:

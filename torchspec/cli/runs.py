@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from torchspec.cli.arguments import OptionalRun, Run, find_run, newest_run
+from torchspec.cli.arguments import AsJson, OptionalRun, Run, find_run, newest_run, print_json
 from torchspec.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -18,11 +18,8 @@ VIOLATIONS_SHOWN = 10
 """One mistake often shows in many."""
 
 
-def status(
-    run: Run, as_json: Annotated[bool, typer.Option("--json", help="Print everything that is known, as JSON.")] = False
-) -> None:
+def status(run: Run, as_json: AsJson = False) -> None:
     """Show how a run is doing, or how it ended: its health, which side limits it, by how much, what to change."""
-    import json
     import time
     from dataclasses import asdict
 
@@ -40,7 +37,7 @@ def status(
     health, verdict = assess_run(folder, latest, live, time.time()), judge_run(folder, live)
     if as_json:
         seen = {"live": live, "time": latest.time if latest is not None else time.time()}
-        print(json.dumps({**asdict(now), **seen, "health": asdict(health), "verdict": asdict(verdict)}, indent=2))
+        print_json({**asdict(now), **seen, "health": asdict(health), "verdict": asdict(verdict)})
         return
     console = Console(highlight=False)
     console.print(Dashboard(now, now.messages))
@@ -157,11 +154,13 @@ def stop(run: Run) -> None:
     print(f"{folder} stops after its current step and saves a checkpoint; continue it with: torchspec resume {folder}")
 
 
-def verify(run: Run) -> None:
+def verify(run: Run, as_json: AsJson = False) -> None:
     """Prove from a run's journal that no sample was lost or trained twice, and that batches follow the seed.
 
     Exit code 0: proven, for a run that has not finished as far as it got. 1: violations, the first of them named.
     """
+    from dataclasses import asdict
+
     from rich.console import Console
     from rich.text import Text
 
@@ -170,6 +169,9 @@ def verify(run: Run) -> None:
 
     folder = find_run(run)
     proof = verify_run(folder)
+    if as_json:
+        print_json({"proven": proof.proven, **asdict(proof)})
+        raise typer.Exit(0 if proof.proven else 1)
     console = Console(highlight=False)
     console.print(proof_table(folder.name, proof))
     if not proof.proven:

@@ -1,4 +1,4 @@
-"""Reads a YAML recipe, applies ``a.b=c`` overrides, and turns what is wrong into one clear line each."""
+"""Loads a recipe, applies ``a.b=c`` overrides, and turns what is wrong into one clear line each."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from torchspec.config.describe import describe_type, section_of
+from torchspec.config.recipe import keep_variables, read_recipe
 from torchspec.config.schema import Config
 from torchspec.drafts.registry import KINDS, kind_of
 from torchspec.files import write_atomically
@@ -24,22 +25,13 @@ EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
-    """Read ``path``, apply dotted overrides in order, validate.
+    """Read ``path`` (:func:`read_recipe`), apply dotted overrides in order, validate.
 
     Raises:
-        ValueError: the file is missing or not YAML, an override is malformed, a key is unknown (the nearest valid name
-            is given) or a value does not fit.
+        ValueError: the recipe cannot be read, an override is malformed, a key is unknown (the nearest valid name is
+            given) or a value does not fit.
     """
-    try:
-        text = Path(path).read_text()
-    except OSError as error:
-        raise ValueError(f"cannot read the config {path}: {error.strerror}") from None
-    try:
-        tree = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(tree, dict):
-        raise ValueError(f"{path} must hold sections (run:, target:, data:, ...), not a {type(tree).__name__}")
+    tree = read_recipe(Path(path))
     for override in overrides:
         _apply(tree, override)
     return parse_config(tree)
@@ -68,9 +60,13 @@ def with_values(config: Config, values: Mapping[str, Any]) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Write the resolved config as YAML, at once; :func:`load_config` reads it back to an equal one."""
-    text = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
-    write_atomically(path, lambda file: file.write(text.encode()), durable=True)
+    """Write ``config`` as YAML, at once."""
+    write_atomically(path, lambda file: file.write(config_text(config).encode()), durable=True)
+
+
+def config_text(config: Config) -> str:
+    """``config`` as YAML; :func:`load_config` reads it back to an equal one."""
+    return keep_variables(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
 
 
 def _apply(tree: dict[str, Any], override: str) -> None:

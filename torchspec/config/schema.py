@@ -68,7 +68,8 @@ class AnswerConfig(Section):
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sample among the likeliest tokens that together have this probability. 1 is all of them."""
     reuse: Path | None = None
-    """An ``answers.jsonl`` of an earlier run with the same prompts: what it holds is prefilled, not written again."""
+    """An ``answers.jsonl`` of an earlier run with the same prompts, target and sampling: what it holds is prefilled,
+    not written again, and cut where it is longer than this run allows."""
 
 
 class InferenceConfig(Section):

@@ -36,7 +36,7 @@ from torchspec.contracts import HELDOUT_EPOCH, Answer, FailureKind, Lease, Sampl
 from torchspec.controller.ledger import Ledger, Record
 from torchspec.controller.ledger_snapshot import Rejection, heldout_shape, ledger_shape
 from torchspec.controller.objects import Credits, StoredObjects
-from torchspec.controller.prompts import Prompts
+from torchspec.controller.prompts import Prompts, Writer
 from torchspec.data.prompt_set import PromptSet
 from torchspec.files import JsonLines, read_lines
 from torchspec.monitor.record.observer import Observer
@@ -61,6 +61,8 @@ class ControllerSpec:
     """Of the draft: how far a shard reads beyond its rows."""
     vocab_size: int
     """Of the target."""
+    target_fingerprint: str
+    """Of its weights."""
     draft_vocab_size: int | None
     """None: the draft has the target's, and nothing is counted."""
     end_token_ids: tuple[int, ...]
@@ -86,7 +88,8 @@ class SampleBuffer:
         )
         self.ledgers = self.heldout, self.ledger  # held-out samples come first
         self._journal, self._rejections = JsonLines(self._folder.journal), JsonLines(self._folder.rejected)
-        self.prompts = Prompts(spec.train, spec.heldout, self._folder.answers, config.answer.reuse, config.run.seed)
+        answers, writer = self._folder.answers, Writer.of(config.answer, spec.target_fingerprint)
+        self.prompts = Prompts(spec.train, spec.heldout, answers, writer, config.answer.reuse, config.run.seed)
         self.credits, self._objects = Credits(spec.credit_bytes), StoredObjects(spec.endpoint)
         self._making_room = False
         self.store_away = False

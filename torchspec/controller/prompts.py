@@ -4,16 +4,37 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from torchspec.config.schema import AnswerConfig
 from torchspec.contracts import HELDOUT_EPOCH, Answer, Lease, SampleId
 from torchspec.data.masks import pack_mask
 from torchspec.data.order import sample_seed
 from torchspec.data.prompt_set import PromptSet
 from torchspec.files import JsonLines, read_lines
+
+
+@dataclass(frozen=True, slots=True)
+class Writer:
+    """Who writes the answers of a run, and how: each line of ``answers.jsonl`` says it."""
+
+    target: str
+    """Fingerprint of its weights."""
+    temperature: float
+    top_p: float
+
+    @classmethod
+    def of(cls, config: AnswerConfig, fingerprint: str) -> Writer:
+        """Where nothing is sampled, ``top_p`` makes no difference."""
+        return cls(fingerprint, config.temperature, config.top_p if config.temperature else 1.0)
+
+    def wrote(self, line: dict[str, Any]) -> bool:
+        """Whether a line of ``answers.jsonl`` is of this writer."""
+        return bool(line.get("writer") == asdict(self))
 
 
 class Prompts:
@@ -25,16 +46,26 @@ class Prompts:
         seed: the run's.
     """
 
-    def __init__(self, train: PromptSet, heldout: PromptSet | None, answers: Path, reuse: Path | None, seed: int):
+    def __init__(
+        self,
+        train: PromptSet,
+        heldout: PromptSet | None,
+        answers: Path,
+        writer: Writer,
+        reuse: Path | None,
+        seed: int,
+    ):
         self._train, self._heldout, self._seed = train, heldout, seed
-        self._answers = AnswerBook(answers, reuse)
+        self._answers = AnswerBook(answers, writer, reuse)
 
     def name(self, sample: SampleId) -> str:
         return f"{self._prompts(sample).ids[sample.prompt]} (epoch {sample.epoch})"
 
     def answer(self, sample: SampleId) -> np.ndarray | None:
-        """What the target has written for its prompt, in whatever epoch or run."""
-        return self._answers.get(self._prompts(sample).input_ids(sample.prompt))
+        """What the target has written for its prompt, in whatever epoch or run, as far as there is room for it now."""
+        prompts, row = self._prompts(sample), sample.prompt
+        answer = self._answers.get(prompts.input_ids(row))
+        return None if answer is None else answer[: prompts.max_answer_tokens[row]]
 
     def add_answer(self, sample: SampleId, answer: Answer) -> None:
         prompts, row = self._prompts(sample), sample.prompt
@@ -84,15 +115,16 @@ class Prompts:
 class AnswerBook:
     """What the target wrote, by prompt. Filled from earlier files, appended to this run's ``answers.jsonl``.
 
-    An answer belongs to the exact tokens of its prompt: with another template or another prompt under the same id it
-    is not found.
+    An answer belongs to its writer and to the exact tokens of its prompt: those of another target or another
+    temperature are passed over, and with another template or another prompt under the same id it is not found.
     """
 
-    def __init__(self, path: Path, reuse: Path | None = None):
+    def __init__(self, path: Path, writer: Writer, reuse: Path | None = None):
+        self._writer = asdict(writer)
         self._answers: dict[bytes, bytes] = {}  # int32: a run may have a million, a tuple takes 36 bytes a token
         self._saved: set[bytes] = set()
         for source in (reuse, path):
-            for record in read_lines(source) if source else ():
+            for record in filter(writer.wrote, read_lines(source) if source else ()):
                 digest = bytes.fromhex(record["prompt_hash"])
                 self._answers[digest] = _packed(record["token_ids"])
                 if source == path:
@@ -110,9 +142,35 @@ class AnswerBook:
             return
         self._saved.add(digest)
         self._answers[digest] = _packed(answer.token_ids)
-        self._file.write(
-            {"id": prompt_id, "prompt_hash": digest.hex(), **{k: v for k, v in asdict(answer).items() if k != "prompt"}}
+        written = {k: v for k, v in asdict(answer).items() if k != "prompt"}
+        self._file.write({"id": prompt_id, "prompt_hash": digest.hex(), **written, "writer": self._writer})
+
+
+def check_reuse(path: Path, writer: Writer) -> None:
+    """Raises ValueError: none of the answers in ``path`` is of ``writer``; says what is different."""
+    first: dict[str, Any] | None = None
+    for line in read_lines(path):
+        if writer.wrote(line):
+            return
+        first = first or line
+    if first is None:
+        raise ValueError(f"answer.reuse: {path} holds no answer")
+    if "writer" not in first:
+        raise ValueError(
+            f"answer.reuse: {path} does not say which target wrote it, and how: it was not written by this version of "
+            "torchspec; leave answer.reuse out and let the target write them again"
         )
+    was, now = first["writer"], asdict(writer)
+    if was["target"] != now["target"]:
+        raise ValueError(
+            f"answer.reuse: {path} was written by another target than target.path, and is not what this one would say: "
+            "leave answer.reuse out"
+        )
+    knob = next(name for name in now if was[name] != now[name])
+    raise ValueError(
+        f"answer.reuse: {path} was written with answer.{knob}={was[knob]}, which is {now[knob]} here: set it so, or "
+        "leave answer.reuse out"
+    )
 
 
 def _packed(token_ids: Sequence[int]) -> bytes:

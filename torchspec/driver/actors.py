@@ -107,6 +107,7 @@ class ActorFactory:
             geometry=resolved.geometry,
             halo=resolved.draft.halo,
             vocab_size=resolved.target.shape.vocab_size,
+            target_fingerprint=resolved.target.fingerprint,
             draft_vocab_size=resolved.draft.vocab_size,
             end_token_ids=resolved.target.end_token_ids,
             endpoint=self._endpoint,

@@ -14,6 +14,7 @@ import torch
 
 from torchspec.config.schema import Config
 from torchspec.controller.ledger_snapshot import LedgerSnapshot, ledger_shape
+from torchspec.controller.prompts import Writer, check_reuse
 from torchspec.data.prompt_builder import load_or_build
 from torchspec.data.prompt_set import PromptSet, TokenizeOptions
 from torchspec.data.survey import Survey, survey
@@ -23,6 +24,7 @@ from torchspec.driver.sizes import check_sizes
 from torchspec.inference.sglang_patch import check_patched
 from torchspec.monitor.trackers import check_trackers
 from torchspec.run_folder import LEDGER_FILE, RunFolder
+from torchspec.training.checkpoint import read_info
 
 T = TypeVar("T", PromptSet, Survey)
 
@@ -38,6 +40,8 @@ class Prepared:
     folder: RunFolder
     mark: str
     """Found in the environment of every process of this run."""
+    go_back_to: Path | None = None
+    """An older checkpoint, from which a resume is to go on."""
 
     @property
     def config(self) -> Config:
@@ -49,23 +53,32 @@ class Prepared:
         return total_steps(self.config.training, len(self.train))
 
 
-def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Prepared:
-    """Check target, data, machine and folder. Raises ValueError: one line with what is wrong and how to mend it."""
+def prepare(config: Config, resume: bool, message: Callable[[str], None], start: str = "latest") -> Prepared:
+    """Check target, data, machine and folder. Raises ValueError: one line with what is wrong and how to mend it.
+
+    Args:
+        start: the checkpoint that a resume goes on from: ``latest``, ``best`` or a step.
+    """
     check_patched()
     check_trackers(config.monitor)
     resolved = resolve(config)
     config = resolved.config
+    if config.answer.reuse is not None:
+        check_reuse(config.answer.reuse, Writer.of(config.answer, resolved.target.fingerprint))
     folder = RunFolder(config.run_dir)
-    resume_from = _check_folder(folder, resume)
+    folder.expect(resume)
+    resume_from = folder.find_checkpoint(start) if resume else None
     message("reading and tokenising the prompts")
     train, heldout = _check_and_read(resolved, load_or_build, lambda data: (len(data), data.fully_answered))
     if resume_from is not None:
         LedgerSnapshot.from_json((resume_from / LEDGER_FILE).read_text(), ledger_shape(config, train))
+        _tell_schedule(resume_from, total_steps(config.training, len(train)), config, message)
     plan = make_plan(resolved, len(heldout) if heldout else 0)
     folder.path.mkdir(parents=True, exist_ok=True)
     if not resume:
         _list_rejected(folder, train, heldout)
-    return Prepared(resolved, train, heldout, plan, folder, mark=f"{folder.path}#{secrets.token_hex(8)}")
+    mark, go_back_to = f"{folder.path}#{secrets.token_hex(8)}", resume_from if start != "latest" else None
+    return Prepared(resolved, train, heldout, plan, folder, mark, go_back_to)
 
 
 def make_plan_for(config: Config) -> tuple[Plan, Survey]:
@@ -143,18 +156,16 @@ def _complaints(resolved: Resolved, rows: int, answered: bool, rejected: Sequenc
         )
 
 
-def _check_folder(folder: RunFolder, resume: bool) -> Path | None:
-    """The checkpoint to resume from; None for a fresh start."""
-    if not resume:
-        if folder.exists():
-            raise ValueError(
-                f"the run {folder.path} exists already: continue it with `torchspec resume {folder.path}`, or choose "
-                "another name with run.name=..."
-            )
-        return None
-    if not folder.exists():
-        raise ValueError(f"there is nothing to resume in {folder.path}: it has no config.yaml")
-    return folder.newest_checkpoint()
+def _tell_schedule(checkpoint: Path, steps: int, config: Config, message: Callable[[str], None]) -> None:
+    """Say what becomes of the learning rate, if the run was to have other ``steps``."""
+    info = read_info(checkpoint)
+    bent = info.schedule.bent(info.step, steps, config.optimizer)
+    if steps > info.step and bent != info.schedule:
+        rate = bent.rate(info.step + 1, config.optimizer)
+        message(
+            f"{steps:,} steps instead of {info.schedule.total:,}: the learning rate goes on with {rate:.2e}, and what "
+            "was left of its schedule is spread over the steps to come"
+        )
 
 
 def _list_rejected(folder: RunFolder, train: PromptSet, heldout: PromptSet | None) -> None:

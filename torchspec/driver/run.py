@@ -9,7 +9,6 @@ finish         workers leave, files are closed, the cluster goes, the janitor sw
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import sys
@@ -44,6 +43,7 @@ from torchspec.processes.janitor import MARK, Janitor
 from torchspec.run_folder import RunFolder, this_process
 from torchspec.store.errors import StoreUnavailable
 from torchspec.store.master import MooncakeMaster
+from torchspec.training.checkpoint import point
 
 _DISK_FAULTS = {
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE),
@@ -68,8 +68,8 @@ class RunSummary:
     last_heldout: StepReport | None
 
 
-def train(config: Config, *, resume: bool, view: View) -> RunSummary:
-    """Run ``config`` to its end, or to a stop.
+def train(config: Config, *, resume: bool, view: View, start: str = "latest") -> RunSummary:
+    """Run ``config`` to its end, or to a stop; a resume from the checkpoint ``start``.
 
     Raises:
         ValueError: what the user asked for cannot work; nothing was started.
@@ -78,7 +78,7 @@ def train(config: Config, *, resume: bool, view: View) -> RunSummary:
     """
     started = time.monotonic()
     try:
-        prepared = prepare(config, resume, view.message)
+        prepared = prepare(config, resume, view.message, start)
     except OSError as error:
         raise ValueError(f"{_disk_fault(error)} (run.dir is {config.run_dir})") from None
     failure: RunFailed | None = None
@@ -114,7 +114,9 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
     """Everything that must be taken down again, in the reverse order, whatever happens."""
     config, folder = prepared.config, prepared.folder
     with ExitStack() as stack:
-        _lock(folder, stack)
+        stack.enter_context(folder.hold())  # a run has one driver
+        if prepared.go_back_to is not None:
+            point(folder.checkpoints, "latest", prepared.go_back_to)
         mark, temp_dir = prepared.mark, Path(tempfile.mkdtemp(prefix="torchspec-"))
         janitor = Janitor(mark, temp_dir)
         stack.callback(janitor.close)
@@ -153,21 +155,6 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
         trackers = open_trackers(config.monitor, folder.path, view.message)
         stack.callback(trackers.close)
         yield Session(prepared, actors, controller, store, trackers, view, interrupts)
-
-
-def _lock(folder: RunFolder, stack: ExitStack) -> None:
-    """A run has one driver. The kernel lets go of the lock, however this process ends."""
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-        file = stack.enter_context(folder.lock.open("w"))
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"{folder.path} is running already; see it with: torchspec status {folder.path}") from None
-    except OSError as error:
-        raise ValueError(
-            f"run.dir: {folder.path} cannot be locked ({error.strerror}); it must be writable, on a file system with "
-            "flock"
-        ) from None
 
 
 def _open_page(config: Config, controls: PageControls, view: View) -> ServerThread:

@@ -74,7 +74,7 @@ class Session:
                 if self._turn():
                     status = self.controller.ask("status")
                     self.controller.ask("finish")
-                    return status, self.stopping
+                    return status, status.phase == "stopping"  # who stops a run may be quicker than our view of it
             except RankLost as lost:
                 repair = partial(self._restart_trainers, str(lost))
             except ControllerLost as lost:

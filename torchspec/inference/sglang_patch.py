@@ -2,9 +2,9 @@
 
     python -m torchspec.inference.sglang_patch {apply,check,revert}
 
-The edits are unified diffs in ``patches/sglang/v<version>/`` and belong to exactly one SGLang release. Files are
-written one by one, each atomically, and each is found either as released or as patched; so an interrupted command is
-repaired by running it again, ``apply`` twice changes nothing, and ``revert`` restores every byte. Never imports
+The edits are unified diffs in ``patches/v<version>/`` beside this file and belong to exactly one SGLang release. Files
+are written one by one, each atomically, and each is found either as released or as patched; so an interrupted command
+is repaired by running it again, ``apply`` twice changes nothing, and ``revert`` restores every byte. Never imports
 sglang, which could not be imported before the patch.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 SUPPORTED_VERSION = "0.5.23"
-PATCHES = Path(__file__).parents[2] / "patches" / "sglang"
+PATCHES = Path(__file__).with_name("patches")
 
 State = Literal["released", "patched"]
 
@@ -103,7 +103,7 @@ def switch(root: Path, edits: list[FileEdit], wanted: State) -> list[str]:
 
 
 def our_edits() -> list[FileEdit]:
-    """Those of the repository, for the supported version."""
+    """Ours, for the supported version."""
     return load_edits(PATCHES / f"v{SUPPORTED_VERSION}")
 
 

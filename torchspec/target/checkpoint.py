@@ -5,6 +5,7 @@ Everything is read when it is first asked for, so that whoever needs the sizes a
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 OPTIONAL = ("num_key_value_heads", "head_dim", "rope_parameters", *TOKENS)
 """What a target's config may lack for a draft to be derived from it."""
+PIECES, PIECE_BYTES = 64, 4096
+"""Of each file of weights, that tell them from others."""
 SERVERS_MASK = "<|MASK|>"
 """What SGLang takes for the mask token where a tokenizer has it, whatever a draft's folder says."""
 
@@ -120,6 +123,19 @@ class TargetCheckpoint:
         if not weights:
             raise ValueError(f"target.path: {self.path} has no .safetensors weights")
         return sum(file.stat().st_size for file in weights) // 2
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The same for every copy of this checkpoint, and another for other weights, however alike their config."""
+        digest = hashlib.sha256()
+        for file in sorted(self.path.glob("*.safetensors")):
+            size = file.stat().st_size
+            digest.update(f"{file.name} {size} ".encode())
+            with file.open("rb") as weights:
+                for piece in range(PIECES):
+                    weights.seek(size * piece // PIECES)
+                    digest.update(weights.read(PIECE_BYTES))
+        return digest.hexdigest()[:16]
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Read the named tensors of the safetensors files, one or several, and no others.

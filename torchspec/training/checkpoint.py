@@ -2,7 +2,7 @@
 
     step_000123/
       state/*.safetensors   torch DCP shards: draft weights, AdamW state, RNG states of all ranks, draft vocabulary ids
-      checkpoint.json       step (which is the schedule's position), the draft's spec, held-out score
+      checkpoint.json       step, learning-rate schedule, the draft's spec, held-out score
       ledger.json           which samples those steps have consumed
       config.yaml           the resolved config
 
@@ -40,9 +40,10 @@ from torch.optim import Optimizer
 from torchspec.drafts.registry import KINDS
 from torchspec.drafts.spec import DraftSpec
 from torchspec.files import sync_folder
+from torchspec.training.schedule import Schedule
 
 INFO_FILE, CONFIG_FILE, STATE_FOLDER, PARTIAL = "checkpoint.json", "config.yaml", "state", ".tmp"
-VERSION = 2
+VERSION = 3
 
 Parameters = Mapping[str, nn.Parameter]
 """The draft's parameters by name, taken once after sharding: during a forward FSDP2 shows others in their place."""
@@ -57,6 +58,7 @@ class CheckpointInfo:
     """``checkpoint.json``."""
 
     step: int
+    schedule: Schedule
     draft: DraftSpec
     accept_length: float | None
     """Simulated, on held-out samples, after this very step; None where no evaluation fell on it."""
@@ -94,7 +96,8 @@ def read_info(folder: Path) -> CheckpointInfo:
     kind, draft = fields["draft"]["kind"], fields["draft"]["spec"]
     if kind not in KINDS:
         raise ValueError(f"{folder} holds a draft of kind {kind!r}, this torchspec knows {', '.join(KINDS)}")
-    return CheckpointInfo(**fields | {"draft": TypeAdapter(KINDS[kind]).validate_python(draft)})
+    schedule = TypeAdapter(Schedule).validate_python(fields["schedule"])
+    return CheckpointInfo(**fields | {"draft": TypeAdapter(KINDS[kind]).validate_python(draft), "schedule": schedule})
 
 
 def save_checkpoint(folder: Path, state: dict[str, Tensor], info: CheckpointInfo, files: Mapping[str, str]) -> None:

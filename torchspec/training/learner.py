@@ -32,7 +32,8 @@ from torchspec.parallel.mesh import Sharing, shard_module
 from torchspec.target.checkpoint import TargetCheckpoint
 from torchspec.target.head import TargetHead, load_target_head
 from torchspec.training.clock import RankClock
-from torchspec.training.optimizer import build_optimizer, learning_rate, scale_and_clip, sum_over_ranks
+from torchspec.training.optimizer import build_optimizer, scale_and_clip, sum_over_ranks
+from torchspec.training.schedule import Schedule
 from torchspec.training.sums import StepSums, summarise
 from torchspec.training.weights import warm_start
 
@@ -50,7 +51,7 @@ class Learner:
 
     Args:
         draft_ids: [D] int64, the draft's vocabulary as increasing target ids.
-        total_steps: length of the learning-rate schedule.
+        total_steps: of the run. A resume replaces ``schedule``, which is made of it.
     """
 
     def __init__(
@@ -64,7 +65,7 @@ class Learner:
         clock: RankClock,
     ):
         self.config, self.spec, self.draft_ids, self.device, self.clock = config, spec, draft_ids, device, clock
-        self._total_steps, self._dtype = total_steps, getattr(torch, config.training.dtype)
+        self.schedule, self._dtype = Schedule(((0, total_steps),)), getattr(torch, config.training.dtype)
         self._counts_tokens = mesh.get_local_rank("ring") == mesh.get_local_rank("ulysses") == 0
         formula = config.training.shard_formula(spec.halo)
         sharing = None if formula is None else Sharing(formula, mesh, config.training.sp_gather_once)
@@ -96,7 +97,7 @@ class Learner:
                 f"optimizer.clip ({self.config.optimizer.clip})"
             )
         computed = time.perf_counter()
-        rate = learning_rate(number, self._total_steps, self.config.optimizer)
+        rate = self.schedule.rate(number, self.config.optimizer)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()

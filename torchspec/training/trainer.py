@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 import ray
 import torch
-import yaml
 
+from torchspec.config.load import config_text
 from torchspec.config.schema import Config
 from torchspec.contracts import RankId, RankReport, StepReport
 from torchspec.drafts.draft import Batch
@@ -73,7 +73,7 @@ class TrainerSpec:
     draft: DraftSpec
     geometry: SampleGeometry
     total_steps: int
-    """Length of the learning-rate schedule."""
+    """Of the run."""
     endpoint: StoreEndpoint
     run_dir: Path
     resume: Path | None = None
@@ -101,8 +101,9 @@ class Trainer:
         self.step = self.saved_step = 0
         if spec.resume is not None:
             learner = self.learner
-            self.step = restore_checkpoint(spec.resume, learner.parameters, learner.optimizer, learner.draft_ids).step
-            self.saved_step = self.step
+            info = restore_checkpoint(spec.resume, learner.parameters, learner.optimizer, learner.draft_ids)
+            learner.schedule = info.schedule.bent(info.step, spec.total_steps, config.optimizer)
+            self.step = self.saved_step = info.step
         self.store = HiddenStateStore(spec.endpoint, found(training.buffer_bytes))
 
     def run(self, controller: Any) -> None:
@@ -202,10 +203,10 @@ class Trainer:
         files = {}
         if spec.rank == 0:
             files[LEDGER_FILE] = ray.get(controller.ledger_snapshot.remote(self.rank, self.step))
-            files[CONFIG_FILE] = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+            files[CONFIG_FILE] = config_text(config)
         learner = self.learner
         state = training_state(learner.parameters, learner.optimizer, learner.draft_ids)
-        save_checkpoint(folder, state, CheckpointInfo(self.step, spec.draft, score), files)
+        save_checkpoint(folder, state, CheckpointInfo(self.step, learner.schedule, spec.draft, score), files)
         self.saved_step = self.step
         if spec.rank == 0:
             best = score is not None and score > _best_score(root)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -20,4 +21,7 @@ def test_the_command_exits_with_1_on_a_failure_only(
     monkeypatch.setattr(checks, "CHECKS", {"python": checks.check_python, "disk": disk})
     assert run(monkeypatch, "doctor") == code
     out = capsys.readouterr().out
+    assert run(monkeypatch, "doctor", "--json") == code
+    known = json.loads(capsys.readouterr().out)
+    assert list(known) == ["python", "disk"] and known["disk"]["level"] == level
     assert out.count("to fix:") == (level != "ok") and ("make room" in out) == (level != "ok")

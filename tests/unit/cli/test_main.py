@@ -25,10 +25,14 @@ def test_version_and_help() -> None:
     text, _ = command("--help").communicate()
     for name in (
         "quickstart",
+        "init",
         "train",
         "resume",
         "plan",
+        "list",
         "status",
+        "logs",
+        "rm",
         "top",
         "ui",
         "trace",

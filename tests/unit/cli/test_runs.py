@@ -63,3 +63,6 @@ def test_verify_says_how_far_a_run_is_proven_and_names_what_is_not(
     journal.write({"event": "trained", "step": 2, "end": 4, "samples": [[0, third], [0, second]]})
     assert run(monkeypatch, "verify", "old") == 1
     assert f"line 3: step 2 trains a second time e0p{second}" in capsys.readouterr().out
+    assert run(monkeypatch, "verify", "old", "--json") == 1
+    known = json.loads(capsys.readouterr().out)
+    assert known["proven"] is False and known["steps"] == 2 and f"e0p{second}" in known["violations"][0]

@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from torchspec.config.load import load_config, parse_config, save_config, with_values
+from torchspec.config.recipe import RECIPES
 from torchspec.config.schema import Config
 
-RECIPES = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
+SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 @pytest.fixture
@@ -25,9 +26,9 @@ def error_of(recipe: Path, *overrides: str) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
-def test_shipped_recipes_are_valid(path: Path) -> None:
-    assert load_config(path).run.name == path.stem
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipes_are_valid(name: str) -> None:
+    assert load_config(f"builtin:{name}").run.name == name
 
 
 def test_defaults_file_and_overrides_win_in_that_order(recipe: Path) -> None:

@@ -5,31 +5,92 @@ from __future__ import annotations
 import sys
 
 import numpy as np
+import pytest
 
-from torchspec.contracts import Answer
-from torchspec.controller.prompts import AnswerBook
-from torchspec.files import read_lines
+from torchspec.config.schema import AnswerConfig
+from torchspec.contracts import Answer, SampleId
+from torchspec.controller.prompts import AnswerBook, Prompts, Writer, check_reuse
+from torchspec.data.prompt_set import PromptSet
+from torchspec.files import JsonLines, read_lines
+
+WRITER = Writer.of(AnswerConfig(), "weights")
 
 
 def test_answers_belong_to_the_exact_prompt_and_survive(tmp_path):
     path = tmp_path / "answers.jsonl"
     prompt, other = np.array([1, 2, 3]), np.array([1, 2, 4])
-    book = AnswerBook(path)
+    book = AnswerBook(path, WRITER)
     book.add("p", prompt, Answer(0, (7, 8), "hi", "stop"))
     book.add("p", prompt, Answer(0, (9, 9), "again", "stop"))
     assert book.get(prompt).tolist() == [7, 8] and book.get(other) is None
-    assert AnswerBook(path).get(prompt).tolist() == [7, 8]
+    assert AnswerBook(path, WRITER).get(prompt).tolist() == [7, 8]
     assert len(list(read_lines(path))) == 1
-    elsewhere = AnswerBook(tmp_path / "new.jsonl", reuse=path)
+    elsewhere = AnswerBook(tmp_path / "new.jsonl", WRITER, reuse=path)
     assert elsewhere.get(prompt).tolist() == [7, 8]
     elsewhere.add("p", prompt, Answer(0, (7, 8), "hi", "stop"))  # a book of its own in the end
-    again = AnswerBook(tmp_path / "new.jsonl")
+    again = AnswerBook(tmp_path / "new.jsonl", WRITER)
     again.add("p", prompt, Answer(0, (9, 9), "again", "stop"))
     assert again.get(prompt).tolist() == [7, 8] and len(list(read_lines(tmp_path / "new.jsonl"))) == 1
 
 
 def test_a_long_answer_is_kept_in_four_bytes_a_token(tmp_path):
-    book, ids = AnswerBook(tmp_path / "answers.jsonl"), tuple(range(100_000, 110_000))
+    book, ids = AnswerBook(tmp_path / "answers.jsonl", WRITER), tuple(range(100_000, 110_000))
     book.add("p", np.array([1]), Answer(0, ids, "text", "stop"))
     (kept,) = book._answers.values()
     assert sys.getsizeof(kept) < 4 * len(ids) + 100 and tuple(book.get(np.array([1])).tolist()) == ids
+
+
+@pytest.mark.parametrize(
+    ("sampling", "fingerprint", "reason"),
+    [
+        ({}, "weights", None),
+        ({"top_p": 0.9}, "weights", None),  # nothing is sampled
+        ({"temperature": 0.7}, "weights", r"was written with answer\.temperature=0\.0, which is 0\.7 here"),
+        ({}, "others", r"was written by another target than target\.path"),
+    ],
+)
+def test_answers_are_those_of_their_target_and_its_sampling(tmp_path, sampling, fingerprint, reason):
+    """Public bug reports 23: they were taken for those of any."""
+    path, prompt = tmp_path / "answers.jsonl", np.array([1, 2, 3])
+    AnswerBook(path, WRITER).add("p", prompt, Answer(0, (7, 8), "hi", "stop"))
+    writer = Writer.of(AnswerConfig(**sampling), fingerprint)
+    book = AnswerBook(tmp_path / "new.jsonl", writer, reuse=path)
+    if reason is None:
+        check_reuse(path, writer)
+        assert book.get(prompt).tolist() == [7, 8]
+    else:
+        with pytest.raises(ValueError, match=rf"^answer\.reuse: {path} {reason}"):
+            check_reuse(path, writer)
+        assert book.get(prompt) is None, "nor is it taken from among others"
+    again = AnswerBook(path, writer)  # the run itself goes on as another writer
+    again.add("p", prompt, Answer(0, (9,), "ho", "stop"))
+    check_reuse(path, writer)
+    assert AnswerBook(path, writer).get(prompt).tolist() == ([7, 8] if reason is None else [9])
+
+
+def test_a_file_that_does_not_say_who_wrote_it_is_refused(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    file = JsonLines(path)
+    with pytest.raises(ValueError, match="holds no answer"):
+        check_reuse(path, WRITER)
+    file.write({"id": "p", "prompt_hash": "00", "token_ids": [1]})
+    with pytest.raises(ValueError, match="does not say which target wrote it, and how"):
+        check_reuse(path, WRITER)
+
+
+def test_an_answer_is_cut_to_the_room_that_this_run_has(tmp_path):
+    path, ids = tmp_path / "answers.jsonl", np.array([1, 2, 3], dtype=np.int32)
+    AnswerBook(path, WRITER).add("p", ids, Answer(0, (7, 8, 9, 10), "hi", "stop"))
+    for room, read in ((9, [7, 8, 9]), (4, [7, 8, 9]), (3, [7, 8])):
+        train = PromptSet(
+            ids=["p"],
+            token_ids=ids,
+            offsets=np.array([0, 3]),
+            packed_masks=np.zeros(0, dtype=np.uint8),
+            max_answer_tokens=np.array([room], dtype=np.int32),
+            rejected=[],
+            content_hash="one",
+        )
+        prompts = Prompts(train, None, tmp_path / f"{room}.jsonl", WRITER, path, 0)
+        lease = prompts.describe(SampleId(0, 0))
+        assert np.frombuffer(lease.input_ids, dtype="<i4").tolist() == [1, 2, 3, *read] and lease.max_new_tokens == 0

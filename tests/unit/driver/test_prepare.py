@@ -1,4 +1,4 @@
-"""Every recipe that we show can be planned as it stands, and all that is wrong with one is said at once."""
+"""Every recipe that we show can be planned; what is wrong with one is said at once, and what a resume will do."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,9 +15,10 @@ import yaml
 
 from torchspec.config.load import load_config, parse_config
 from torchspec.driver import plan as planning
-from torchspec.driver import sizes
+from torchspec.driver import prepare, sizes
 from torchspec.driver.plan import Plan
 from torchspec.driver.prepare import make_plan_for
+from torchspec.training.schedule import Schedule
 
 ROOT = Path(__file__).parents[3]
 RECIPES = sorted(path.stem for path in ROOT.glob("configs/*.yaml"))
@@ -132,3 +134,24 @@ def test_all_that_is_wrong_is_said_at_once(qwen: Path) -> None:
 def test_a_vocabulary_that_nobody_counts_needs_no_window(qwen: Path) -> None:
     tree = shown(next(iter(SHOWN))) | {"controller": {"reorder_window": 64}}
     assert planned(tree | {"draft": {"vocab_size": None}}, qwen).store_samples >= 17
+
+
+def told(monkeypatch: pytest.MonkeyPatch, step: int, steps: int) -> list[str]:
+    """By a resume to ``steps`` from a checkpoint of a run that was to have 100."""
+    info, messages = SimpleNamespace(step=step, schedule=Schedule(((0, 100),))), list[str]()
+    monkeypatch.setattr(prepare, "read_info", lambda folder: info)
+    config = parse_config({"target": {"path": "x"}, "optimizer": {"lr": 1.0, "schedule": "linear", "warmup_ratio": 0}})
+    prepare._tell_schedule(Path("checkpoint"), steps, config, messages.append)
+    return messages
+
+
+def test_a_resume_says_what_becomes_of_the_learning_rate(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert told(monkeypatch, step=60, steps=100) == told(monkeypatch, step=60, steps=60) == []
+    assert told(monkeypatch, step=60, steps=1060) == [
+        "1,060 steps instead of 100: the learning rate goes on with 4.10e-01, and what was left of its schedule is "
+        "spread over the steps to come"
+    ]
+    with pytest.raises(
+        ValueError, match=r"training\.epochs, training\.max_steps: the learning rate has come to its end"
+    ):
+        told(monkeypatch, step=100, steps=200)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import fcntl
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,7 +39,9 @@ def train(
         finally:
             cleanup()
 
-    monkeypatch.setattr(run, "prepare", lambda config, resume, message: SimpleNamespace(folder=RunFolder(tmp_path)))
+    monkeypatch.setattr(
+        run, "prepare", lambda config, resume, message, start: SimpleNamespace(folder=RunFolder(tmp_path))
+    )
     monkeypatch.setattr(run, "_launch", launch)
     run.train(parse_config({"target": {"path": "unused"}}), resume=False, view=VIEW)
 
@@ -67,31 +68,10 @@ def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
 
 
 def test_a_folder_that_cannot_be_made_is_the_users_mistake(monkeypatch):
-    def prepare(config: Any, resume: bool, message: Any) -> None:
+    def prepare(config: Any, resume: bool, message: Any, start: str) -> None:
         config.run_dir.mkdir(parents=True)
 
     monkeypatch.setattr(run, "prepare", prepare)
     config = parse_config({"target": {"path": "unused"}, "run": {"dir": "/dev/null", "name": "x"}})
     with pytest.raises(ValueError, match=r"/dev/null/x: Not a directory \(run\.dir is /dev/null/x\)"):
         run.train(config, resume=False, view=VIEW)
-
-
-def test_a_file_system_without_locks_is_named(monkeypatch, tmp_path):
-    def unsupported(file: Any, operation: int) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(fcntl, "flock", unsupported)
-    with (
-        ExitStack() as stack,
-        pytest.raises(ValueError, match=rf"run\.dir: {tmp_path} .*Operation not supported.*flock"),
-    ):
-        run._lock(RunFolder(tmp_path), stack)
-
-
-def test_a_run_has_one_driver(tmp_path):
-    with ExitStack() as first, ExitStack() as second:
-        run._lock(RunFolder(tmp_path), first)
-        with pytest.raises(ValueError, match="is running already; see it with: torchspec status"):
-            run._lock(RunFolder(tmp_path), second)
-        first.close()
-        run._lock(RunFolder(tmp_path), second)

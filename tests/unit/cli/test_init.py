@@ -1,0 +1,78 @@
+"""``torchspec init``: the recipe that it writes can be planned as it stands."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.unit.cli.commands import run
+from torchspec.config.load import load_config
+from torchspec.driver.prepare import make_plan_for
+
+QWEN3_8B = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "hidden_size": 4096,
+    "intermediate_size": 12288,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "max_position_embeddings": 40960,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000,
+}
+
+
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "my chats.jsonl"
+    path.write_text('{"prompt": "Hi"}\n' * 200)
+    return path
+
+
+def test_the_recipe_for_a_small_target_is_planned(
+    target_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "init", target_path, "--data", data.name, "--heldout", data.name, "-o", "mine.yaml") == 0
+    assert capsys.readouterr().out == "wrote mine.yaml; next: torchspec plan mine.yaml\n"
+    config = load_config("mine.yaml")
+    assert config.run.name == target_path.name and config.data.train == config.evaluation.heldout == data.name
+    plan, survey = make_plan_for(config)
+    assert survey.rows == 200 and plan.store_samples >= config.data.vocab_prompts + config.evaluation.samples
+    assert run(monkeypatch, "init", target_path, "-o", "mine.yaml") == 2
+    assert capsys.readouterr().err == "error: mine.yaml exists already: choose another file with --out\n"
+
+
+def test_a_large_target_gets_the_sizes_that_it_needs(
+    target_path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "Qwen3 8B (mine)"
+    folder.mkdir()
+    for file in target_path.iterdir():
+        if "token" in file.name or file.suffix == ".jinja":
+            shutil.copy(file, folder)
+    (folder / "config.json").write_text(json.dumps(QWEN3_8B))
+    with (folder / "model.safetensors").open("wb") as weights:
+        os.truncate(weights.fileno(), 16 << 30)
+    assert run(monkeypatch, "init", folder, "--data", data.name) == 0
+    config = load_config("recipe.yaml")
+    assert config.run.name == "Qwen3-8B-mine" and config.evaluation.heldout is None
+    assert "8.6G parameters, 36 layers, 151,936 tokens, a context of 40,960" in Path("recipe.yaml").read_text()
+    assert make_plan_for(config)[0].store_samples >= config.data.vocab_prompts
+
+
+def test_what_cannot_be_run_is_said_and_the_recipe_is_there_to_mend(
+    target_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "init", target_path, "--data", "absent.jsonl") == 1
+    assert "does not plan as it stands:\ndata.train absent.jsonl: no such file" in capsys.readouterr().err
+    assert load_config("recipe.yaml").data.train == "absent.jsonl"
+    assert run(monkeypatch, "init", "absent", "-o", "other.yaml") == 2
+    assert "target.path: absent is no checkpoint" in capsys.readouterr().err and not Path("other.yaml").exists()
