@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from torchspec.drafts.registry import DEFAULT, KINDS, kind_of
-from torchspec.drafts.spec import DraftKnobs
+from torchspec.drafts.shape import DraftKnobs
 
 TYPE_NAMES = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path", Any: "anything"}
 LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "pattern": "matching"}

@@ -43,6 +43,8 @@ class Plan:
     store_samples: int
     """Samples of the largest size that the store holds at once."""
     draft_parameters: int
+    draft: str
+    """Its kind and shape in words."""
     memory_bytes: int
     """Expected on this machine, all processes together (CPU runs)."""
     memory_available: int
@@ -89,6 +91,7 @@ def make_plan(resolved: Resolved, heldout_samples: int, vocab_prompts: int) -> P
         credit_bytes=credit_bytes,
         store_samples=credit_bytes // sample_bytes,
         draft_parameters=resolved.draft.parameters(),
+        draft=resolved.draft.describe(),
         memory_bytes=others + configured.ranks * configured.rank_bytes,
         memory_available=psutil.virtual_memory().total,
         splits=splits,
