@@ -13,7 +13,7 @@ from torchspec.drafts.registry import DEFAULT, KINDS, kind_of
 from torchspec.drafts.shape import DraftKnobs
 
 TYPE_NAMES = {int: "integer", float: "number", bool: "true or false", str: "text", Path: "path", Any: "anything"}
-LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "pattern": "matching"}
+LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "pattern": "matching", "multiple_of": "multiple of"}
 
 
 def describe_type(field: FieldInfo) -> str:
