@@ -78,7 +78,7 @@ def test_with_the_norms_of_eagle_3_1_too(target: Target, prompts: list[Evaluatio
 
 
 def test_with_heads_and_widths_of_its_own_too(target: Target, prompts: list[EvaluationPrompt], tmp_path: Path) -> None:
-    own = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 32, "intermediate_size": 1000, "rope": 3e4}
+    own = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 32, "intermediate_size": 992, "rope": 3e4}
     folder = LEARN(target, prompts, tmp_path / "draft", **own)
     replies, draft = served_with(folder, target, prompts, DRAFT_TOKENS), _simulated(folder, target)
     assert (draft.heads, draft.theta) == (8, 3e4)

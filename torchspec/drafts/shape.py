@@ -36,8 +36,9 @@ class DraftKnobs(Section):
     """Key/value heads of the draft; must divide ``num_heads``. Default: the target's; with MLA 8."""
     head_dim: int | None = Field(default=None, ge=2, multiple_of=2)
     """Width of a head of the draft. Default: the target's; with MLA 128."""
-    intermediate_size: int | None = Field(default=None, ge=1)
-    """Width of the draft's MLP. Default: the target's; where that is an expert's, 3 times the hidden size."""
+    intermediate_size: int | None = Field(default=None, ge=32, multiple_of=32)
+    """Width of the draft's MLP, a multiple of 32, up to which SGLang fills it on a CPU. Default: the target's; where
+    that is an expert's, 3 times the hidden size."""
     rope: float | dict[str, Any] | None = None
     """Rotary embedding of the draft: a theta, or ``rope_parameters`` as in a ``config.json`` (``rope_type`` default,
     linear, llama3 or yarn). Default: the target's; a plain one with its theta where the target's is unusual."""
@@ -53,9 +54,9 @@ class DraftKnobs(Section):
         if isinstance(rope, Mapping):
             kind = rope.get("rope_type", "default")
             if kind not in ROPE_TYPES:
-                raise ValueError(f"rope_type {kind!r} must be one of {', '.join(ROPE_TYPES)}")
+                raise ValueError(f"draft.rope: rope_type {kind!r} must be one of {', '.join(ROPE_TYPES)}")
             if missing := [name for name in ROPE_NEEDS[kind] if name not in rope]:
-                raise ValueError(f"rope_type {kind} needs {', '.join(missing)}, too")
+                raise ValueError(f"draft.rope: rope_type {kind} needs {', '.join(missing)}, too")
         return rope
 
 

@@ -110,7 +110,7 @@ class DraftSpec(ABC):
         here = {"architectures": [cls.architecture], "num_hidden_layers": values.get("num_layers", 1), **values}
         for key, value in here.items():
             if config.get(key, value) != value:
-                raise ValueError(f"draft.config: its {key} is {config[key]}, that of the draft asked for is {value}")
+                raise ValueError(f"draft.config: {key} is {config[key]} there, and {value} of the draft asked for")
         if "mask_token_id" in values and values["mask_token_id"] is None:
             values["mask_token_id"] = target.mask_token_id
         return values | {"target": draft_shape(knobs, config, target.shape)}
@@ -264,8 +264,10 @@ class ChainSpec(DraftSpec):
             odd += [name for name in held if name not in expected]
             for name in expected.keys() & held.keys():
                 dtype, shape = held[name]
-                if dtype not in FLOATS or shape != expected[name]:
-                    odd.append(f"{name} as {dtype} {list(shape)}")
+                if shape != expected[name]:
+                    odd.append(f"{name} of {list(shape)} instead of {list(expected[name])}")
+                elif dtype not in FLOATS:
+                    odd.append(f"{name} as {dtype}")
             if odd:
                 more = f" and {len(odd) - 4} more" if len(odd) > 4 else ""
                 raise ValueError(

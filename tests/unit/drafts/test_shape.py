@@ -34,7 +34,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 64,
     "max_position_embeddings": 1024,
 }
-OWN: dict[str, Any] = {"num_heads": 6, "num_kv_heads": 3, "head_dim": 10, "intermediate_size": 100, "rope": 5e4}
+OWN: dict[str, Any] = {"num_heads": 6, "num_kv_heads": 3, "head_dim": 10, "intermediate_size": 96, "rope": 5e4}
 SPECFORGE = {
     "architectures": ["LlamaForCausalLMEagle3"],
     "eagle_config": {"eagle_aux_hidden_state_layer_ids": [0, 2, 5], "use_aux_hidden_state": True},
@@ -75,7 +75,7 @@ def write(folder: Path, config: dict[str, Any]) -> Path:
 def test_a_draft_has_the_heads_and_widths_that_are_asked_for(target: TargetCheckpoint, kind: str) -> None:
     spec = draft_for(target, kind, **OWN)
     config = spec.hf_config("float32")
-    told = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10, "intermediate_size": 100}
+    told = {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 10, "intermediate_size": 96}
     assert {name: config[name] for name in told} == told
     assert (config["hidden_size"], config["vocab_size"], config["rope_theta"]) == (32, 64, 5e4)
     inputs = 32 if kind == "dflash" else 64
@@ -83,8 +83,8 @@ def test_a_draft_has_the_heads_and_widths_that_are_asked_for(target: TargetCheck
     tensors = spec.hf_tensors()
     assert tensors[f"{name}.self_attn.q_proj.weight"] == (60, inputs)
     assert tensors[f"{name}.self_attn.v_proj.weight"] == (30, inputs)
-    assert tensors[f"{name}.mlp.down_proj.weight"] == (32, 100)
-    assert "6 heads (3 key/value) of 10, MLP 100, all 64 tokens, RoPE default (theta 50,000)" in spec.describe()
+    assert tensors[f"{name}.mlp.down_proj.weight"] == (32, 96)
+    assert "6 heads (3 key/value) of 10, MLP 96, all 64 tokens, RoPE default (theta 50,000)" in spec.describe()
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,7 @@ def test_impossible_shapes_are_refused(target: TargetCheckpoint, knobs: dict[str
     ("knobs", "message"),
     [
         ({"head_dim": 7}, "multiple of 2"),
+        ({"intermediate_size": 1000}, "multiple of 32"),
         ({"rope": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic' must be one of default, linear"),
         ({"rope": {"rope_type": "yarn", "factor": 2.0}}, "rope_type yarn needs original_max_position_embeddings, too"),
     ],
@@ -141,9 +142,9 @@ def test_another_drafts_config_decides_what_no_knob_does(
     [
         ({"hidden_size": 64}, r"draft\.config is for another target: its hidden_size is 64, the target's 32"),
         ({"vocab_size": 128}, "its vocab_size is 128, the target's 64"),
-        ({"num_hidden_layers": 2}, r"draft\.config: its num_hidden_layers is 2, that of the draft asked for is 1"),
-        ({"architectures": ["GptOssForCausalLMEagle3"]}, r"its architectures is \['GptOssForCausalLMEagle3'\]"),
-        ({"fc_norm": True}, "its fc_norm is True, that of the draft asked for is False"),
+        ({"num_hidden_layers": 2}, r"draft\.config: num_hidden_layers is 2 there, and 1 of the draft asked for"),
+        ({"architectures": ["GptOssForCausalLMEagle3"]}, r"architectures is \['GptOssForCausalLMEagle3'\] there"),
+        ({"fc_norm": True}, "fc_norm is True there, and False of the draft asked for"),
         ({"intermediate_size": None}, r"draft\.config lacks 'intermediate_size'"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"draft\.config: rope_parameters=.*rope_type among"),
     ],
@@ -201,9 +202,11 @@ def test_a_start_needs_whole_numbers_and_the_targets_heads(tmp_path: Path) -> No
     whole = TargetCheckpoint(tmp_path / "whole")
     assert (tmp_path / "whole" / "model.safetensors.index.json").exists()
     assert isinstance(draft_for(whole, init="target"), Eagle3Spec)
-    with pytest.raises(ValueError, match=r"it has mlp\.down_proj\.weight as F32 \[32, 48\], .* and 3 more; use"):
+    with pytest.raises(
+        ValueError, match=r"it has mlp\.down_proj\.weight of \[32, 48\] instead of \[32, 96\], .* and 3 more; use"
+    ):
         draft_for(whole, init="target", **OWN)
     model.model.layers[7].mlp.up_proj.weight.data = model.model.layers[7].mlp.up_proj.weight.to(torch.float8_e4m3fn)
     model.save_pretrained(tmp_path / "coded")
-    with pytest.raises(ValueError, match=r"it has mlp\.up_proj\.weight as F8_E4M3 \[48, 32\]; use draft\.init=default"):
+    with pytest.raises(ValueError, match=r"it has mlp\.up_proj\.weight as F8_E4M3; use draft\.init=default"):
         draft_for(TargetCheckpoint(tmp_path / "coded"), init="target")

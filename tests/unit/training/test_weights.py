@@ -32,7 +32,7 @@ def target(tmp_path: Path) -> Path:
 
 
 def test_a_draft_of_another_shape_is_a_start_where_its_config_gives_that_shape(target: Path, tmp_path: Path) -> None:
-    other = draft_for(target, vocab_size=len(OTHER_IDS), num_heads=2, num_kv_heads=1, intermediate_size=80)
+    other = draft_for(target, vocab_size=len(OTHER_IDS), num_heads=2, num_kv_heads=1, intermediate_size=96)
     folder = export_draft(other.spec, other.state_dict(), OTHER_IDS, tmp_path / "draft", "float32")
     with pytest.raises(ValueError, match=r"does not fit this draft: .*\(draft\.config=.* gives a draft the shape"):
         warm_start(draft_for(target, vocab_size=len(IDS)), IDS, folder)
