@@ -92,6 +92,7 @@ def test_as_others_publish_a_draft_it_is_served_alike(
     config = json.loads((published / CONFIG).read_text())
     for name in ("head_dim", "target_hidden_size", "num_aux_hidden_states", "rope_parameters", "eagle_config"):
         del config[name]
+    config["max_position_embeddings"] = 2048
     (published / CONFIG).write_text(json.dumps(config))
     tensors = load_file(published / WEIGHTS)
     embedding = torch.randn(config["vocab_size"], config["hidden_size"])

@@ -113,7 +113,7 @@ def stretched(shape: TargetShape, factor: float, length: int | None) -> TargetSh
     """``shape`` with YaRN (arXiv 2309.00071), so that it serves ``factor`` times ``length`` tokens.
 
     Raises:
-        ValueError: its rotary embedding is stretched already.
+        ValueError: its rotary embedding is stretched already, or would not reach as far as the target's.
     """
     kind, theta = shape.rope_parameters["rope_type"], shape.rope_parameters["rope_theta"]
     if kind != "default":
@@ -121,6 +121,12 @@ def stretched(shape: TargetShape, factor: float, length: int | None) -> TargetSh
             f"draft.export_yarn_factor={factor}: the rotary embedding of the draft is stretched already (rope_type "
             f"{kind}); leave the knob out, or train with a plain one (draft.rope={theta:g})"
         )
-    length = shape.max_position_embeddings if length is None else length
+    context = shape.max_position_embeddings
+    length = context if length is None else length
+    if int(length * factor) < context:  # SGLang starts no engine with it
+        raise ValueError(
+            f"draft.export_yarn_factor={factor:g} times draft.export_yarn_length={length} must reach the target's "
+            f"context of {context}: raise the factor to {-(-context // length)}"
+        )
     rope = {"rope_type": "yarn", "rope_theta": theta, "factor": factor, "original_max_position_embeddings": length}
     return replace(shape, rope_parameters=rope, max_position_embeddings=int(length * factor))

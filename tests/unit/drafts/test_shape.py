@@ -92,6 +92,11 @@ def test_a_draft_has_the_heads_and_widths_that_are_asked_for(target: TargetCheck
     [
         ({"num_heads": 5}, r"draft\.num_heads=5 is not a multiple of num_kv_heads=2"),
         ({"export_yarn_length": 99}, r"draft\.export_yarn_length=99 says what draft\.export_yarn_factor stretches"),
+        (
+            {"export_yarn_factor": 4, "export_yarn_length": 128},
+            r"draft\.export_yarn_factor=4 times draft\.export_yarn_length=128 must reach the target's context of 1024: "
+            "raise the factor to 8",
+        ),
         ({"rope": YARN, "export_yarn_factor": 2}, r"draft\.export_yarn_factor=2\.0: .*rope_type yarn"),
     ],
 )
