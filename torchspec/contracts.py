@@ -274,6 +274,8 @@ class RunStatus:
     uptime_seconds: float
     messages: tuple[str, ...] = ()
     """Recent events worth a person's attention, oldest first."""
+    export_failure: str = ""
+    """Why the draft of the last checkpoint could not be exported; empty where it was, or was not to be."""
     workers_wanted: int = 0
     """Inference workers that there should be; ``workers`` are those that there are."""
     generation: int = 0

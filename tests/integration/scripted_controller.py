@@ -71,6 +71,9 @@ class ScriptedController:
     async def committed(self, _: RankId, step: int, folder: str, best: bool) -> None:
         self.log.append(("committed", step, Path(folder).name, best))
 
+    async def exported(self, _: RankId, step: int, failure: str) -> None:
+        self.log.append(("exported", step, failure))
+
     async def heldout_batches(self, member: RankId) -> tuple[tuple[SampleRef, ...], ...]:
         rank = member.rank
         if rank in self.with_heldout:

@@ -25,6 +25,8 @@ from torchspec.evaluation.serving import Reply, ServingError
 
 BLOCK = 6
 LEARNT, MANY = 16, 80
+OWN_SHAPE = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 32, "intermediate_size": 1600, "rope": 3e4}
+"""Not the target's, which has 9 and 3 heads of 64, an MLP of 1536 and a theta of 1e5."""
 
 
 @pytest.fixture(scope="module")
@@ -41,6 +43,7 @@ def exported(target: Target, prompts: list[EvaluationPrompt], tmp_path_factory: 
         num_features=3,
         num_anchors=6,
         gamma=100.0,
+        **OWN_SHAPE,
     )
 
 

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from tests.integration.draft_harness import (
@@ -76,6 +77,30 @@ def test_with_the_norms_of_eagle_3_1_too(target: Target, prompts: list[Evaluatio
         _require(replace(draft, norm_output=False), folder, target, prompts, replies)
 
 
+def test_with_heads_and_widths_of_its_own_too(target: Target, prompts: list[EvaluationPrompt], tmp_path: Path) -> None:
+    own = {"num_heads": 8, "num_kv_heads": 2, "head_dim": 32, "intermediate_size": 992, "rope": 3e4}
+    folder = LEARN(target, prompts, tmp_path / "draft", **own)
+    replies, draft = served_with(folder, target, prompts, DRAFT_TOKENS), _simulated(folder, target)
+    assert (draft.heads, draft.theta) == (8, 3e4)
+    _require(draft, folder, target, prompts, replies)
+
+
+def test_as_others_publish_a_draft_it_is_served_alike(
+    result: EvaluationResult, exported: Path, target: Target, prompts: list[EvaluationPrompt], tmp_path: Path
+) -> None:
+    published = Path(shutil.copytree(exported, tmp_path / "draft"))
+    config = json.loads((published / CONFIG).read_text())
+    for name in ("head_dim", "target_hidden_size", "num_aux_hidden_states", "rope_parameters", "eagle_config"):
+        del config[name]
+    config["max_position_embeddings"] = 2048
+    (published / CONFIG).write_text(json.dumps(config))
+    tensors = load_file(published / WEIGHTS)
+    embedding = torch.randn(config["vocab_size"], config["hidden_size"])
+    save_file(tensors | {"embed_tokens.weight": embedding}, published / WEIGHTS)
+    validate_export(published)
+    assert served_with(published, target, prompts, DRAFT_TOKENS) == _replies(result)
+
+
 def _replies(result: EvaluationResult) -> list[Reply]:
     return [Reply(prompt.output_ids, prompt.histogram) for prompt in result.prompts]
 
@@ -86,15 +111,15 @@ def _require(draft: Draft, folder: Path, target: Target, prompts: list[Evaluatio
 
 
 def _simulated(folder: Path, target: Target) -> Draft:
-    config = target.model.config
+    config = json.loads((folder / CONFIG).read_text())
     return Draft(
         weights=load_file(folder / WEIGHTS),
         embedding=target.model.get_input_embeddings().weight.detach(),
-        heads=config.num_attention_heads,
-        kv_heads=config.num_key_value_heads,
-        theta=config.rope_parameters["rope_theta"],
-        eps=config.rms_norm_eps,
-        norm_output=json.loads((folder / CONFIG).read_text())["norm_output"],
+        heads=config["num_attention_heads"],
+        kv_heads=config["num_key_value_heads"],
+        theta=config["rope_theta"],
+        eps=config["rms_norm_eps"],
+        norm_output=config["norm_output"],
     )
 
 

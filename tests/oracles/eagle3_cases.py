@@ -12,6 +12,7 @@ from tests.oracles.eagle3_dense import DenseResult, dense_step
 from torchspec.drafts.draft import Batch, Draft, DraftOptions
 from torchspec.drafts.eagle3.model import Eagle3Draft
 from torchspec.drafts.eagle3.spec import Eagle3Spec
+from torchspec.drafts.shape import DraftKnobs, draft_shape
 from torchspec.target.head import TargetHead
 from torchspec.target.shape import TargetShape
 
@@ -62,18 +63,27 @@ class Result:
 
 
 def shape_of(case: Any) -> TargetShape:
-    """Of the target of a case of any kind."""
-    return TargetShape(
+    """Of the draft of a case of any kind: heads, widths and rotary embedding are its own, and not its target's."""
+    target = TargetShape(
         hidden_size=case.hidden,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=6,
+        intermediate_size=case.hidden,
+        rms_norm_eps=EPS,
+        vocab_size=case.vocab,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "linear", "rope_theta": 5 * THETA, "factor": 2.0},
+    )
+    own = DraftKnobs.model_construct(  # servers want a larger MLP
+        kind="any",
         num_heads=case.kv_heads * case.group,
         num_kv_heads=case.kv_heads,
         head_dim=case.head_dim,
         intermediate_size=2 * case.hidden,
-        rms_norm_eps=EPS,
-        vocab_size=case.vocab,
-        max_position_embeddings=512,
-        rope_parameters={"rope_type": "default", "rope_theta": THETA},
+        rope=THETA,
     )
+    return draft_shape(own, {}, target)
 
 
 def batch_of(case: Any, layers: int, random: Random) -> Batch:

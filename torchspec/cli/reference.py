@@ -7,7 +7,7 @@ once the one required key is filled in.
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -38,21 +38,23 @@ def config(
         print(config_text(load_config(config, overrides or [])), end="")
 
 
-def reference_lines(model: type[BaseModel], indent: str = "") -> Iterator[str]:
-    """The reference of ``model`` and of the sections below it."""
+def reference_lines(model: type[BaseModel], indent: str = "", without: Collection[str] = ()) -> Iterator[str]:
+    """The reference of ``model`` and of the sections below it, ``without`` these keys."""
     from torchspec.config.describe import describe_type, section_of
     from torchspec.drafts.registry import DEFAULT, KINDS
+    from torchspec.drafts.shape import DraftKnobs
 
-    for name, field in model.model_fields.items():
+    for name, field in ((name, field) for name, field in model.model_fields.items() if name not in without):
         section = section_of(field)
         if section is not None:
             yield f"{indent}{name}:"
             yield from reference_lines(section, indent + "  ")
             if name == "draft":
+                _, *shared = DraftKnobs.model_fields  # behind the kind
                 for kind in (kind for kind in KINDS if kind != DEFAULT):
                     yield f"{indent}  #"
-                    yield f"{indent}  # of kind {kind}, instead:"
-                    yield from (f"{indent}  # {line}" for line in reference_lines(KINDS[kind].Knobs))
+                    yield f"{indent}  # of kind {kind}, besides `{shared[0]}` to `{shared[-1]}`, which all kinds have:"
+                    yield from (f"{indent}  # {line}" for line in reference_lines(KINDS[kind].Knobs, without=shared))
             yield ""
         else:
             text = (field.description or "").replace("``", "`")

@@ -51,7 +51,7 @@ def plan_table(plan: Plan, data: Survey, training: TrainingConfig) -> Renderable
             "threads": f"{plan.threads.inference} an engine, {plan.threads.training} a rank, of {plan.cores} cores",
             "largest sample": f"{plan.tokens_per_sample:,} tokens, {human_bytes(plan.sample_bytes)} in the store",
             "store": f"{human_bytes(plan.credit_bytes)} of credits: {plan.store_samples:,} samples of the largest size",
-            "draft": f"{human_count(plan.draft_parameters)} trained parameters",
+            "draft": f"{human_count(plan.draft_parameters)} trained parameters; {plan.draft}",
             "memory": f"about {expected} of {available}",
             **({"sizes found": _sizes_text(plan.found)} if plan.found else {}),
         },
@@ -131,7 +131,8 @@ def summary_table(summary: RunSummary, target: str) -> RenderableType:
         command = f"eval {shown(summary.export)} --target {target}"
     else:
         command = f"export {shown(summary.checkpoint or summary.run_dir)}"
-    return Group(table, Text.assemble(("next: ", "dim"), (f"torchspec {command}", "cyan")))
+    failure = [Text(f"no export: {summary.export_failure}", style="red")] if summary.export_failure else []
+    return Group(table, *failure, Text.assemble(("next: ", "dim"), (f"torchspec {command}", "cyan")))
 
 
 def proof_table(title: str, proof: Proof) -> Table:

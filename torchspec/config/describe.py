@@ -10,13 +10,13 @@ from pydantic import BaseModel, ByteSize
 from pydantic.fields import FieldInfo
 
 from torchspec.drafts.registry import DEFAULT, KINDS, kind_of
-from torchspec.drafts.spec import DraftKnobs
+from torchspec.drafts.shape import DraftKnobs
 
 TYPE_NAMES = {
     **{int: "integer", float: "number", bool: "true or false", str: "text", Path: "path", Any: "anything"},
     ByteSize: "bytes, as 16GiB or 500MB",
 }
-LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "pattern": "matching"}
+LIMITS = {"gt": ">", "ge": ">=", "lt": "<", "le": "<=", "pattern": "matching", "multiple_of": "multiple of"}
 
 
 def describe_type(field: FieldInfo) -> str:

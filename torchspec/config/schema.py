@@ -12,7 +12,7 @@ from typing import Any, Literal
 from pydantic import ByteSize, Field, PositiveInt, SerializeAsAny, field_validator, model_validator
 
 from torchspec.drafts.registry import DEFAULT, KINDS, kind_of
-from torchspec.drafts.spec import DraftKnobs
+from torchspec.drafts.shape import DraftKnobs
 from torchspec.knobs import Section
 from torchspec.shards import ShardFormula
 

@@ -86,8 +86,7 @@ class Controller:
         self.pool = InferencePool(spec.config, running=0)
         self._group: TrainingGroup | None = None
         self._begun = asyncio.Event()
-        self._stopping = False
-        self._finished = False
+        self._stopping = self._finished = False
         self._work = Signal()
         self._asked: dict[str, int] = {}
         """Calls for leases, by worker."""
@@ -215,6 +214,11 @@ class Controller:
         self.buffer.commit(step, folder)
         self.observer.committed(step, folder, best)
 
+    async def exported(self, rank: RankId, step: int, failure: str) -> None:
+        """The draft of the checkpoint of ``step`` was written; or, with a ``failure``, was not."""
+        self._group_of(rank)
+        self.observer.exported(step, failure)
+
     async def heldout_batches(self, rank: RankId) -> MicroBatches | None:
         """This rank's next held-out micro-batches, as many as the store holds at a time, as soon as all are captured.
 
@@ -290,8 +294,7 @@ class Controller:
             self._group.close()
 
     def _decide(self, values: Mapping[str, int | str]) -> None:
-        """What is asked for is kept before it is acted on, so that a controller or a resume after this one goes on
-        with it."""
+        """What is asked for is kept before it is acted on: a controller or a resume after this one goes on with it."""
         self.config = with_values(self.config, values)
         save_config(self.config, self._folder.config)
 
@@ -368,8 +371,7 @@ class Controller:
                 self._observe_pools()
             self.buffer.unpark()  # others than our own steps may have made room in the store
             self._advance()
-            move = self.pool.autoscale(self.buffer.ledger.trained_step)
-            if move is not None:
+            if move := self.pool.autoscale(self.buffer.ledger.trained_step):
                 message = f"inference workers: {move.workers}, because {move.reason}"
                 self.observer.note(message, "scaled", workers=move.workers)
 

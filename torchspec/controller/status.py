@@ -48,6 +48,7 @@ def run_status(
         eta_seconds=left / rate if rate else None,
         uptime_seconds=time.monotonic() - observer.started,
         messages=tuple(observer.messages),
+        export_failure=observer.export_failure,
         workers_wanted=pool.wanted,
         generation=buffer.generation,
         dp_size=training.dp_size,

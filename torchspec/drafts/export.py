@@ -3,6 +3,7 @@
 The folder holds ``config.json`` and ``model.safetensors`` and nothing else. SGLang's loader *silently ignores*
 tensors whose names it does not know, and serves a half-loaded draft that is merely never right; so what goes in is an
 allow-list, and every name, shape, dtype and value is checked both when the folder is written and when it is read.
+Drafts that others publish in this form are read, too; files beside these two are then of no interest.
 
 Which kind of draft it is says the architecture that its config names. A vocabulary of its own comes as ``d2t`` and
 ``t2d``: the offset from each draft id to the target's, and which target ids the draft knows.
@@ -56,6 +57,7 @@ def export_draft(
     Raises:
         ValueError: a tensor is missing, unknown, of the wrong shape, not finite (in ``dtype``) or all zero; or
             ``folder`` holds something else than an export.
+        OSError: the folder cannot be written.
     """
     tensors = {name: value.detach().to("cpu", torch_dtype(dtype)).contiguous() for name, value in weights.items()}
     tensors |= _vocabulary_tensors(draft_ids, spec)
@@ -70,12 +72,11 @@ def validate_export(folder: str | Path) -> DraftExport:
         ValueError: it is not an exported draft, or one that a server would load in part only.
     """
     folder = Path(folder)
-    export = DraftExport(folder, read_spec(folder), read_config(folder).get("torch_dtype", "absent"))
+    config = read_config(folder)
+    export = DraftExport(folder, read_spec(folder), config.get("torch_dtype", config.get("dtype", "absent")))
     try:
-        check_tensors(load_file(folder / WEIGHTS), export.spec, export.dtype)
+        check_tensors(read_weights(folder), export.spec, export.dtype)
         return export
-    except SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}") from None
     except ValueError as error:
         raise ValueError(f"{folder}: {error}") from None
 
@@ -111,6 +112,20 @@ def read_spec(folder: Path) -> DraftSpec:
         raise ValueError(f"{folder / CONFIG} lacks {error}") from None
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from None
+
+
+def read_weights(folder: Path) -> dict[str, Tensor]:
+    """All tensors of the folder but an embedding, in whose place servers take the target's.
+
+    Raises:
+        ValueError: the file is no safetensors file.
+    """
+    try:
+        tensors = load_file(folder / WEIGHTS)
+    except SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS} cannot be read: {error}") from None
+    tensors.pop("embed_tokens.weight", None)
+    return tensors
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -167,7 +182,10 @@ def _publish(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]
         complete, old = Path(scratch, "new"), Path(scratch, "old")
         complete.mkdir()
         (complete / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        save_file(tensors, complete / WEIGHTS, metadata={"format": "pt"})
+        try:
+            save_file(tensors, complete / WEIGHTS, metadata={"format": "pt"})
+        except SafetensorError as error:  # how it says that a disk is full
+            raise OSError(f"{complete / WEIGHTS} cannot be written: {error}") from None
         (complete / WEIGHTS).chmod((complete / CONFIG).stat().st_mode)  # safetensors lets nobody else read it
         if folder.exists():
             os.rename(folder, old)

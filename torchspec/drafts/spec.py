@@ -12,10 +12,12 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, NamedTuple, Self
+
+from pydantic import Field
 
 from torchspec.contracts import ITEM_BYTES
-from torchspec.knobs import Section
+from torchspec.drafts.shape import DraftKnobs, draft_shape, read_draft_config, stretched
 from torchspec.shards import ShardFormula
 from torchspec.target.shape import TargetShape, check_layers, early_middle_late
 
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
     from torchspec.target.checkpoint import TargetCheckpoint
     from torchspec.target.head import TargetHead
 
+DRAFT_VOCAB = 32_000
+"""Default size of a draft's own vocabulary: that of the drafts which EAGLE-3 and SpecForge publish."""
+FLOATS = ("BF16", "F16", "F32")
+"""Types, in safetensors' words, whose weights are the numbers themselves."""
 MASTER = 4
 """Bytes of an element of gradients and of all sums: float32."""
 
@@ -54,13 +60,6 @@ class RankBytes(NamedTuple):
     """Logits, gradients under way, and what the kernels take while they run."""
 
 
-class DraftKnobs(Section):
-    """Section ``draft``: each kind has a class of its own, with this one's keys and more."""
-
-    kind: str
-    """Which kind of draft is trained."""
-
-
 @dataclass(frozen=True)
 class DraftSpec(ABC):
     """A draft of one kind for one target. A checkpoint keeps it, so that nothing else is needed to export."""
@@ -71,8 +70,19 @@ class DraftSpec(ABC):
     Knobs: ClassVar[type[DraftKnobs]]
 
     target: TargetShape
+    """What it takes over of its target; heads, widths and rotary embedding are the draft's own where they differ."""
     layers: tuple[int, ...]
     """Target layers whose outputs it reads, 0-based, increasing."""
+    export_yarn_factor: float | None = field(default=None, kw_only=True)
+    export_yarn_length: int | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        if self.export_yarn_length is not None and self.export_yarn_factor is None:
+            raise ValueError(
+                f"draft.export_yarn_length={self.export_yarn_length} says what draft.export_yarn_factor stretches: set "
+                "both, or none"
+            )
+        _ = self.exported_shape  # refuses what cannot be stretched
 
     @classmethod
     @abstractmethod
@@ -80,19 +90,30 @@ class DraftSpec(ABC):
         """The draft that ``knobs`` ask for.
 
         Args:
-            layers: ``target.aux_layers``; None for the kind's own choice.
+            layers: ``target.aux_layers``; None for those of ``draft.config``, else the kind's own choice.
 
         Raises:
             ValueError: in one line, why this target cannot have it.
         """
 
     @classmethod
-    def kept(cls, knobs: DraftKnobs, target: TargetCheckpoint) -> dict[str, Any]:
-        """The fields that are knobs of the same name. A mask token that is not named is the target's."""
+    def kept(cls, knobs: DraftKnobs, target: TargetCheckpoint, config: Mapping[str, Any]) -> dict[str, Any]:
+        """The fields that are knobs of the same name, and its shape. A mask token that is not named is the target's.
+
+        Args:
+            config: what ``draft.config`` names.
+
+        Raises:
+            ValueError: ``config`` is of another kind or says otherwise, or no draft can have such a shape.
+        """
         values = {f.name: getattr(knobs, f.name) for f in fields(cls) if hasattr(knobs, f.name)}
+        here = {"architectures": [cls.architecture], "num_hidden_layers": values.get("num_layers", 1), **values}
+        for key, value in here.items():
+            if config.get(key, value) != value:
+                raise ValueError(f"draft.config: {key} is {config[key]} there, and {value} of the draft asked for")
         if "mask_token_id" in values and values["mask_token_id"] is None:
             values["mask_token_id"] = target.mask_token_id
-        return values
+        return values | {"target": draft_shape(knobs, config, target.shape)}
 
     @classmethod
     @abstractmethod
@@ -101,7 +122,30 @@ class DraftSpec(ABC):
 
         Raises:
             KeyError: a field is missing.
+            ValueError: this is no such draft as can be trained here.
         """
+
+    @staticmethod
+    @abstractmethod
+    def layers_in(config: Mapping[str, Any]) -> Sequence[int] | None:
+        """The target layers that a ``config.json`` names; None where it leaves them to the server."""
+
+    @property
+    def exported_shape(self) -> TargetShape:
+        """What ``config.json`` says of it: with YaRN where that is wanted."""
+        factor = self.export_yarn_factor
+        return self.target if factor is None else stretched(self.target, factor, self.export_yarn_length)
+
+    def describe(self) -> str:
+        """Its shape in a few words."""
+        shape, known = self.target, self.vocab_size
+        words = f"all {shape.vocab_size:,} tokens" if known is None else f"{known:,} of {shape.vocab_size:,} tokens"
+        layers = ", ".join(map(str, self.layers))
+        return (
+            f"{self.kind}: {shape.num_heads} heads ({shape.num_kv_heads} key/value) of {shape.head_dim}, MLP "
+            f"{shape.intermediate_size:,}, {words}, RoPE {self.exported_shape.rope_parameters['rope_type']} (theta "
+            f"{shape.rope_parameters['rope_theta']:,.10g}), reads target layers {layers}"
+        )
 
     @property
     @abstractmethod
@@ -172,6 +216,17 @@ class DraftSpec(ABC):
         """SGLang's parameter to the exported tensors that it is made of, one below the other."""
 
 
+class ChainKnobs(DraftKnobs):
+    """What EAGLE3 and P-EAGLE share."""
+
+    vocab_size: Annotated[int, Field(ge=2)] | Literal["all"] | None = None
+    """Size of the draft's vocabulary, the target's most frequent tokens; ``all`` is the target's own. Default: that of
+    ``config``, else 32,000, or all where the target has no more."""
+    init: Literal["default", "target"] = "default"
+    """``target`` starts the decoder layers as the target's last ones, which learns much faster in a short run. Those
+    must be Llama's: no biases, no norms of queries and keys, no latent attention, no experts, not quantised."""
+
+
 @dataclass(frozen=True)
 class ChainSpec(DraftSpec):
     """A draft that guesses a chain of tokens with a head of its own, in the words of Llama: EAGLE3, P-EAGLE."""
@@ -182,18 +237,43 @@ class ChainSpec(DraftSpec):
     """Where the decoder layers start: ``drafts/chain_draft.py``."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.draft_vocab_size <= self.target.vocab_size:
             raise ValueError(f"draft.vocab_size={self.draft_vocab_size} must be from 1 to {self.target.vocab_size}")
 
     @classmethod
     def of(cls, knobs: Any, target: TargetCheckpoint, layers: Sequence[int] | None) -> Self:
-        count = target.num_layers
-        return cls(
-            target=target.shape,
+        count, whole, config = target.num_layers, target.shape.vocab_size, read_draft_config(knobs)
+        layers = cls.layers_in(config) if layers is None else layers
+        size = knobs.vocab_size or config.get("draft_vocab_size") or min(DRAFT_VOCAB, whole)
+        spec = cls(
             layers=check_layers(count, early_middle_late(count) if layers is None else layers),
-            draft_vocab_size=target.shape.vocab_size if knobs.vocab_size is None else knobs.vocab_size,
-            **cls.kept(knobs, target),
+            draft_vocab_size=whole if size == "all" else size,
+            **cls.kept(knobs, target, config),
         )
+        if spec.init == "target":
+            spec.check_start(target, getattr(knobs, "num_layers", 1))
+        return spec
+
+    def check_start(self, target: TargetCheckpoint, layers: int) -> None:
+        """Raises ValueError: the target's last ``layers`` are not such as the draft could start as."""
+        expected = self.target.layer_tensors(self.target.hidden_size)
+        for number in range(target.num_layers - layers, target.num_layers):
+            held = target.layer_tensors(number)
+            odd = [f"no {name}" for name in expected if name not in held]
+            odd += [name for name in held if name not in expected]
+            for name in expected.keys() & held.keys():
+                dtype, shape = held[name]
+                if shape != expected[name]:
+                    odd.append(f"{name} of {list(shape)} instead of {list(expected[name])}")
+                elif dtype not in FLOATS:
+                    odd.append(f"{name} as {dtype}")
+            if odd:
+                more = f" and {len(odd) - 4} more" if len(odd) > 4 else ""
+                raise ValueError(
+                    f"draft.init=target: layer {number} of the target is not one that this draft could start as: it "
+                    f"has {', '.join(sorted(odd)[:4])}{more}; use draft.init=default"
+                )
 
     @property
     def vocab_size(self) -> int | None:
@@ -210,7 +290,7 @@ class ChainSpec(DraftSpec):
             "hidden_act": "silu",
             "attention_bias": False,
             "mlp_bias": False,
-            **self.target.hf_config(),
+            **self.exported_shape.hf_config(),
             "draft_vocab_size": self.draft_vocab_size,
             "tie_word_embeddings": False,
             "num_aux_hidden_states": len(self.layers),

@@ -45,6 +45,8 @@ class Plan:
     store_samples: int
     """Samples of the largest size that the store holds at once."""
     draft_parameters: int
+    draft: str
+    """Its kind and shape in words."""
     memory_bytes: int
     """Expected on this machine, all processes together; not what lies on GPUs."""
     memory_available: int
@@ -84,6 +86,7 @@ def make_plan(resolved: Resolved, heldout_samples: int) -> Plan:
         credit_bytes=credit_bytes,
         store_samples=credit_bytes // sample_bytes,
         draft_parameters=draft.parameters(),
+        draft=draft.describe(),
         memory_bytes=others + configured.ranks * rank_bytes,
         memory_available=usable_memory(),
         splits=splits,

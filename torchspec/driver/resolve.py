@@ -65,6 +65,7 @@ def _absolute_paths(config: Config) -> dict[str, str]:
         "run.dir": config.run.dir,
         "data.cache_dir": config.data.cache_dir,
         "target.path": Path(config.target.path),
+        "draft.config": config.draft.config,
         "training.init_from": config.training.init_from,
         "answer.reuse": config.answer.reuse,
     }

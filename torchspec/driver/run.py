@@ -64,8 +64,11 @@ class RunSummary:
     stopped: bool
     checkpoint: Path | None
     export: Path | None
+    """Of the last checkpoint's draft."""
     last_step: StepReport | None
     last_heldout: StepReport | None
+    export_failure: str = ""
+    """Why there is no export."""
 
 
 def train(config: Config, *, resume: bool, view: View, start: str = "latest") -> RunSummary:
@@ -197,7 +200,8 @@ def _summary(prepared: Prepared, status: RunStatus, stopped: bool, seconds: floa
         seconds=seconds,
         stopped=stopped,
         checkpoint=folder.newest_checkpoint(),
-        export=folder.export if folder.export.exists() else None,
+        export=folder.export if folder.export.exists() and not status.export_failure else None,
         last_step=status.last_step,
         last_heldout=status.last_heldout,
+        export_failure=status.export_failure,
     )

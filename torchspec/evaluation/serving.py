@@ -84,6 +84,8 @@ class Job:
         env = {"OMP_NUM_THREADS": str(self.threads)}
         if self.device == "cpu":
             env |= {"SGLANG_USE_CPU_ENGINE": "1", "TORCHDYNAMO_DISABLE": "1"}
+        if self.draft is not None:  # published drafts often name a shorter context than their target's
+            env["SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"] = "1"
         return env
 
 

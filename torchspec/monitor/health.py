@@ -88,11 +88,15 @@ def assess(
         what = FAULTS[newest["kind"]]
         lost = what.capitalize() if what in ("store", "controller") else plural(same, what)
         return Health("warning", f"{lost} lost", f"{_words(now - newest['time'])} ago: {newest['message']}")
+    if snapshot.status.export_failure:
+        return Health("warning", "No export", snapshot.status.export_failure)
     return Health("good", "Healthy", _calm(snapshot, len(alive)))
 
 
 def _ended(snapshot: Snapshot, events: Sequence[dict[str, Any]]) -> Health:
-    phase = snapshot.status.phase
+    phase, failure = snapshot.status.phase, snapshot.status.export_failure
+    if phase == "finished" and failure:
+        return Health("bad", "Finished without an export", failure)
     if phase == "finished":
         return Health("good", "Finished", _losses(snapshot))
     if phase == "stopped":

@@ -34,6 +34,7 @@ EventKind = Literal[
     "sample_lost",
     "rejected",
     "checkpoint",
+    "export_failed",
     "scaled",
     "trainer_started",
     "trainer_lost",

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torchspec.target.shape import TOKENS, TargetShape
+from torchspec.target.shape import EXPERTS, TOKENS, UNLIKE_LLAMA, TargetShape
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,13 +62,12 @@ class TargetCheckpoint:
     @cached_property
     def shape(self) -> TargetShape:
         """Raises ValueError: no draft could be trained for such a model."""
-        found = {name: getattr(self.config, name, None) for name in TargetShape.names().values()}
-        given = {name: value for name, value in found.items() if value is not None}
-        if missing := [name for name in found if name not in (*given, *OPTIONAL)]:
+        names = (*TargetShape.names().values(), *UNLIKE_LLAMA)
+        given = {name: value for name in names if (value := getattr(self.config, name, None)) is not None}
+        optional = OPTIONAL if not given.keys() & {*EXPERTS} else (*OPTIONAL, "intermediate_size")
+        if missing := [name for name in TargetShape.names().values() if name not in (*given, *optional)]:
             raise ValueError(f"the target's config has no {', '.join(missing)}: it is not a Llama-like model")
-        heads = given["num_attention_heads"]
-        usual = {"num_key_value_heads": heads, "head_dim": given["hidden_size"] // heads, "rope_parameters": {}}
-        return TargetShape.from_config(usual | given)
+        return TargetShape.of_target(given)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -153,6 +152,26 @@ class TargetCheckpoint:
                 if name not in shard.keys():  # noqa: SIM118 (a shard is no dict)
                     raise ValueError(f"target.path: {self.path / files[name]} has no tensor {name!r}")
                 tensors[name] = shard.get_tensor(name)
+        return tensors
+
+    def layer_tensors(self, number: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Type and shape of the weights of a decoder layer, by their names within it; nothing of them is read.
+
+        Raises:
+            ValueError: a file is missing.
+        """
+        from safetensors import safe_open
+
+        prefix = f"model.layers.{number}."
+        index = self._files_of([])
+        files = {file for name, file in index.items() if name.startswith(prefix)} if index else {SINGLE}
+        tensors = {}
+        for file in files:
+            with safe_open(self.path / file, framework="np") as shard:
+                for name in shard.keys():  # noqa: SIM118 (a shard is no dict)
+                    if name.startswith(prefix):
+                        found = shard.get_slice(name)
+                        tensors[name.removeprefix(prefix)] = found.get_dtype(), tuple(found.get_shape())
         return tensors
 
     def _files_of(self, names: list[str]) -> Mapping[str, str]:

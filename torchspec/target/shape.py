@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
 MIN_LAYERS = 7
 """Fewest layers of a target of which :func:`early_middle_late` are distinct and in order."""
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-"""Rotary embeddings whose frequencies do not depend on the sequence's length."""
+ROPE_NEEDS = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+ROPE_TYPES = tuple(ROPE_NEEDS)
+"""Rotary embeddings whose frequencies do not depend on the sequence's length; and what each needs beside a theta."""
+THETA = 10_000.0
+"""Of a config that names none, as in RoFormer (arXiv 2104.09864) and transformers."""
+
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size")
+UNLIKE_LLAMA = ("rope_theta", "rope_scaling", "partial_rotary_factor", "kv_lora_rank", *EXPERTS)
+"""Of a target's config: what :meth:`TargetShape.of_target` reads beside the fields."""
 
 RENAMED = {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -48,9 +61,8 @@ class TargetShape:
             )
         if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
             raise ValueError(
-                f"the target rotates a share of each head only (partial_rotary_factor="
-                f"{self.rope_parameters['partial_rotary_factor']}); a draft, as it is served, rotates all of it: "
-                "choose another target"
+                f"rope_parameters={dict(self.rope_parameters)} rotate a share of each head only; a draft, as it is "
+                "served, rotates all of it"
             )
 
     @property
@@ -80,9 +92,44 @@ class TargetShape:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
-        """Back from :meth:`hf_config`; token ids may be left out. Raises KeyError: another field is missing."""
-        given: dict[str, Any] = dict.fromkeys(TOKENS) | dict(config)
+        """From a ``config.json``, :meth:`hf_config`'s or an older one, which may leave out what is usual.
+
+        Raises:
+            KeyError: a field is missing.
+            ValueError: no draft can have such a shape.
+        """
+        given: dict[str, Any] = {name: value for name, value in config.items() if value is not None}
+        heads = given["num_attention_heads"]
+        usual: dict[str, Any] = {"num_key_value_heads": heads, "head_dim": given["hidden_size"] // heads}
+        given = dict.fromkeys(TOKENS) | usual | given | {"rope_parameters": rope_of(given)}
         return cls(**{ours: given[theirs] for ours, theirs in cls.names().items()})
+
+    @classmethod
+    def of_target(cls, config: Mapping[str, Any]) -> Self:
+        """What a draft has by default, from its target's config.
+
+        A draft is a dense Llama layer or a few. What a target has that such a layer cannot have is replaced:
+
+        - a rotary embedding of a share of each head, of several kinds of positions, or one that depends on the length:
+          a plain one, with the same theta (where each kind of layer has its own, that of full attention);
+        - multi-head latent attention: heads 128 wide that make up the hidden size, in 8 groups, as SpecForge's draft
+          for DeepSeek-V3 has them;
+        - experts, where the config has no width but theirs (missing, or below twice the hidden size): an MLP of three
+          times the hidden size, up to a multiple of 256, as SpecForge's draft for Qwen3-30B-A3B has it.
+
+        Raises:
+            KeyError, ValueError: see :meth:`from_config`.
+        """
+        rope, hidden = rope_of(config), config["hidden_size"]
+        if rope["rope_type"] not in ROPE_TYPES[1:] or _rotates_a_share(rope, config):
+            rope = {"rope_type": "default", "rope_theta": rope["rope_theta"]}
+        given = {**config, "rope_parameters": rope}
+        if config.get("kv_lora_rank"):
+            heads = max(1, hidden // 128)
+            given |= {"num_attention_heads": heads, "num_key_value_heads": math.gcd(heads, 8), "head_dim": 128}
+        if any(config.get(name) for name in EXPERTS) and (config.get("intermediate_size") or 0) < 2 * hidden:
+            given["intermediate_size"] = -(-3 * hidden // 256) * 256
+        return cls.from_config(given)
 
     def hf_config(self) -> dict[str, Any]:
         """The fields of a ``config.json`` that follow from the target.
@@ -96,6 +143,24 @@ class TargetShape:
         if rope["rope_type"] != "default":
             config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
         return config
+
+
+def rope_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """``rope_parameters`` of a ``config.json`` of any age: older ones have ``rope_theta`` and ``rope_scaling``.
+
+    Where each kind of layer has its own, those of the layers with full attention.
+    """
+    rope: Mapping[str, Any] = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kinds = {kind: of_kind for kind, of_kind in rope.items() if isinstance(of_kind, Mapping)}
+    if kinds:
+        rope = kinds.get("full_attention", next(iter(kinds.values())))
+    theta = next((x for x in (rope.get("rope_theta"), config.get("rope_theta")) if x is not None), THETA)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    return {**{name: value for name, value in rope.items() if name != "type"}, "rope_type": kind, "rope_theta": theta}
+
+
+def _rotates_a_share(rope: Mapping[str, Any], config: Mapping[str, Any]) -> bool:
+    return any(each.get("partial_rotary_factor") not in (None, 1.0) for each in (rope, config))
 
 
 def check_layers(num_layers: int, layers: Sequence[int]) -> tuple[int, ...]:

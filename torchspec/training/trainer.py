@@ -14,6 +14,7 @@ seeded with ``run.seed + 1 + r``, whose state is part of the checkpoint.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from typing import Any
 import numpy as np
 import ray
 import torch
+from torch import Tensor
 
 from torchspec.config.load import config_text
 from torchspec.config.schema import Config
@@ -197,7 +199,10 @@ class Trainer:
         return report.accept_length
 
     def _save(self, controller: Any, score: float | None) -> None:
-        """Checkpoint, pointers, rotation, export: in this order, so that each step only adds to what is safe."""
+        """Checkpoint, pointers, rotation, export: in this order, so that each step only adds to what is safe.
+
+        An export that fails is told to the controller, and training goes on.
+        """
         spec, config, run = self.spec, self.config, RunFolder(self.spec.run_dir)
         root, folder = run.checkpoints, run.checkpoint(self.step)
         files = {}
@@ -217,8 +222,17 @@ class Trainer:
         if config.checkpoint.export:
             weights = gather_weights(learner.parameters)
             if spec.rank == 0:
-                dtype = config.checkpoint.export_dtype
-                export_draft(spec.draft, weights, learner.draft_ids, run.export, dtype)
+                failure = self._export(weights, run.export)
+                ray.get(controller.exported.remote(self.rank, self.step, failure))
+
+    def _export(self, weights: Mapping[str, Tensor], folder: Path) -> str:
+        """Why it failed, if so: the checkpoint is safe and holds the same draft, so training goes on."""
+        try:
+            dtype = self.config.checkpoint.export_dtype
+            export_draft(self.spec.draft, weights, self.learner.draft_ids, folder, dtype)
+        except (ValueError, OSError) as error:
+            return str(error)
+        return ""
 
 
 def _best_score(root: Path) -> float:

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchspec.config.load import load_config
-from torchspec.drafts.export import WEIGHTS, export_draft, validate_export
+from torchspec.drafts.export import export_draft, read_weights, validate_export
 from torchspec.training.checkpoint import CONFIG_FILE, checkpoint_kind, load_weights, read_info
 
 HEAD = "lm_head.weight"
@@ -49,7 +48,7 @@ def load_draft(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
     if checkpoint_kind(folder) == "checkpoint":
         return load_weights(folder)
     export = validate_export(folder)
-    weights = load_file(folder / WEIGHTS)
+    weights = read_weights(folder)
     weights.pop("t2d", None)
     offsets = weights.pop("d2t", torch.zeros(export.spec.target.vocab_size, dtype=torch.int64))
     return weights, offsets + torch.arange(len(offsets))
@@ -73,8 +72,8 @@ def warm_start(draft: nn.Module, draft_ids: Tensor, folder: Path) -> None:
             stored = weights[name]
             if stored.shape[1:] != parameter.shape[1:] or (name != HEAD and stored.shape != parameter.shape):
                 raise ValueError(
-                    f"training.init_from {folder} does not fit this target: {name} is {list(stored.shape)} there and "
-                    f"{list(parameter.shape)} here"
+                    f"training.init_from {folder} does not fit this draft: {name} is {list(stored.shape)} there and "
+                    f"{list(parameter.shape)} here (draft.config={folder} gives a draft the shape of an exported one)"
                 )
             if name == HEAD:
                 here, there = _common_rows(draft_ids, other_ids)

@@ -31,6 +31,7 @@ def test_the_plan_warns_when_memory_is_short() -> None:
             credit_bytes=900 << 20,
             store_samples=99,
             draft_parameters=9_800_000,
+            draft="eagle3: 9 heads",
             memory_bytes=memory,
             memory_available=16 << 30,
             splits=splits,
@@ -42,7 +43,7 @@ def test_the_plan_warns_when_memory_is_short() -> None:
     fits, short = (rendered(plan_table(plan(size << 30), data, training)) for size in (10, 20))
     assert "90 conversations of 12,345 tokens, and up to 6,789 that the target answers" in fits
     assert "2 rejected (p7: too long, ...)" in " ".join(fits.replace("│", " ").split())
-    assert "23 of 8 samples" in fits
+    assert "23 of 8 samples" in fits and "9.8M trained parameters; eagle3: 9 heads" in fits
     assert "store.segment_bytes: 6.0 GiB" in fits and "inference.max_concurrency: 32" in fits
     assert "2,048 tokens, 9.0 MiB" in fits and "99 samples" in fits and "9.8M" in fits
     assert "about 10.0 GiB of 16.0 GiB" in fits
@@ -71,3 +72,5 @@ def test_the_summary_names_the_next_command(tmp_path: Path, monkeypatch: pytest.
         summary = RunSummary(run_dir, 12, 48, 0, 75.0, stopped, checkpoint, exported, None, None)
         text = rendered(summary_table(summary, "models/x"))
         assert expected in text and "runs/mine/checkpoints/step_000012" in text
+    failed = RunSummary(run_dir, 12, 48, 0, 75.0, False, checkpoint, None, None, None, "the disk is full")
+    assert "no export: the disk is full" in rendered(summary_table(failed, "models/x"))

@@ -182,6 +182,31 @@ def test_validation_tells_what_the_folder_holds(folder: Path) -> None:
     assert validate_export(folder) == hf.DraftExport(folder, spec_of(folder.parent / "target"), "bfloat16")
 
 
+PUBLISHED_WITHOUT = (
+    *("torch_dtype", "head_dim", "rope_parameters", "target_hidden_size", "num_aux_hidden_states", "eagle_config"),
+    *("eagle_aux_hidden_state_layer_ids", "bos_token_id", "eos_token_id", "pad_token_id", *NORMS),
+)
+
+
+def test_a_draft_that_others_have_published_is_read(tmp_path: Path) -> None:
+    """As SpecForge and the paper's authors write it: less in its config, and an embedding beside the weights."""
+    LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=7, num_attention_heads=4, vocab_size=64
+    ).save_pretrained(tmp_path / "target")
+    spec = Eagle3Spec.of(Eagle3Knobs(vocab_size=32), TargetCheckpoint(tmp_path / "target"), None)
+    folder = export_draft(spec, Eagle3Draft(spec).state_dict(), DRAFT_IDS, tmp_path / "draft")
+    _edit_config(folder, **dict.fromkeys(PUBLISHED_WITHOUT), dtype="bfloat16")
+    _edit_weights(folder, lambda t: t.update({"embed_tokens.weight": torch.ones(64, 32, dtype=torch.bfloat16)}))
+    (folder / "README.md").touch()
+    read = validate_export(folder).spec
+    assert read.target == replace(spec.target, bos_token_id=None, eos_token_id=None)
+    assert (read.layers, read.vocab_size, read.hf_tensors()) == ((1, 2, 3), 32, spec.hf_tensors())
+    assert hf.read_weights(folder).keys() == spec.hf_tensors().keys() | {"d2t", "t2d"}
+    _edit_config(folder, num_hidden_layers=2)
+    with pytest.raises(ValueError, match="num_hidden_layers is 2; an EAGLE3 draft here has one"):
+        validate_export(folder)
+
+
 def _rename(state: dict[str, Tensor]) -> None:
     state["midlayer.mlp.up.weight"] = state.pop("midlayer.mlp.up_proj.weight")
 

@@ -198,3 +198,9 @@ def test_engine_arguments(target_path: Path) -> None:
         "speculative_eagle_topk": 1,
         "speculative_num_draft_tokens": 6,
     }
+
+
+def test_a_draft_may_name_a_shorter_context_than_its_target_has() -> None:
+    plain = Job("target", [[1]], 4, "float32", "cpu", 1, 1)
+    knob = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"
+    assert replace(plain, draft="draft").environment()[knob] == "1" and knob not in plain.environment()

@@ -53,6 +53,14 @@ def test_a_recent_loss_is_a_warning(snapshot: Snapshot, kinds: list[str], headli
     assert health.text == "12 s ago: worker-1 is gone"
 
 
+def test_an_export_that_failed_is_told_while_the_run_goes_on_and_at_its_end(snapshot: Snapshot) -> None:
+    failed = replace(snapshot, status=replace(snapshot.status, export_failure="the disk is full"))
+    health = assess(failed, [], [], live=True, now=snapshot.time)
+    assert (health.level, health.headline, health.text) == ("warning", "No export", "the disk is full")
+    ended = replace(failed, status=replace(failed.status, phase="finished"))
+    assert assess(ended, [], [], live=False, now=snapshot.time).headline == "Finished without an export"
+
+
 def test_silence_is_noticed(snapshot: Snapshot) -> None:
     workers = (snapshot.workers[0], replace(snapshot.workers[1], doing="silent", heard=snapshot.time - 8))
     health = assess(replace(snapshot, workers=workers), [], [], live=True, now=snapshot.time)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from transformers import GlmConfig, LlamaConfig, PretrainedConfig, Qwen2Config, StableLmConfig, ViTConfig
+from transformers import LlamaConfig, PretrainedConfig, Qwen2Config, StableLmConfig, ViTConfig
 
 from torchspec.target.checkpoint import TargetCheckpoint
 
@@ -23,7 +23,6 @@ def test_the_real_target(target_path: Path) -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (GlmConfig(), r"partial_rotary_factor=0\.5"),
         (StableLmConfig(), "no rms_norm_eps: it is not a Llama-like model"),
         (ViTConfig(), "no rms_norm_eps, vocab_size, max_position_embeddings: it is not"),
         (Qwen2Config(num_attention_heads=4, num_key_value_heads=3), "not a multiple"),

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from torchspec.drafts.dflash import costs
-from torchspec.drafts.spec import DraftKnobs, DraftSpec, check_mask_token, fused
+from torchspec.drafts.shape import DraftKnobs, read_draft_config
+from torchspec.drafts.spec import DraftSpec, check_mask_token, fused
 from torchspec.target.shape import TargetShape, check_layers
 
 if TYPE_CHECKING:
@@ -45,8 +46,6 @@ class DFlashKnobs(DraftKnobs):
     """``ce`` learns the tokens themselves, as the paper does; ``soft_ce`` the target's distributions over them."""
     mask_token_id: int | None = Field(default=None, ge=0)
     """Token that stands for those to be guessed. Default: the tokenizer's own, else one that no text holds."""
-    export_yarn_factor: float | None = Field(default=None, gt=1)
-    """Stretch the rotary embedding of the exported draft with YaRN, for a target that is served with it."""
 
 
 @dataclass(frozen=True)
@@ -62,23 +61,18 @@ class DFlashSpec(DraftSpec):
     num_anchors: int = DFlashKnobs.model_fields["num_anchors"].default
     gamma: float | None = None
     loss: Literal["ce", "soft_ce"] = "ce"
-    export_yarn_factor: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_mask_token(self.mask_token_id, self.target)
         check_layers(self.num_target_layers, self.layers)
-        rope_type = self.target.rope_parameters["rope_type"]
-        if self.export_yarn_factor is not None and rope_type != "default":
-            raise ValueError(
-                f"draft.export_yarn_factor={self.export_yarn_factor}: the target's rotary embedding is stretched "
-                f"already (rope_type {rope_type}), and the draft takes it over; leave the knob out"
-            )
 
     @classmethod
     def of(cls, knobs: DFlashKnobs, target: TargetCheckpoint, layers: Sequence[int] | None) -> Self:
-        chosen = default_layers(target.num_layers, knobs.num_features) if layers is None else layers
-        count = target.num_layers
-        return cls(target=target.shape, layers=tuple(chosen), num_target_layers=count, **cls.kept(knobs, target))
+        count, config = target.num_layers, read_draft_config(knobs)
+        layers = cls.layers_in(config) if layers is None else layers
+        chosen = default_layers(count, knobs.num_features) if layers is None else layers
+        return cls(layers=tuple(chosen), num_target_layers=count, **cls.kept(knobs, target, config))
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
@@ -90,6 +84,10 @@ class DFlashSpec(DraftSpec):
             block_size=config["block_size"],
             mask_token_id=config["dflash_config"]["mask_token_id"],
         )
+
+    @staticmethod
+    def layers_in(config: Mapping[str, Any]) -> Sequence[int] | None:
+        return (config.get("dflash_config") or {}).get("target_layer_ids")
 
     @property
     def positions(self) -> int:
@@ -130,7 +128,7 @@ class DFlashSpec(DraftSpec):
             "layer_types": ["full_attention"] * self.num_layers,
             "hidden_act": "silu",
             "attention_bias": False,
-            **self._exported_target().hf_config(),
+            **self.exported_shape.hf_config(),
             "tie_word_embeddings": False,
             "block_size": self.block_size,
             "num_target_layers": self.num_target_layers,
@@ -156,20 +154,6 @@ class DFlashSpec(DraftSpec):
 
     def served_as(self) -> dict[str, tuple[str, ...]]:
         return fused(self.hf_tensors())
-
-    def _exported_target(self) -> TargetShape:
-        """The target's shape, with YaRN (arXiv 2309.00071) where it is wanted."""
-        factor, target = self.export_yarn_factor, self.target
-        if factor is None:
-            return target
-        rope = {
-            "rope_type": "yarn",
-            "rope_theta": target.rope_parameters["rope_theta"],
-            "factor": factor,
-            "original_max_position_embeddings": target.max_position_embeddings,
-        }
-        longest = int(target.max_position_embeddings * factor)
-        return replace(target, rope_parameters=rope, max_position_embeddings=longest)
 
 
 def default_layers(num_layers: int, features: int) -> list[int]:

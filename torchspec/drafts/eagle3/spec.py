@@ -10,6 +10,10 @@ EAGLE-3.1 (2026) adds norms against a drift of the attention from step to step: 
 ``norm_output`` behind the layer. ``norm_before_fc`` is an older variant of the first. A server is told by keys of the
 same names, and takes each for off where it is missing.
 
+There is one decoder layer: of a second one SGLang reads the norm of the input as ``hidden_norm``, vLLM as
+``input_layernorm``. A published draft (SpecForge's, the paper's) may leave out what servers take for granted, such as
+the target's layers: then they are the early, middle and late ones of whatever target it is served with.
+
 A draft over the target's whole vocabulary has no ``d2t`` and ``t2d``: SGLang needs none, and vLLM refuses them.
 
 Shapes: H hidden size (draft and target), F aux layers.
@@ -17,15 +21,16 @@ Shapes: H hidden size (draft and target), F aux layers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from pydantic import Field
 
 from torchspec.drafts.eagle3 import costs
-from torchspec.drafts.spec import ChainSpec, DraftKnobs, fused
-from torchspec.target.shape import TargetShape
+from torchspec.drafts.shape import DraftKnobs
+from torchspec.drafts.spec import ChainKnobs, ChainSpec, fused
+from torchspec.target.shape import MIN_LAYERS, TargetShape, early_middle_late
 
 if TYPE_CHECKING:
     from torchspec.drafts.draft import DraftOptions
@@ -37,13 +42,9 @@ NORMS = ("fc_norm", "norm_before_fc", "norm_output")
 """Knobs, and keys of ``config.json``."""
 
 
-class Eagle3Knobs(DraftKnobs):
+class Eagle3Knobs(ChainKnobs):
     kind: Literal["eagle3"] = "eagle3"
     """Which kind of draft is trained."""
-    vocab_size: int | None = Field(default=None, ge=2)
-    """Size of the draft's vocabulary: the target's most frequent tokens. Default: all of the target's."""
-    init: Literal["default", "target"] = "default"
-    """``target`` starts the decoder layer as the target's last one, which learns much faster in a short run."""
     ttt_length: int = Field(default=7, ge=1, le=16)
     """Training-time-test steps: how many tokens ahead the draft learns to go."""
     step_decay: float = Field(default=0.8, gt=0, le=1)
@@ -80,12 +81,19 @@ class Eagle3Spec(ChainSpec):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> Self:
+        if config.get("num_hidden_layers", 1) != 1:
+            raise ValueError(f"num_hidden_layers is {config['num_hidden_layers']}; an EAGLE3 draft here has one")
+        layers = cls.layers_in(config)
         return cls(
             target=TargetShape.from_config(config),
-            layers=tuple(config["eagle_config"]["eagle_aux_hidden_state_layer_ids"]),
+            layers=early_middle_late(MIN_LAYERS) if layers is None else tuple(layers),
             draft_vocab_size=config["draft_vocab_size"],
             **{name: config.get(name, False) for name in NORMS},
         )
+
+    @staticmethod
+    def layers_in(config: Mapping[str, Any]) -> Sequence[int] | None:
+        return (config.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
 
     @property
     def positions(self) -> int:

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 from pydantic import Field
 
 from torchspec.drafts.peagle import costs
-from torchspec.drafts.spec import ChainSpec, DraftKnobs, check_mask_token
+from torchspec.drafts.shape import DraftKnobs
+from torchspec.drafts.spec import ChainKnobs, ChainSpec, check_mask_token
 from torchspec.target.shape import TargetShape
 
 if TYPE_CHECKING:
@@ -30,13 +31,9 @@ if TYPE_CHECKING:
     from torchspec.target.head import TargetHead
 
 
-class PEagleKnobs(DraftKnobs):
+class PEagleKnobs(ChainKnobs):
     kind: Literal["peagle"] = "peagle"
     """Which kind of draft is trained."""
-    vocab_size: int | None = Field(default=None, ge=2)
-    """Size of the draft's vocabulary: the target's most frequent tokens. Default: all of the target's."""
-    init: Literal["default", "target"] = "default"
-    """``target`` starts the decoder layers as the target's last ones, which learns much faster in a short run."""
     num_layers: int = Field(default=4, ge=1)
     """Decoder layers of the draft."""
     num_positions: int = Field(default=8, ge=2, le=16)
@@ -85,6 +82,11 @@ class PEagleSpec(ChainSpec):
             num_positions=config["num_positions"],
             fc_norm=config["fc_norm"],
         )
+
+    @staticmethod
+    def layers_in(config: Mapping[str, Any]) -> Sequence[int] | None:
+        ids = config.get("eagle_aux_hidden_state_layer_ids")
+        return None if ids is None else [k - 1 for k in ids]
 
     @property
     def positions(self) -> int:

@@ -7,7 +7,10 @@ const GROUPS = {
   fault: {
     title: "Faults",
     sign: "✕",
-    kinds: ["failed", "worker_lost", "sample_failed", "sample_lost", "trainer_lost", "store_lost", "controller_lost"],
+    kinds: [
+      ...["failed", "worker_lost", "sample_failed", "sample_lost", "trainer_lost", "store_lost", "controller_lost"],
+      "export_failed",
+    ],
   },
   rejected: { title: "Rejections", sign: "⊘", kinds: ["rejected"] },
   scaling: { title: "Scaling", sign: "⇅", kinds: ["scaled", "worker_started", "worker_ready", "worker_left", "trainer_started"] },

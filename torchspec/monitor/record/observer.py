@@ -41,6 +41,8 @@ class Observer:
         self.last: dict[str, StepReport] = {}
         """The last report of a step (``train``) and of an evaluation (``heldout``)."""
         self.inference, self.training = Rate(), Rate()
+        self.export_failure = ""
+        """Of the last checkpoint's draft, if it has failed."""
         self.messages: list[str] = []
         """Recent events worth a person's attention, oldest first."""
         self.started = time.monotonic()
@@ -147,6 +149,11 @@ class Observer:
     def committed(self, step: int, folder: str, best: bool) -> None:
         message = f"checkpoint {folder}" + (" (best so far)" if best else "")
         self.note(message, "checkpoint", step=step, best=best)
+
+    def exported(self, step: int, failure: str) -> None:
+        self.export_failure = failure
+        if failure:
+            self.note(f"the draft of step {step} was not exported: {failure}", "export_failed", step=step)
 
     def ended(self, phase: str, step: int) -> None:
         self.note(f"{phase} after step {step}", "finished", step=step)

@@ -231,7 +231,7 @@ def test_a_spoiled_folder_is_refused(target: Path, tmp_path: Path, spoil: str) -
     folder = export_draft(spec, state, torch.arange(10), tmp_path / "draft")
     config = json.loads((folder / CONFIG).read_text())
     (folder / CONFIG).write_text(json.dumps(config | {"architectures": ["LlamaForCausalLMEagle3"]}))
-    with pytest.raises(ValueError, match="lacks 'eagle_config'"):
+    with pytest.raises(ValueError, match="lacks 'draft_vocab_size'"):
         validate_export(folder)
 
 

@@ -130,23 +130,15 @@ def test_the_draft_is_derived_from_the_target(target_path: Path, tmp_path: Path)
     assert target.rope_parameters == {"rope_type": "default", "rope_theta": 100000.0}
     wide = spec_for(tmp_path, Qwen3Config(hidden_size=64, num_attention_heads=2, num_key_value_heads=1, head_dim=128))
     assert wide.target.head_dim == 128
-    assert wide.vocab_size is None and wide.draft_vocab_size == wide.target.vocab_size
+    assert (wide.target.vocab_size, wide.draft_vocab_size) == (151_936, 32_000)
+    assert spec_for(tmp_path, vocab_size="all").vocab_size is None
+    assert spec_for(write_checkpoint(tmp_path / "small")).draft_vocab_size == V, "no more than there are"
 
 
 @pytest.mark.parametrize(
     ("change", "knobs", "message"),
     [
         ({}, {"vocab_size": 50_000}, "draft.vocab_size=50000"),
-        (
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            {},
-            "rope_type among default",
-        ),
-        (
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-            {},
-            "partial_rotary_factor=0.5",
-        ),
         ({"num_key_value_heads": 2}, {}, "not a multiple of num_kv_heads=2"),
     ],
 )
