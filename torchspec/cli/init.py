@@ -41,7 +41,7 @@ inference:
 
 draft:
   kind: eagle3  # or dflash, peagle
-  vocab_size: {draft_vocabulary}  # of its own, counted from the answers; null: all of the target's
+  vocab_size: {draft_vocabulary}  # of its own, counted from the answers; all: the target's
 
 training:
   epochs: 2  # answers are written in the first, only read in later ones
@@ -57,8 +57,6 @@ evaluation:
 checkpoint:
   every_steps: 200
 """
-DRAFT_VOCABULARY = 32000
-"""What published EAGLE3 drafts have."""
 LONGEST = 2048
 """Tokens of a sample, if the target reads so many."""
 
@@ -112,6 +110,6 @@ def recipe_for(resolved: Resolved, file: Path, heldout: str | None) -> str:
         data=json.dumps(config.data.train),
         longest=longest,
         answer=min(512, longest // 2),
-        draft_vocabulary=DRAFT_VOCABULARY if shape.vocab_size > DRAFT_VOCABULARY else "null",
+        draft_vocabulary=resolved.draft.vocab_size or "all",
         heldout=json.dumps(heldout),
     )
