@@ -188,6 +188,8 @@ class ChainSpec(DraftSpec):
     @classmethod
     def of(cls, knobs: Any, target: TargetCheckpoint, layers: Sequence[int] | None) -> Self:
         count = target.num_layers
+        if knobs.init == "target":
+            target.check_llama_layers(getattr(knobs, "num_layers", 1))
         return cls(
             target=target.shape,
             layers=check_layers(count, early_middle_late(count) if layers is None else layers),

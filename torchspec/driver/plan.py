@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import psutil
@@ -32,6 +33,8 @@ class ThreadPlan:
 class Plan:
     """Figures of a run; bytes unless said otherwise."""
 
+    target: Mapping[str, str]
+    """What was found of it, by name."""
     actors: tuple[tuple[str, int, str], ...]
     """Role, count, and what each one uses."""
     threads: ThreadPlan
@@ -81,6 +84,7 @@ def make_plan(resolved: Resolved, heldout_samples: int, vocab_prompts: int) -> P
         ("trainer rank", training.world_size, _uses(threads.training, 1, on_gpu)),
     )
     return Plan(
+        target=target.facts(),
         actors=actors,
         threads=threads,
         cores=cores,

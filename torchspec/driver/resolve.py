@@ -14,9 +14,11 @@ from torchspec.config.schema import Config
 from torchspec.drafts.registry import KINDS
 from torchspec.drafts.spec import DraftSpec
 from torchspec.hardware import fast_dtype, pick_device
+from torchspec.inference.sglang_models import check_target
+from torchspec.inference.sglang_process import check_engine_args
 from torchspec.shards import key_value_repeats
 from torchspec.store.geometry import SampleGeometry
-from torchspec.target.checkpoint import TargetCheckpoint
+from torchspec.target.checkpoint import TargetCheckpoint, find_checkpoint
 
 MAX_DEFAULT_BUFFER = 4 << 30
 
@@ -43,13 +45,15 @@ def resolve(config: Config) -> Resolved:
     fast = fast_dtype("cuda" if on_gpu else "cpu")
     sections = [name for name in ("target", "training") if getattr(config, name).dtype == "auto"]
     config = with_values(config, {f"{name}.dtype": fast for name in sections})
-    target = TargetCheckpoint(Path(config.target.path), config.target.trust_remote_code)
+    check_engine_args(config.inference.engine_args)
+    target = TargetCheckpoint(find_checkpoint(config.target.path), config.target.trust_remote_code)
     draft = KINDS[config.draft.kind].of(config.draft, target, config.target.aux_layers)
+    check_target(target, draft.layers, on_gpu)
     sharding = config.training.shard_formula(draft.halo)
     if sharding is not None:
         key_value_repeats(draft.target.num_heads, draft.target.num_kv_heads, sharding.ulysses_size)
     geometry = SampleGeometry(len(draft.layers), draft.target.hidden_size, config.target.dtype, sharding)
-    values: dict[str, Any] = {**_absolute_paths(config)}
+    values: dict[str, Any] = {**_absolute_paths(config, target)}
     if config.inference.buffer_bytes is None:
         values["inference.buffer_bytes"] = _buffer_bytes(config, geometry)
     return Resolved(with_values(config, values), target, draft, geometry, on_gpu)
@@ -66,12 +70,12 @@ def _buffer_bytes(config: Config, geometry: SampleGeometry) -> int:
     return max(2 * sample, min((config.inference.max_concurrency + 2) * sample, MAX_DEFAULT_BUFFER))
 
 
-def _absolute_paths(config: Config) -> dict[str, str]:
+def _absolute_paths(config: Config, target: TargetCheckpoint) -> dict[str, str]:
     """Actors have another working directory, so every path they see is absolute."""
     paths = {
         "run.dir": config.run.dir,
         "data.cache_dir": config.data.cache_dir,
-        "target.path": Path(config.target.path),
+        "target.path": target.path,
         "training.init_from": config.training.init_from,
         "answer.reuse": config.answer.reuse,
     }

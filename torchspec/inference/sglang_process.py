@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from typing import Any
@@ -28,6 +28,20 @@ from torchspec.store.endpoint import StoreEndpoint
 
 _HELLO_SECONDS = 10.0
 """The plugin says hello while SGLang starts, so by then it is there or it will never be."""
+
+
+FIXED_ARGUMENTS: Mapping[str, Any] = {
+    "disable_radix_cache": True,
+    "dp_size": 1,
+    "pp_size": 1,
+    "nnodes": 1,
+    "enable_dp_attention": False,
+    "disaggregation_mode": "null",
+    "skip_tokenizer_init": True,
+}
+"""Arguments of ``sglang.Engine`` for which a capturing engine has one value only."""
+CAPTURE_ARGUMENTS = ("model_path", "enable_return_aux_hidden_states", "return_aux_hidden_state_layer_ids")
+"""Those that are worked out from the rest of the config, like all that begin with ``speculative_``."""
 
 
 class EngineError(RuntimeError):
@@ -81,6 +95,22 @@ class EngineSpec:
         return args | inference.engine_args
 
 
+def check_engine_args(engine_args: Mapping[str, Any]) -> None:
+    """Refuse ``inference.engine_args`` that a capturing engine cannot work with.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    for name, value in engine_args.items():
+        owned = name.startswith("speculative_") or name in CAPTURE_ARGUMENTS
+        if owned or value != FIXED_ARGUMENTS.get(name, value):
+            fixed = "" if owned else f" (it is {FIXED_ARGUMENTS[name]!r})"
+            raise ValueError(
+                f"inference.engine_args.{name}={value!r}: TorchSpec sets {name} by itself{fixed}, or the engine would "
+                "not capture every hidden state; leave it out"
+            )
+
+
 def start_token_engine(**engine_args: Any) -> Any:
     """A ``sglang.Engine`` for token ids in and token ids out, without SGLang's detokenizer process.
 
@@ -127,13 +157,14 @@ def await_hello(listener: socket.socket) -> tuple[socket.socket, Hello]:
     listener.settimeout(_HELLO_SECONDS)
     try:
         connection, _ = listener.accept()
+        connection.settimeout(_HELLO_SECONDS)
+        with connection.makefile("rb") as lines:
+            message = json.loads(lines.readline())
     except TimeoutError:
         raise EngineError(
             "the capture plugin did not load in SGLang's scheduler: is torchspec installed (pip install -e .) in this "
             "environment, and does SGLANG_PLUGINS, if set, name torchspec_capture?"
         ) from None
-    with connection.makefile("rb") as lines:
-        message = json.loads(lines.readline())
     assert message.pop("type") == "hello"
     connection.setblocking(False)
     return connection, Hello(**message)

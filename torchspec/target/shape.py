@@ -11,6 +11,8 @@ MIN_LAYERS = 7
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 """Rotary embeddings whose frequencies do not depend on the sequence's length."""
 
+UNSERVED_ROPE = ("partial_rotary_factor", "mrope_section", "mrope_interleaved", "mscale", "mscale_all_dim")
+
 RENAMED = {"num_heads": "num_attention_heads", "num_kv_heads": "num_key_value_heads"}
 TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -45,12 +47,6 @@ class TargetShape:
             raise ValueError(
                 f"rope_parameters={dict(self.rope_parameters)} must hold a rope_theta and a rope_type among "
                 f"{', '.join(ROPE_TYPES)}"
-            )
-        if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
-            raise ValueError(
-                f"the target rotates a share of each head only (partial_rotary_factor="
-                f"{self.rope_parameters['partial_rotary_factor']}); a draft, as it is served, rotates all of it: "
-                "choose another target"
             )
 
     @property
@@ -96,6 +92,21 @@ class TargetShape:
         if rope["rope_type"] != "default":
             config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
         return config
+
+
+def draft_rope(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The rotary embedding of a draft whose target has ``parameters``: all of each head is rotated, by one type.
+
+    It is that of the layers with full attention where each type of layer has its own. What a served draft does not
+    know (shares of a head, sections for images, YaRN's ``mscale``) is left out, and a type whose frequencies depend on
+    the sequence's length becomes the plain one: the draft learns its own attention, so its angles need not be the
+    target's.
+    """
+    of_layer = parameters.get("full_attention", parameters)
+    known = {key: value for key, value in of_layer.items() if key not in UNSERVED_ROPE}
+    if known.get("rope_type") in ROPE_TYPES:
+        return known
+    return {"rope_type": "default", "rope_theta": known.get("rope_theta")}
 
 
 def check_layers(num_layers: int, layers: Sequence[int]) -> tuple[int, ...]:

@@ -137,16 +137,6 @@ def test_the_draft_is_derived_from_the_target(target_path: Path, tmp_path: Path)
     ("change", "knobs", "message"),
     [
         ({}, {"vocab_size": 50_000}, "draft.vocab_size=50000"),
-        (
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}},
-            {},
-            "rope_type among default",
-        ),
-        (
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
-            {},
-            "partial_rotary_factor=0.5",
-        ),
         ({"num_key_value_heads": 2}, {}, "not a multiple of num_kv_heads=2"),
     ],
 )
