@@ -1,6 +1,6 @@
 """Which families of targets TorchSpec trains drafts for: each is taken all the way, and what stops one is said.
 
-    python -m benchmarks.targets [--only FAMILY ...] [--overrides key=value ...] [--page]
+    python -m benchmarks.targets [--only FAMILY ...] [--stages STAGE ...] [--overrides key=value ...] [--page]
 
 A tiny random checkpoint of each family (``families.py``) goes through
 
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -50,18 +51,20 @@ AUX_LAYERS = tuple(range(1, LAYERS - 1))
 TOLERANCE = 2e-3
 """Relative error of a token's state in float32. One layer off is an error of 0.2 and more."""
 PROMPTS = ([5, 17, 4093, 198, 7] * 9, [31, 64, 77], [100 + 7 * i for i in range(200)])
+COMPLAINT = re.compile(r"error: |the state of |[\w.]+(Error|Exception)\b")
 SECONDS = 600.0
 """What a stage may take."""
 HEADING = """# Targets
 
 Which families of models TorchSpec trains drafts for, as `python -m benchmarks.targets` found it on a CPU with SGLang
-0.5.23. A tiny random checkpoint of each, made by transformers' own classes, is planned; the states of every layer that
-a draft may read are captured and held against transformers'; a draft is trained for three steps, exported, and served,
-every parameter of it checked. `ok` means all of that. What SGLang cannot capture or run is refused by `torchspec
-plan`, in the words of the last column. GPUs run more than a CPU; what can be captured is the same.
+0.5.23. A tiny random checkpoint of each, made by transformers' own classes, is planned (`plan`); the states of every
+layer that a draft may read are captured and held against transformers' (`capture`); a draft is trained for three steps
+and exported (`train`), and served, every parameter of it checked (`serve`). The table says which of these were tried
+and went well; what SGLang cannot capture or run is refused by `torchspec plan`, in the words of the last column. GPUs
+run more than a CPU; what can be captured is the same.
 
-| family | architecture | on a CPU |
-|---|---|---|
+| family | architecture | went well | what stopped it |
+|---|---|---|---|
 """
 
 
@@ -97,7 +100,7 @@ def judge(family: str, folder: Path, overrides: Sequence[str] = (), stages: Sequ
 
 
 def run_stage(command: list[str]) -> str:
-    """``ok``, or what it said last."""
+    """``ok``, or the first complaint in what it printed: others follow from that."""
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=SECONDS, stdin=subprocess.DEVNULL, cwd=ROOT
@@ -106,8 +109,8 @@ def run_stage(command: list[str]) -> str:
         return f"not done after {SECONDS:.0f} s"
     if done.returncode == 0:
         return "ok"
-    lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-    return lines[-1] if lines else f"exit code {done.returncode}"
+    lines = [*done.stdout.splitlines(), *done.stderr.splitlines()]
+    return next(filter(COMPLAINT.match, lines), f"exit code {done.returncode}")
 
 
 def write_recipe(checkpoint: Path, folder: Path) -> Path:
@@ -170,15 +173,23 @@ def compare(client: HiddenStateStore, key: str, tensors: dict[str, TensorSpec], 
     client.release(buffer)
 
 
+def known() -> dict[str, Any]:
+    """The outcomes so far, by family."""
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
 def row(family: str, outcome: dict[str, Any]) -> str:
-    stopped = [(stage, said) for stage, said in outcome["stages"].items() if said != "ok"]
-    said = " ".join(f"{stage}: {said}" for stage, said in stopped) or "ok"
-    return f"| {family} | `{outcome['architecture']}` | {said} |\n"
+    """Of the page's table: the stages that went well, then what stopped the next."""
+    stages = outcome["stages"]
+    cells = [", ".join(stage for stage in stages if stages[stage] == "ok")]
+    cells.append("".join(f"{stage}: {said}" for stage, said in stages.items() if said != "ok"))
+    return f"| {family} | `{outcome['architecture']}` | {' | '.join(cells)} |\n"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=tuple(FAMILIES), default=tuple(FAMILIES))
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--overrides", nargs="+", default=[], help="of the recipe, such as draft.kind=dflash")
     parser.add_argument("--capture", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--page", action="store_true", help="write docs/targets.md")
@@ -186,16 +197,15 @@ def main() -> None:
     if options.capture is not None:
         capture(options.capture)
         return
-    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
     if options.page:
-        PAGE.write_text(HEADING + "".join(map(row, FAMILIES, (results[family] for family in FAMILIES))))
+        results = known()
+        PAGE.write_text(HEADING + "".join(row(family, results[family]) for family in FAMILIES if family in results))
         return
     for family in options.only:
         with tempfile.TemporaryDirectory(prefix="torchspec-targets-") as name:
-            outcome = judge(family, Path(name), options.overrides)
+            outcome = judge(family, Path(name), options.overrides, options.stages)
         print(family, outcome.stages, flush=True)
-        results[family] = asdict(outcome)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        RESULTS.write_text(json.dumps(known() | {family: asdict(outcome)}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,6 +27,8 @@ CAPTURING = frozenset(
 """Models whose layers SGLang 0.5.23 hands out: its classes with ``set_eagle3_layers_to_capture``."""
 SHIFTING = re.compile("Deepseek|GlmMoeDsa|Glm4MoeLite|KimiK25|MistralLarge3")
 """Those that hand out one layer earlier, unless the first layer asked for is 1."""
+WITHOUT_RESIDUAL = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
+"""Those that hand out what a layer adds, without what it is added to."""
 NOT_ON_A_CPU: dict[str, str] = {}
 """What models need of SGLang that it has for GPUs only, as far as ``benchmarks/targets.py`` has found it."""
 
@@ -42,6 +44,11 @@ def check_target(target: TargetCheckpoint, layers: Sequence[int], on_gpu: bool) 
         raise ValueError(
             f"target.path: SGLang {SUPPORTED_VERSION} hands out no hidden states of {name} (its class has no "
             "set_eagle3_layers_to_capture), so no draft can be trained for it"
+        )
+    if name in WITHOUT_RESIDUAL:
+        raise ValueError(
+            f"target.path: SGLang {SUPPORTED_VERSION} hands out hidden states of {name} without the residual stream, "
+            "which a draft needs"
         )
     if not on_gpu and name in NOT_ON_A_CPU:
         raise ValueError(f"target.path: SGLang {SUPPORTED_VERSION} runs {name} on GPUs only: {NOT_ON_A_CPU[name]}")

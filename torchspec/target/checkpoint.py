@@ -128,7 +128,8 @@ class TargetCheckpoint:
     @cached_property
     def end_token_ids(self) -> tuple[int, ...]:
         """Tokens that end an answer, by the tokenizer, the config and the generation config."""
-        sources = [self.tokenizer.eos_token_id, self.config.eos_token_id, self.whole_config.eos_token_id]
+        configs = self.config, self.whole_config
+        sources = [self.tokenizer.eos_token_id, *(getattr(config, "eos_token_id", None) for config in configs)]
         if (self.path / GENERATION_CONFIG).is_file():
             sources.append(_read_json(self.path / GENERATION_CONFIG).get("eos_token_id"))
         ends = {i for ids in sources for i in (ids if isinstance(ids, list) else [ids])}
