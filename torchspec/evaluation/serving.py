@@ -68,6 +68,7 @@ class Job:
             "dtype": self.dtype,
             "device": self.device,
             "disable_radix_cache": True,
+            "enable_multimodal": False,
             "max_running_requests": self.concurrency,
             "log_level": "warning",
         }

@@ -29,7 +29,7 @@ SHIFTING = re.compile("Deepseek|GlmMoeDsa|Glm4MoeLite|KimiK25|MistralLarge3")
 """Those that hand out one layer earlier, unless the first layer asked for is 1."""
 WITHOUT_RESIDUAL = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
 """Those that hand out what a layer adds, without what it is added to."""
-NOT_ON_A_CPU: dict[str, str] = {}
+NOT_ON_A_CPU = {"GptOssForCausalLM": "its attention has sinks, which no backend for CPUs from PyPI computes"}
 """What models need of SGLang that it has for GPUs only, as far as ``benchmarks/targets.py`` has found it."""
 
 

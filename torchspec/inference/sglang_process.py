@@ -76,6 +76,7 @@ class EngineSpec:
             "mem_fraction_static": inference.mem_fraction_static,
             "trust_remote_code": target.trust_remote_code,
             "disable_radix_cache": True,  # a cached prefix has no hidden states
+            "enable_multimodal": False,  # prompts are text; an image processor would need torchvision
             "enable_return_aux_hidden_states": True,
             "speculative_algorithm": "EAGLE3",  # names the capture convention; no draft is loaded
             "return_aux_hidden_state_layer_ids": list(self.aux_layers),

@@ -254,7 +254,7 @@ class TargetCheckpoint:
     def _block(self) -> tuple[int, int]:
         """Rows and columns that share a scale, in the words of DeepSeek or of compressed-tensors."""
         groups = self._quantisation.get("config_groups", {}).values()
-        sizes = [group["weights"].get("block_structure") for group in groups]
+        sizes = [(group.get("weights") or {}).get("block_structure") for group in groups]
         rows, columns = self._quantisation.get("weight_block_size") or next(filter(None, sizes), (BLOCK, BLOCK))
         return rows, columns
 

@@ -55,3 +55,20 @@ def test_layers_that_sglang_would_shift_are_refused(tmp_path: Path) -> None:
     check_target(TargetCheckpoint(tmp_path), (1, 3, 5), on_gpu=True)
     with pytest.raises(ValueError, match=r"target\.aux_layers=\[2, 4, 6\] must begin with 1 for DeepseekV3ForCausalLM"):
         check_target(TargetCheckpoint(tmp_path), (2, 4, 6), on_gpu=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture", "message"),
+    [
+        ("gpt-oss", "GptOssForCausalLM", "runs GptOssForCausalLM on GPUs only: its attention has sinks"),
+        ("Gemma 3", "Gemma3ForCausalLM", "Gemma3ForCausalLM without the residual stream"),
+    ],
+)
+def test_what_sglang_cannot_do_on_a_cpu_or_does_wrongly_is_refused(
+    family: str, architecture: str, message: str, tmp_path: Path
+) -> None:
+    config = FAMILIES[family]()
+    config.architectures = [architecture]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        check_target(TargetCheckpoint(tmp_path), (1, 3, 5), on_gpu=False)
