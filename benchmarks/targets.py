@@ -60,8 +60,8 @@ Which families of models TorchSpec trains drafts for, as `python -m benchmarks.t
 0.5.23. A tiny random checkpoint of each, made by transformers' own classes, is planned (`plan`); the states of every
 layer that a draft may read are captured and held against transformers' (`capture`); a draft is trained for three steps
 and exported (`train`), and served, every parameter of it checked (`serve`). The table says which of these were tried
-and went well; what SGLang cannot capture or run is refused by `torchspec plan`, in the words of the last column. GPUs
-run more than a CPU; what can be captured is the same.
+and went well, and what stopped the next one. `torchspec plan` refuses by name what SGLang cannot capture. GPUs run
+more than a CPU; what can be captured is the same.
 
 | family | architecture | went well | what stopped it |
 |---|---|---|---|

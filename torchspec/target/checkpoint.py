@@ -146,10 +146,10 @@ class TargetCheckpoint:
         Raises:
             ValueError: they are not, and there is no head.
         """
-        tied, weights = self.config.tie_word_embeddings, self.weights
+        tied, weights = getattr(self.config, "tie_word_embeddings", False), self.weights
         if not tied and weights.head is not None:
             return weights.head
-        if not tied and not self.whole_config.tie_word_embeddings:
+        if not tied and not getattr(self.whole_config, "tie_word_embeddings", False):
             raise ValueError(f"target.path: {self.path} has no lm_head.weight, and its config does not tie the head")
         return weights.embedding
 
