@@ -47,6 +47,7 @@ def main() -> None:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Answers, rounds, and rounds in which each position was accepted."""
+    from torchspec.data.tokenize import ChatTokenizer
     from torchspec.drafts.export import validate_export
     from torchspec.evaluation.evaluate import require_match
     from torchspec.evaluation.prompts import load_prompts
@@ -54,7 +55,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
 
     export, target = validate_export(options.draft), TargetCheckpoint(options.target)
     require_match(export, target)
-    prompts = load_prompts(options.prompts, target.path, Path("~/.cache/torchspec"), options.limit)
+    prompts = load_prompts(options.prompts, ChatTokenizer(target.path), Path("~/.cache/torchspec"), options.limit)
     tokens = options.tokens or export.spec.draft_tokens
     speculation = METHODS[export.spec.kind] | {"model": str(export.folder), "num_speculative_tokens": tokens}
     longest = max(len(prompt.input_ids) for prompt in prompts)

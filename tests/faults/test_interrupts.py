@@ -20,7 +20,7 @@ from torchspec.driver.plan import Plan
 from torchspec.driver.plan import ThreadPlan
 
 config = parse_config({"target": {"path": "unused"}})
-plan = Plan((), ThreadPlan(1, 1), 2, 0, 0, 0, 0, 0, "", 0, 0, ())
+plan = Plan({}, (), ThreadPlan(1, 1), 2, 0, 0, 0, 0, 0, "", 0, 0, ())
 with Interrupts(lambda text: print(text, flush=True)) as interrupts:
     with start_cluster(config, plan, Path(sys.argv[1])):
         interrupts.install()

@@ -59,6 +59,7 @@ def target(target_path: Path) -> Target:
 def prompts(target_path: Path, tmp_path_factory: pytest.TempPathFactory) -> list[EvaluationPrompt]:
     """Of an evaluation; a draft learns the answers to all but the last."""
     from tests.integration.draft_harness import NUM_PROMPTS
+    from torchspec.data.tokenize import ChatTokenizer
     from torchspec.evaluation.prompts import load_prompts
 
-    return load_prompts("builtin:heldout", target_path, tmp_path_factory.mktemp("cache"), NUM_PROMPTS)
+    return load_prompts("builtin:heldout", ChatTokenizer(target_path), tmp_path_factory.mktemp("cache"), NUM_PROMPTS)

@@ -34,7 +34,7 @@ from torchspec.store.hidden_state_store import HiddenStateStore
 from torchspec.store.master import MooncakeMaster
 
 ROLES = ClusterConfig(inference_resource="torchspec_inference", training_resource="torchspec_training")
-PLAN = Plan((), ThreadPlan(1, 1), 2, 0, 0, 0, 0, 0, "", 0, 0, ())
+PLAN = Plan({}, (), ThreadPlan(1, 1), 2, 0, 0, 0, 0, 0, "", 0, 0, ())
 
 
 @pytest.fixture(scope="module")

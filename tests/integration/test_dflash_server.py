@@ -19,6 +19,7 @@ from tests.integration.draft_harness import (
     served_with,
 )
 from tests.oracles.dflash_speculation import Draft, right_drafts
+from torchspec.data.tokenize import ChatTokenizer
 from torchspec.drafts.export import WEIGHTS, read_spec
 from torchspec.evaluation.prompts import EvaluationPrompt, load_prompts
 from torchspec.evaluation.serving import Reply, ServingError
@@ -86,7 +87,7 @@ def test_a_renamed_tensor_is_noticed_in_the_server(
 def test_sixteen_answers_by_heart_and_eighty_that_are_the_same_without_a_draft(
     target: Target, target_path: Path, tmp_path: Path
 ) -> None:
-    block, prompts = 8, load_prompts("builtin:heldout", target_path, tmp_path, MANY)
+    block, prompts = 8, load_prompts("builtin:heldout", ChatTokenizer(target_path), tmp_path, MANY)
     known = {"block_size": block, "num_layers": 2, "num_features": 3, "num_anchors": 6, "gamma": 100.0}
     draft = learnt_by_heart(target, prompts[: LEARNT + 1], tmp_path / "draft", "dflash", steps=160, lr=2e-3, **known)
     drafted = served_with(draft, target, prompts, block - 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,7 @@ from torchspec.cli.units import human_seconds
 from torchspec.run_folder import RunFolder
 
 if TYPE_CHECKING:
+    from torchspec.config.schema import Config
     from torchspec.evaluation.result import EvaluationSettings
 
 
@@ -36,7 +37,15 @@ def export(
 def evaluate(
     draft: Annotated[Path, typer.Argument(metavar="DRAFT", help="An exported draft's folder.")],
     target: Annotated[
-        str | None, typer.Option(help="The target's folder. Default: that of the draft's run.", show_default=False)
+        str | None,
+        typer.Option(help="The target's folder, or its name on the Hub. Default: the run's.", show_default=False),
+    ] = None,
+    chat_template: Annotated[
+        str | None, typer.Option(help="Jinja, or its file. Default: the run's, or the target's.", show_default=False)
+    ] = None,
+    trust_remote_code: Annotated[
+        bool | None,
+        typer.Option(help="Run code that comes with the target. Default: as the run does.", show_default=False),
     ] = None,
     prompts: Annotated[
         str, typer.Option(help="builtin:heldout, builtin:mtbench, builtin:humaneval, a JSONL path or a glob.")
@@ -57,9 +66,21 @@ def evaluate(
     from torchspec.drafts.export import read_spec
     from torchspec.evaluation.result import EvaluationSettings
 
-    target = target or target_of(draft)
+    trained = config_around(draft)
+    if target is None:
+        if trained is None:
+            raise ValueError(f"{draft} lies in no run, so name the target: torchspec eval {draft} --target FOLDER")
+        target = trained.target.path
     tokens = read_spec(draft).draft_tokens if tokens is None else tokens
-    settings = EvaluationSettings(num_draft_tokens=tokens, max_tokens=max_tokens, concurrency=concurrency, dtype=dtype)
+    asked = {"chat_template": chat_template, "trust_remote_code": trust_remote_code}
+    as_trained = settings_of(trained) if trained else {}
+    settings = EvaluationSettings(
+        num_draft_tokens=tokens,
+        max_tokens=max_tokens,
+        concurrency=concurrency,
+        dtype=dtype,
+        **as_trained | {name: value for name, value in asked.items() if value is not None},
+    )
     show_evaluation(draft, target, prompts, settings, limit, json_file)
 
 
@@ -93,15 +114,14 @@ def show_evaluation(
     Console().print(evaluation_tables(result))
 
 
-def target_of(draft: Path) -> str:
-    """The target's folder that the run around ``draft`` was trained for.
-
-    Raises:
-        ValueError: ``draft`` does not lie in a run's folder.
-    """
+def config_around(draft: Path) -> Config | None:
+    """That of the run which ``draft`` lies in, if there is one."""
     from torchspec.config.load import load_config
 
     run = RunFolder.around(draft)
-    if run is None:
-        raise ValueError(f"{draft} lies in no run's folder, so name the target: torchspec eval {draft} --target FOLDER")
-    return load_config(run.config).target.path
+    return None if run is None else load_config(run.config)
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """What an evaluation takes over from the run, so that its prompts have the form that the draft was trained on."""
+    return {"chat_template": config.data.chat_template, "trust_remote_code": config.target.trust_remote_code}

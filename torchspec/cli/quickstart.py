@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from torchspec.cli.arguments import Overrides
-from torchspec.cli.export_eval import show_evaluation
+from torchspec.cli.export_eval import settings_of, show_evaluation
 from torchspec.cli.train import run_training
 from torchspec.run_folder import RunFolder
 
@@ -42,9 +41,10 @@ def quickstart(
     except ValueError as reason:
         print(f"not measured: {reason}")
         return
-    settings = EvaluationSettings(num_draft_tokens=spec.draft_tokens, max_tokens=config.answer.max_tokens)
-    target = str(Path(config.target.path).expanduser())
-    show_evaluation(summary.export, target, "builtin:heldout", settings, None, RunFolder(summary.run_dir).evaluation)
+    settings = EvaluationSettings(spec.draft_tokens, config.answer.max_tokens, **settings_of(config))
+    show_evaluation(
+        summary.export, config.target.path, "builtin:heldout", settings, None, RunFolder(summary.run_dir).evaluation
+    )
 
 
 def unused_name(config: Config) -> str:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torchspec.monitor.health import Health
 
 
-def _pairs(title: str, pairs: dict[str, str]) -> Table:
+def _pairs(title: str, pairs: Mapping[str, str]) -> Table:
     """Names on the left, values on the right."""
     table = _framed(title, Column(style="dim", no_wrap=True), Column(overflow="fold"))
     table.show_header = False
@@ -36,7 +36,7 @@ def _pairs(title: str, pairs: dict[str, str]) -> Table:
 
 
 def plan_table(plan: Plan, data: Survey, training: TrainingConfig) -> RenderableType:
-    """What a run needs and does: its actors, then its figures."""
+    """What a run needs and does: the target as it was found, its actors, then its figures."""
     from torchspec.driver.plan import total_steps
 
     actors = _framed("Actors", "role", _figure("count"), "each uses")
@@ -56,7 +56,7 @@ def plan_table(plan: Plan, data: Survey, training: TrainingConfig) -> Renderable
             **({"sizes found": _sizes_text(plan.found)} if plan.found else {}),
         },
     )
-    parts: list[RenderableType] = [actors, figures, _splits_table(plan)]
+    parts: list[RenderableType] = [_pairs("Target", plan.target), actors, figures, _splits_table(plan)]
     if plan.memory_bytes > plan.memory_available or any(s.obstacle for s in plan.splits if s.configured):
         parts.append(
             Text(

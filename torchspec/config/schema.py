@@ -28,7 +28,8 @@ class RunConfig(Section):
 
 class TargetConfig(Section):
     path: str
-    """Folder of the target checkpoint in Hugging Face format (safetensors and tokenizer)."""
+    """Folder of the target checkpoint in Hugging Face format (safetensors and tokenizer), or a model's name on the Hub
+    (``Qwen/Qwen3-8B``), which is then downloaded to its cache."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """What the target runs in, and what its hidden states are stored in. ``auto`` is bfloat16 where the hardware
     multiplies it, else float32."""

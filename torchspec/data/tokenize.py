@@ -77,8 +77,6 @@ class ChatTokenizer:
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"target.path {path} has no tokenizer that transformers can load: {reason}") from None
-        if not self.tokenizer.is_fast:
-            raise ValueError(f"target.path {path} has no tokenizer.json: loss masks need a fast tokenizer's offsets")
         self.template = self._pick_template(path, read_template(chat_template))
         self.has_markers = MARKER.search(self.template) is not None
         added = self.tokenizer.added_tokens_decoder.items()
@@ -100,10 +98,9 @@ class ChatTokenizer:
         texts = [r.text for r in rendered if isinstance(r, _Rendered)]
         encoded: Iterator[tuple[list[int], list[Span]]] = iter(())
         if texts:
-            batch = self.tokenizer(
-                texts, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False
-            )
-            encoded = zip(batch["input_ids"], batch["offset_mapping"], strict=True)
+            options = {"add_special_tokens": False, "return_attention_mask": False, "verbose": False}
+            batch = self.tokenizer(texts, return_offsets_mapping=self.tokenizer.is_fast, **options)
+            encoded = zip(batch["input_ids"], batch.get("offset_mapping", [[]] * len(texts)), strict=True)
         return [self._mask(r, *next(encoded)) if isinstance(r, _Rendered) else r for r in rendered]
 
     def _pick_template(self, path: Path | str, override: str | None) -> str:
@@ -131,6 +128,11 @@ class ChatTokenizer:
         try:
             if not conversation.answered:
                 return _Rendered(self.prompt_text(messages), None)
+            if not self.tokenizer.is_fast:
+                return Refusal(
+                    "it has an answer, and the target's tokenizer (no tokenizer.json) does not tell where its tokens "
+                    "are in the text: prompts without an answer can be trained on"
+                )
             text, spans = self._render(messages)
             if self.has_markers:
                 earlier = len(self._render(messages[:-1])[1])

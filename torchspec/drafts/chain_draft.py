@@ -76,7 +76,7 @@ class ChainDraft(Draft):
             self.norm.weight.copy_(head.norm_H)
             self.fc.weight.zero_()[:, -self.fc.out_features :].fill_diagonal_(1.0)
             for number, layer in enumerate(self.decoder, start=target.num_layers - len(self.decoder)):
-                _copy(layer, f"model.layers.{number}.", target)
+                _copy(layer, target.weights.layer(number), target)
         return self
 
 
@@ -85,7 +85,7 @@ def _copy(layer: DecoderLayer, prefix: str, target: TargetCheckpoint) -> None:
     names = {name: f"{prefix}{name}" for name, _ in layer.named_parameters()}
     if layer.first:
         names["hidden_norm.weight"] = names.pop("input_layernorm.weight")
-    tensors = target.tensors(names.values())
+    tensors = target.weights.read(names.values())
     for name, source in names.items():
         weight = tensors[source]
         layer.get_parameter(name).zero_()[..., -weight.shape[-1] :].copy_(weight)

@@ -259,7 +259,7 @@ class ChainSpec(DraftSpec):
         """Raises ValueError: the target's last ``layers`` are not such as the draft could start as."""
         expected = self.target.layer_tensors(self.target.hidden_size)
         for number in range(target.num_layers - layers, target.num_layers):
-            held = target.layer_tensors(number)
+            held = target.weights.layer_tensors(number)
             odd = [f"no {name}" for name in expected if name not in held]
             odd += [name for name in held if name not in expected]
             for name in expected.keys() & held.keys():

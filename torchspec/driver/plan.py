@@ -34,6 +34,8 @@ class ThreadPlan:
 class Plan:
     """Figures of a run; bytes unless said otherwise."""
 
+    target: Mapping[str, str]
+    """What was found of it, by name."""
     actors: tuple[tuple[str, int, str], ...]
     """Role, count, and what each one uses."""
     threads: ThreadPlan
@@ -78,6 +80,7 @@ def make_plan(resolved: Resolved, heldout_samples: int) -> Plan:
         ("trainer rank", training.world_size, _uses(threads.training, 1, on_gpu)),
     )
     return Plan(
+        target=resolved.target.facts(),
         actors=actors,
         threads=threads,
         cores=cores,

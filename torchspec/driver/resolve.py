@@ -15,9 +15,11 @@ from torchspec.drafts.registry import KINDS
 from torchspec.drafts.spec import DraftSpec
 from torchspec.driver.sizes import find_sizes
 from torchspec.hardware import fast_dtype, pick_device
+from torchspec.inference.sglang_models import check_target
+from torchspec.inference.sglang_process import check_engine_args
 from torchspec.shards import key_value_repeats
 from torchspec.store.geometry import SampleGeometry
-from torchspec.target.checkpoint import TargetCheckpoint
+from torchspec.target.checkpoint import TargetCheckpoint, find_checkpoint
 
 
 @dataclass(frozen=True)
@@ -44,14 +46,17 @@ def resolve(config: Config) -> Resolved:
     fast = fast_dtype("cuda" if on_gpu else "cpu")
     sections = [name for name in ("target", "training") if getattr(config, name).dtype == "auto"]
     config = with_values(config, {f"{name}.dtype": fast for name in sections})
-    target = TargetCheckpoint(Path(config.target.path), config.target.trust_remote_code)
+    check_engine_args(config.inference.engine_args)
+    target = TargetCheckpoint(find_checkpoint(config.target.path), config.target.trust_remote_code)
     draft = KINDS[config.draft.kind].of(config.draft, target, config.target.aux_layers)
+    check_target(target, draft.layers, on_gpu)
     sharding = config.training.shard_formula(draft.halo)
     if sharding is not None:
         key_value_repeats(draft.target.num_heads, draft.target.num_kv_heads, sharding.ulysses_size)
     geometry = SampleGeometry(len(draft.layers), draft.target.hidden_size, config.target.dtype, sharding)
     sizes = find_sizes(config, draft.target, geometry, on_gpu)
-    return Resolved(with_values(config, {**_absolute_paths(config), **sizes}), target, draft, geometry, on_gpu, sizes)
+    values = {**_absolute_paths(config, target), **sizes}
+    return Resolved(with_values(config, values), target, draft, geometry, on_gpu, sizes)
 
 
 def computes_on_gpu(config: Config) -> bool:
@@ -59,12 +64,12 @@ def computes_on_gpu(config: Config) -> bool:
     return pick_device(config.training.device, "training.device") == "cuda"
 
 
-def _absolute_paths(config: Config) -> dict[str, str]:
+def _absolute_paths(config: Config, target: TargetCheckpoint) -> dict[str, str]:
     """Actors have another working directory, so every path they see is absolute."""
     paths = {
         "run.dir": config.run.dir,
         "data.cache_dir": config.data.cache_dir,
-        "target.path": Path(config.target.path),
+        "target.path": target.path,
         "draft.config": config.draft.config,
         "training.init_from": config.training.init_from,
         "answer.reuse": config.answer.reuse,

@@ -12,6 +12,7 @@ hashes what each runner holds; here the same hashes are made from the file, unde
 from __future__ import annotations
 
 import json
+import signal
 import sys
 import time
 from dataclasses import asdict
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from torchspec.drafts.export import WEIGHTS, read_spec
 from torchspec.drafts.spec import DraftSpec
-from torchspec.evaluation.serving import Job, Reply, Served
+from torchspec.evaluation.serving import START_SECONDS, Job, Reply, Served
 from torchspec.files import write_atomically
 from torchspec.inference.sglang_process import end_engine, start_token_engine
 
@@ -40,7 +41,9 @@ def answer(job: Job) -> Served:
     Raises:
         ValueError: the engine does not hold all of the draft.
     """
+    signal.alarm(START_SECONDS)  # ends this process, and the janitor then the engine's
     engine = start_token_engine(**job.sglang_args())
+    signal.alarm(0)
     try:
         if job.draft is not None:
             require_loaded(engine, Path(job.draft), getattr(torch, job.dtype))
@@ -50,7 +53,7 @@ def answer(job: Job) -> Served:
 
 
 def _generate(engine: Any, job: Job) -> Served:
-    sampling = {"temperature": 0.0, "max_new_tokens": job.max_tokens}
+    sampling = {"temperature": 0.0, "max_new_tokens": job.max_tokens, "stop_token_ids": job.end_token_ids}
     engine.generate(
         input_ids=job.prompts[: job.concurrency], sampling_params=sampling | {"max_new_tokens": _WARM_UP_TOKENS}
     )

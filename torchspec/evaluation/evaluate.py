@@ -12,12 +12,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from torchspec.data.builtin_target import CACHE
+from torchspec.data.tokenize import ChatTokenizer
 from torchspec.drafts.export import DraftExport, validate_export
 from torchspec.evaluation.prompts import EvaluationPrompt, load_prompts
 from torchspec.evaluation.result import Acceptance, EvaluationResult, EvaluationSettings, PromptResult, Speed
 from torchspec.evaluation.serving import Job, Served, serve
 from torchspec.hardware import fast_dtype, pick_device
-from torchspec.target.checkpoint import TargetCheckpoint
+from torchspec.target.checkpoint import TargetCheckpoint, find_checkpoint
 from torchspec.target.shape import TargetShape
 
 
@@ -33,6 +34,7 @@ def run_evaluation(
     """``torchspec eval``: serve a prompt set with and without the draft, greedily.
 
     Args:
+        target_path: a folder, or a model's name on the Hugging Face Hub.
         prompt_set: path, glob, or a set by name (``builtin:heldout``, ``builtin:mtbench``, ``builtin:humaneval``).
         limit: use the first so many prompts.
         progress: told what is about to happen.
@@ -41,11 +43,12 @@ def run_evaluation(
         ValueError: the draft, the target or the prompt set cannot be used; one clear line.
         ServingError: the server failed, or did not load all of the draft.
     """
-    export, target = validate_export(draft_folder), TargetCheckpoint(Path(target_path))
-    settings = _resolve(settings or EvaluationSettings())
+    export, settings = validate_export(draft_folder), _resolve(settings or EvaluationSettings())
+    target = TargetCheckpoint(find_checkpoint(target_path), settings.trust_remote_code)
     require_match(export, target)
     speculation = export.spec.server_args(settings.num_draft_tokens)
-    prompts = load_prompts(prompt_set, target.path, CACHE, limit)
+    chat = ChatTokenizer(target.path, settings.chat_template, settings.trust_remote_code)
+    prompts = load_prompts(prompt_set, chat, CACHE, limit)
     _require_room(prompts, target.shape, settings)
     plain_job = Job(
         target=str(target.path),
@@ -55,6 +58,8 @@ def run_evaluation(
         device=settings.device,
         threads=settings.threads or 1,
         concurrency=min(settings.concurrency, len(prompts)),
+        end_token_ids=list(target.end_token_ids),
+        trust_remote_code=settings.trust_remote_code,
         engine_args=settings.engine_args,
     )
     progress(f"serving {len(prompts)} prompts with the draft")

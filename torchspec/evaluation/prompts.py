@@ -20,14 +20,14 @@ class EvaluationPrompt:
     input_ids: tuple[int, ...]
 
 
-def load_prompts(source: str, target_path: Path, cache_dir: Path, limit: int | None = None) -> list[EvaluationPrompt]:
+def load_prompts(source: str, chat: ChatTokenizer, cache_dir: Path, limit: int | None = None) -> list[EvaluationPrompt]:
     """Tokenise the first ``limit`` conversations of ``source`` as a chat server does; a given last answer is left out.
 
     Args:
         source: path, glob, ``builtin:heldout``, ``builtin:mtbench``, ``builtin:humaneval``.
 
     Raises:
-        ValueError: nothing at ``source``, a bad line, or a target without a usable chat template.
+        ValueError: nothing at ``source``, a bad line, or a conversation that the chat template refuses.
     """
     files = find_files(source, cache_dir, "the prompt set")
     require_clean(files, limit)
@@ -38,7 +38,7 @@ def load_prompts(source: str, target_path: Path, cache_dir: Path, limit: int | N
     # A conversation keeps no category. All lines are clean so far, so each is a line, and lines behind the limit wait.
     rows = (json.loads(line) for file in files for line in file.read_bytes().split(b"\n") if line.strip())
     prompts = []
-    for question, tokens, row in zip(questions, ChatTokenizer(target_path).encode(questions), rows, strict=False):
+    for question, tokens, row in zip(questions, chat.encode(questions), rows, strict=False):
         if isinstance(tokens, Refusal):
             raise ValueError(f"prompt {question.id}: {tokens.reason}")
         category = str(row["category"]) if "category" in row else None

@@ -110,6 +110,10 @@ class EvaluationSettings:
     """CPU threads of the engine. Default: all cores."""
     concurrency: int = 32
     """Requests decoded together."""
+    chat_template: str | None = None
+    """A Jinja chat template (text or path) instead of the tokenizer's own."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the target."""
     engine_args: dict[str, Any] = field(default_factory=dict)
     """More arguments of ``sglang.Engine``."""
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,8 @@ from typing import Any
 
 from torchspec.processes.janitor import MARK, Janitor
 
+START_SECONDS = 900
+"""What an engine has to start up, its model loaded, before it is taken for hung."""
 _LOG_LINES = 15
 _POOL_SLACK = 64
 """KV slots of a request beyond its own tokens: drafts in flight, and rounding."""
@@ -52,15 +55,20 @@ class Job:
     """What makes the engine draft with it (``DraftSpec.server_args``)."""
     engine_args: dict[str, Any] = field(default_factory=dict)
     """More arguments of ``sglang.Engine``."""
+    end_token_ids: list[int] = field(default_factory=list)
+    """Tokens that end an answer, beside those of the target's configs."""
+    trust_remote_code: bool = False
 
     def sglang_args(self) -> dict[str, Any]:
         """Arguments of ``sglang.Engine``. No prefix cache: the warm-up must not save the measured run its prefill."""
         longest = max(map(len, self.prompts)) + self.max_tokens + _POOL_SLACK
         args: dict[str, Any] = {
             "model_path": self.target,
+            "trust_remote_code": self.trust_remote_code,
             "dtype": self.dtype,
             "device": self.device,
             "disable_radix_cache": True,
+            "enable_multimodal": False,
             "max_running_requests": self.concurrency,
             "log_level": "warning",
         }
@@ -133,6 +141,8 @@ def serve(job: Job) -> Served:
                 stderr=log,
                 start_new_session=True,
             ).returncode
+        if code == -signal.SIGALRM:
+            raise ServingError(f"the SGLang engine had not started after {START_SECONDS} s")
         if not (temp / "replies.json").exists():
             tail = "\n".join((temp / "log").read_text(errors="replace").splitlines()[-_LOG_LINES:])
             raise ServingError(f"the SGLang engine ended with exit code {code} before it had answered:\n{tail}")

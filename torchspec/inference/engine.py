@@ -28,7 +28,6 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import psutil
-from transformers import AutoTokenizer
 
 from torchspec.contracts import Answer, Lease, SampleRef, SampleTiming
 from torchspec.data.masks import pack_mask
@@ -47,6 +46,7 @@ from torchspec.knobs import found
 from torchspec.processes.leftovers import remove_shared_memory_leftovers
 from torchspec.shards import ShardFormula
 from torchspec.store.geometry import SampleGeometry
+from torchspec.target.checkpoint import TargetCheckpoint
 from torchspec.target.shape import check_layers
 
 T = TypeVar("T")
@@ -86,7 +86,7 @@ class TargetEngine:
 
     def __init__(self, spec: EngineSpec):
         self._config, target, buffer_bytes = spec.config, spec.config.target, found(spec.config.inference.buffer_bytes)
-        self._tokenizer = AutoTokenizer.from_pretrained(target.path, trust_remote_code=target.trust_remote_code)
+        self._target = TargetCheckpoint(Path(target.path), target.trust_remote_code)
         self._started = time.time()
         self._folder = Path(tempfile.mkdtemp(prefix="torchspec-"))
         self._engine: Any = None
@@ -189,10 +189,11 @@ class TargetEngine:
             "temperature": self._config.answer.temperature,
             "top_p": self._config.answer.top_p,
             "sampling_seed": lease.seed,
+            "stop_token_ids": list(self._target.end_token_ids),  # the tokenizer's, which SGLang has not, among them
         }
         answered = await self.answer(lease.key, input_ids, sampling, lease.sharding)
         ids, reason = answered.token_ids, answered.finish_reason
-        text = self._tokenizer.decode(ids, skip_special_tokens=True)
+        text = self._target.tokenizer.decode(ids, skip_special_tokens=True)
         if not text.strip():
             raise SourceFailed("final", f"the target's answer is empty ({len(ids)} tokens, {reason})")
         return Answer(lease.sample.prompt, tuple(ids), text, reason), answered.captured

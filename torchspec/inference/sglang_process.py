@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
 from typing import Any
@@ -28,6 +28,20 @@ from torchspec.store.endpoint import StoreEndpoint
 
 _HELLO_SECONDS = 10.0
 """The plugin says hello while SGLang starts, so by then it is there or it will never be."""
+
+
+FIXED_ARGUMENTS: Mapping[str, Any] = {
+    "disable_radix_cache": True,
+    "dp_size": 1,
+    "pp_size": 1,
+    "nnodes": 1,
+    "enable_dp_attention": False,
+    "disaggregation_mode": "null",
+    "skip_tokenizer_init": True,
+}
+"""Arguments of ``sglang.Engine`` for which a capturing engine has one value only."""
+CAPTURE_ARGUMENTS = ("model_path", "enable_return_aux_hidden_states", "return_aux_hidden_state_layer_ids")
+"""Those that are worked out from the rest of the config, like all that begin with ``speculative_``."""
 
 
 class EngineError(RuntimeError):
@@ -62,6 +76,7 @@ class EngineSpec:
             "mem_fraction_static": inference.mem_fraction_static,
             "trust_remote_code": target.trust_remote_code,
             "disable_radix_cache": True,  # a cached prefix has no hidden states
+            "enable_multimodal": False,  # prompts are text; an image processor would need torchvision
             "enable_return_aux_hidden_states": True,
             "speculative_algorithm": "EAGLE3",  # names the capture convention; no draft is loaded
             "return_aux_hidden_state_layer_ids": list(self.aux_layers),
@@ -79,6 +94,22 @@ class EngineSpec:
                 "mem_fraction_static": inference.mem_fraction_static or 0.5,
             }
         return args | inference.engine_args
+
+
+def check_engine_args(engine_args: Mapping[str, Any]) -> None:
+    """Refuse ``inference.engine_args`` that a capturing engine cannot work with.
+
+    Raises:
+        ValueError: names the argument.
+    """
+    for name, value in engine_args.items():
+        owned = name.startswith("speculative_") or name in CAPTURE_ARGUMENTS
+        if owned or value != FIXED_ARGUMENTS.get(name, value):
+            fixed = "" if owned else f" (it is {FIXED_ARGUMENTS[name]!r})"
+            raise ValueError(
+                f"inference.engine_args.{name}={value!r}: TorchSpec sets {name} by itself{fixed}, or the engine would "
+                "not capture every hidden state; leave it out"
+            )
 
 
 def start_token_engine(**engine_args: Any) -> Any:
@@ -127,13 +158,14 @@ def await_hello(listener: socket.socket) -> tuple[socket.socket, Hello]:
     listener.settimeout(_HELLO_SECONDS)
     try:
         connection, _ = listener.accept()
+        connection.settimeout(_HELLO_SECONDS)
+        with connection.makefile("rb") as lines:
+            message = json.loads(lines.readline())
     except TimeoutError:
         raise EngineError(
             "the capture plugin did not load in SGLang's scheduler: is torchspec installed (pip install -e .) in this "
             "environment, and does SGLANG_PLUGINS, if set, name torchspec_capture?"
         ) from None
-    with connection.makefile("rb") as lines:
-        message = json.loads(lines.readline())
     assert message.pop("type") == "hello"
     connection.setblocking(False)
     return connection, Hello(**message)

@@ -102,6 +102,8 @@ class SoftTeacher(NamedTuple):
     draft_head_DH: Tensor
     rest_head_XH: Tensor
     """The V - D rows that are not in the draft vocabulary."""
+    cap: float | None = None
+    """c of a soft cap of the logits, ``c * tanh(logits / c)``."""
 
     def chunk(self, rows: slice, dtype: torch.dtype) -> Targets:
         hidden_nH = self.hidden_NH[rows].to(dtype)
@@ -111,6 +113,8 @@ class SoftTeacher(NamedTuple):
         if len(self.rest_head_XH):
             rest_nX = F.linear(hidden_nH, self.rest_head_XH.to(dtype))
             counted_n = best_n >= rest_nX.amax(-1)
+        if self.cap is not None:  # leaves the order as it is
+            p_nD, best_n = (x.div_(self.cap).tanh_().mul_(self.cap) for x in (p_nD, best_n))
         for block in _row_blocks(p_nD):
             p = p_nD[block].sub_(best_n[block].unsqueeze(1)).exp_()
             p.mul_(p.sum(-1, keepdim=True).reciprocal_())

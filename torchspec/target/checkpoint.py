@@ -7,26 +7,60 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchspec.target.shape import EXPERTS, TOKENS, UNLIKE_LLAMA, TargetShape
+from torchspec.target.weights import BLOCK, Weights
 
 if TYPE_CHECKING:
-    from torch import Tensor
     from transformers import PretrainedConfig
 
 CONFIG, GENERATION_CONFIG = "config.json", "generation_config.json"
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 OPTIONAL = ("num_key_value_heads", "head_dim", "rope_parameters", *TOKENS)
 """What a target's config may lack for a draft to be derived from it."""
 PIECES, PIECE_BYTES = 64, 4096
 """Of each file of weights, that tell them from others."""
+OFFSET_NORMS = re.compile("gemma(2|3_text)?|qwen3_next|qwen3_5.*")
+"""Types of language models whose norms multiply by one plus their weights."""
 SERVERS_MASK = "<|MASK|>"
 """What SGLang takes for the mask token where a tokenizer has it, whatever a draft's folder says."""
+HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.py")
+"""Config, tokenizer, weights, and code that comes with them."""
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The folder that ``target.path`` names: one here, else the copy of a model on the Hugging Face Hub.
+
+    The Hub's own cache and variables (``HF_HOME``, ``HF_TOKEN``, ``HF_HUB_OFFLINE``) decide where it lies, who asks,
+    and whether anything is downloaded.
+
+    Raises:
+        ValueError: there is no such folder, and the Hub has no such model, or does not give it away.
+    """
+    folder = Path(path).expanduser()
+    if folder.exists() or not HUB_NAME.fullmatch(str(path)):
+        return folder
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=list(HUB_FILES), ignore_patterns=["*/*", "consol*"]))
+    except errors.GatedRepoError:
+        reason = "its owner grants access on request: ask for it on its page, then set HF_TOKEN"
+    except errors.RepositoryNotFoundError:
+        reason = "there is none of that name (a private one needs HF_TOKEN)"
+    except errors.LocalEntryNotFoundError:
+        reason = "the Hub cannot be reached from here, and its cache has no copy"
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        reason = _first_line(error)
+    raise ValueError(
+        f"target.path: {path} is neither a folder here nor a model that the Hugging Face Hub gives: {reason}"
+    )
 
 
 @dataclass(frozen=True)
@@ -49,11 +83,24 @@ class TargetCheckpoint:
             raise ValueError(f"target.path: {self.path} is no checkpoint in Hugging Face format: it has no {CONFIG}")
 
     @cached_property
-    def config(self) -> PretrainedConfig:
-        """Of the language model."""
+    def whole_config(self) -> PretrainedConfig:
+        """Of the whole model, which may see or hear. Raises ValueError: transformers cannot read it."""
         from transformers import AutoConfig
 
-        return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code).get_text_config()
+        try:
+            return AutoConfig.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(self._unreadable("config", error)) from None
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """Of the language model."""
+        return self.whole_config.get_text_config()
+
+    @property
+    def architecture(self) -> str:
+        """The name of the model's class, as servers know it."""
+        return (self.whole_config.architectures or [self.whole_config.model_type])[0]
 
     @property
     def num_layers(self) -> int:
@@ -71,18 +118,79 @@ class TargetCheckpoint:
 
     @cached_property
     def tokenizer(self) -> Any:
+        """Raises ValueError: transformers cannot read it."""
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+        try:
+            return AutoTokenizer.from_pretrained(self.path, trust_remote_code=self.trust_remote_code)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(self._unreadable("tokenizer", error)) from None
 
     @cached_property
     def end_token_ids(self) -> tuple[int, ...]:
-        """Tokens that end an answer, by the tokenizer and by the generation config."""
-        ends = {self.tokenizer.eos_token_id}
+        """Tokens that end an answer, by the tokenizer, the config and the generation config."""
+        configs = self.config, self.whole_config
+        sources = [self.tokenizer.eos_token_id, *(getattr(config, "eos_token_id", None) for config in configs)]
         if (self.path / GENERATION_CONFIG).is_file():
-            ids = _read_json(self.path / GENERATION_CONFIG).get("eos_token_id")
-            ends.update(ids if isinstance(ids, list) else [ids])
-        return tuple(sorted(i for i in ends if i is not None))
+            sources.append(_read_json(self.path / GENERATION_CONFIG).get("eos_token_id"))
+        ends = {i for ids in sources for i in (ids if isinstance(ids, list) else [ids])}
+        return tuple(sorted(ends - {None}))
+
+    @cached_property
+    def weights(self) -> Weights:
+        return Weights(self.path, self._block)
+
+    @cached_property
+    def head(self) -> str:
+        """The name of the tensor that makes logits: the embedding, where the two are tied.
+
+        Raises:
+            ValueError: they are not, and there is no head.
+        """
+        tied, weights = getattr(self.config, "tie_word_embeddings", False), self.weights
+        if not tied and weights.head is not None:
+            return weights.head
+        if not tied and not getattr(self.whole_config, "tie_word_embeddings", False):
+            raise ValueError(f"target.path: {self.path} has no lm_head.weight, and its config does not tie the head")
+        return weights.embedding
+
+    @property
+    def logit_scale(self) -> float:
+        """What logits are multiplied by: Cohere's ``logit_scale``; Granite divides by ``logits_scaling``."""
+        return getattr(self.config, "logit_scale", None) or 1 / (getattr(self.config, "logits_scaling", None) or 1)
+
+    @property
+    def logit_cap(self) -> float | None:
+        """c of Gemma's soft cap: logits become ``c * tanh(logits / c)``."""
+        return getattr(self.config, "final_logit_softcapping", None) or None
+
+    @property
+    def embedding_scale(self) -> float:
+        """What the target's own layers get embeddings multiplied by: Gemma by ``sqrt(H)``."""
+        is_gemma = self.config.model_type.startswith("gemma")
+        return self.config.hidden_size**0.5 if is_gemma else getattr(self.config, "embedding_multiplier", None) or 1.0
+
+    @property
+    def norm_offset(self) -> float:
+        """What is added to the weights of norms before they multiply."""
+        return 1.0 if OFFSET_NORMS.fullmatch(self.config.model_type) else 0.0
+
+    def facts(self) -> dict[str, str]:
+        """What was found, for a person to check, by name.
+
+        Raises:
+            ValueError: the weights lack what training needs, or a file.
+        """
+        ends = ", ".join(f"{i} ({self.tokenizer.convert_ids_to_tokens(i)})" for i in self.end_token_ids)
+        method = self._quantisation.get("quant_method", "none")
+        return {
+            "architecture": self.architecture,
+            "layers": f"{self.num_layers} of {self.shape.hidden_size:,} features",
+            "vocabulary": f"{self.shape.vocab_size:,} tokens; an answer ends with {ends or 'none of them'}",
+            "context": f"{self.shape.max_position_embeddings:,} tokens",
+            "head": "tied to the embedding" if self.head == self.weights.embedding else self.head,
+            "weights": f"{self.num_parameters * 2 / 2**30:.2f} GiB, quantisation: {method}",
+        }
 
     @cached_property
     def mask_token_id(self) -> int:
@@ -115,13 +223,10 @@ class TargetCheckpoint:
             )
         return max(spare, key=lambda i: (spare[i], i))
 
-    @cached_property
+    @property
     def num_parameters(self) -> int:
         """From the size of the weights' files, taken for two bytes each. Raises ValueError: there are none."""
-        weights = list(self.path.glob("*.safetensors"))
-        if not weights:
-            raise ValueError(f"target.path: {self.path} has no .safetensors weights")
-        return sum(file.stat().st_size for file in weights) // 2
+        return self.weights.num_bytes // 2
 
     @cached_property
     def fingerprint(self) -> str:
@@ -136,53 +241,28 @@ class TargetCheckpoint:
                     digest.update(weights.read(PIECE_BYTES))
         return digest.hexdigest()[:16]
 
-    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Read the named tensors of the safetensors files, one or several, and no others.
+    @property
+    def _quantisation(self) -> Mapping[str, Any]:
+        found = getattr(self.whole_config, "quantization_config", None) or {}
+        return found if isinstance(found, Mapping) else found.to_dict()
 
-        Raises:
-            ValueError: a file or tensor is missing.
-        """
-        from safetensors import safe_open
+    @property
+    def _block(self) -> tuple[int, int]:
+        """Rows and columns that share a scale, in the words of DeepSeek or of compressed-tensors."""
+        groups = self._quantisation.get("config_groups", {}).values()
+        sizes = [(group.get("weights") or {}).get("block_structure") for group in groups]
+        rows, columns = self._quantisation.get("weight_block_size") or next(filter(None, sizes), (BLOCK, BLOCK))
+        return rows, columns
 
-        wanted = sorted(set(names))
-        files = self._files_of(wanted)
-        tensors = {}
-        for name in wanted:
-            with safe_open(self.path / files[name], framework="pt") as shard:
-                if name not in shard.keys():  # noqa: SIM118 (a shard is no dict)
-                    raise ValueError(f"target.path: {self.path / files[name]} has no tensor {name!r}")
-                tensors[name] = shard.get_tensor(name)
-        return tensors
+    def _unreadable(self, what: str, error: Exception) -> str:
+        reason = _first_line(error)
+        if "trust_remote_code" in str(error):
+            reason = "it needs the code that comes with it; if you trust its author, set target.trust_remote_code=true"
+        return f"target.path: transformers cannot read the {what} in {self.path}: {reason}"
 
-    def layer_tensors(self, number: int) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Type and shape of the weights of a decoder layer, by their names within it; nothing of them is read.
 
-        Raises:
-            ValueError: a file is missing.
-        """
-        from safetensors import safe_open
-
-        prefix = f"model.layers.{number}."
-        index = self._files_of([])
-        files = {file for name, file in index.items() if name.startswith(prefix)} if index else {SINGLE}
-        tensors = {}
-        for file in files:
-            with safe_open(self.path / file, framework="np") as shard:
-                for name in shard.keys():  # noqa: SIM118 (a shard is no dict)
-                    if name.startswith(prefix):
-                        found = shard.get_slice(name)
-                        tensors[name.removeprefix(prefix)] = found.get_dtype(), tuple(found.get_shape())
-        return tensors
-
-    def _files_of(self, names: list[str]) -> Mapping[str, str]:
-        if not (self.path / INDEX).is_file():
-            if not (self.path / SINGLE).is_file():
-                raise ValueError(f"target.path: {self.path} has neither {SINGLE} nor {INDEX}")
-            return dict.fromkeys(names, SINGLE)
-        index: dict[str, str] = _read_json(self.path / INDEX)["weight_map"]
-        if missing := [name for name in names if name not in index]:
-            raise ValueError(f"target.path: {self.path / INDEX} lists no tensor {missing[0]!r}")
-        return index
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0]
 
 
 def _read_json(path: Path) -> Any:

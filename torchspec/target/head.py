@@ -16,8 +16,6 @@ from torchspec.contracts import NormState
 from torchspec.nn.losses import SoftTeacher
 from torchspec.target.checkpoint import TargetCheckpoint
 
-EMBEDDING, NORM, HEAD = "model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"
-
 
 @dataclass(frozen=True, slots=True)
 class TargetHead:
@@ -29,6 +27,10 @@ class TargetHead:
     rest_head_XH: Tensor
     norm_H: Tensor
     norm_eps: float
+    embedding_scale: float = 1.0
+    """The target's own factor. EAGLE3's servers give a draft the rows as they are, DFlash's multiply them."""
+    logit_cap: float | None = None
+    """c of a soft cap."""
 
     def embed(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.embedding_VH)
@@ -44,13 +46,14 @@ class TargetHead:
         hidden_NH = lhs_NH.to(self.norm_H.dtype)
         if norm_state == "pre_norm":
             hidden_NH = F.rms_norm(hidden_NH, self.norm_H.shape, self.norm_H, self.norm_eps)
-        return SoftTeacher(hidden_NH, self.draft_head_DH, self.rest_head_XH)
+        return SoftTeacher(hidden_NH, self.draft_head_DH, self.rest_head_XH, self.logit_cap)
 
 
 def load_target_head(
     target: TargetCheckpoint, dtype: torch.dtype, device: torch.device | str, draft_ids_D: Tensor | None = None
 ) -> TargetHead:
-    """Read the frozen pieces of a Llama, Qwen2, Qwen3 or equally named checkpoint.
+    """Read the frozen pieces of a target, in the form that its own layers use: norms of Gemma's are one plus the
+    stored weights, and a scale of all logits is multiplied into the head.
 
     Args:
         dtype: what the tensors are kept and multiplied in.
@@ -59,10 +62,12 @@ def load_target_head(
     Raises:
         ValueError: a file or tensor is missing; the message names the folder and the tensor.
     """
-    names = {EMBEDDING, NORM} | (set() if target.config.tie_word_embeddings else {HEAD})
-    tensors = {name: t.to(dtype) for name, t in target.tensors(names).items()}
-    embedding_VH = tensors[EMBEDDING].to(device)
-    head_VH = tensors[HEAD].to(device) if HEAD in tensors else embedding_VH
+    weights = target.weights
+    tensors = weights.read({weights.embedding, weights.norm, target.head})
+    embedding_VH = tensors[weights.embedding].to(device, dtype)
+    head_VH = embedding_VH
+    if target.head != weights.embedding or target.logit_scale != 1.0:
+        head_VH = (tensors[target.head] * target.logit_scale).to(device, dtype)
     rest = torch.ones(len(head_VH), dtype=torch.bool)
     if draft_ids_D is None:
         draft_head_DH, rest = head_VH, ~rest
@@ -74,6 +79,8 @@ def load_target_head(
         embedding_VH=embedding_VH,
         draft_head_DH=draft_head_DH,
         rest_head_XH=head_VH[rest.to(device)],
-        norm_H=tensors[NORM].to(device),
+        norm_H=(tensors[weights.norm].float() + target.norm_offset).to(device, dtype),
         norm_eps=target.shape.rms_norm_eps,
+        embedding_scale=target.embedding_scale,
+        logit_cap=target.logit_cap,
     )

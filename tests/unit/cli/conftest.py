@@ -12,7 +12,7 @@ from torchspec.config.load import load_config, save_config
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
     path = tmp_path / "recipe.yaml"
-    path.write_text("target:\n  path: models/absent\n")
+    path.write_text("target:\n  path: ./models/absent\n")
     return path
 
 

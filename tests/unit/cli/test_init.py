@@ -2,31 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from pathlib import Path
 
 import pytest
 
+from tests.checkpoints import hollow_checkpoint
 from tests.unit.cli.commands import run
 from torchspec.config.load import load_config
 from torchspec.driver.prepare import make_plan_for
-
-QWEN3_8B = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "hidden_size": 4096,
-    "intermediate_size": 12288,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000,
-}
 
 
 @pytest.fixture
@@ -53,18 +36,11 @@ def test_the_recipe_for_a_small_target_is_planned(
 def test_a_recipe_for_a_large_target_plans(
     target_path: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "Qwen3 8B (mine)"
-    folder.mkdir()
-    for file in target_path.iterdir():
-        if "token" in file.name or file.suffix == ".jinja":
-            shutil.copy(file, folder)
-    (folder / "config.json").write_text(json.dumps(QWEN3_8B))
-    with (folder / "model.safetensors").open("wb") as weights:
-        os.truncate(weights.fileno(), 16 << 30)
+    folder = hollow_checkpoint(tmp_path / "Qwen3 8B (mine)", target_path)
     assert run(monkeypatch, "init", folder, "--data", data.name) == 0
     config = load_config("recipe.yaml")
     assert config.run.name == "Qwen3-8B-mine" and config.evaluation.heldout is None
-    assert "8.6G parameters, 36 layers, 151,936 tokens, a context of 40,960" in Path("recipe.yaml").read_text()
+    assert "8.2G parameters, 36 layers, 151,936 tokens, a context of 40,960" in Path("recipe.yaml").read_text()
     assert make_plan_for(config)[0].store_samples > config.training.batch_size
 
 

@@ -23,6 +23,7 @@ def test_the_plan_warns_when_memory_is_short() -> None:
 
     def plan(memory: int, splits: tuple[Split, ...] = ()) -> Plan:
         return Plan(
+            target={"architecture": "LlamaForCausalLM", "context": "8,192 tokens"},
             actors=(("inference worker", 2, "1 CPU threads"),),
             threads=ThreadPlan(1, 1),
             cores=2,
@@ -46,6 +47,7 @@ def test_the_plan_warns_when_memory_is_short() -> None:
     assert "23 of 8 samples" in fits and "9.8M trained parameters; eagle3: 9 heads" in fits
     assert "store.segment_bytes: 6.0 GiB" in fits and "inference.max_concurrency: 32" in fits
     assert "2,048 tokens, 9.0 MiB" in fits and "99 samples" in fits and "9.8M" in fits
+    assert "LlamaForCausalLM" in fits and "8,192 tokens" in fits
     assert "about 10.0 GiB of 16.0 GiB" in fits
     assert "more than the machine has" in short and "more than the machine has" not in fits
     shared = rendered(plan_table(plan(10 << 30, splits), data, training))

@@ -213,3 +213,15 @@ def test_bad_settings_are_named(target_path, tmp_path):
         ChatTokenizer(tmp_path / "nothing")
     with pytest.raises(ValueError, match=r"target\.path .* has no tokenizer"):
         ChatTokenizer(tmp_path)
+
+
+def test_a_slow_tokenizer_does_for_prompts_without_an_answer(target_path, monkeypatch):
+    tokenizer, fast = ChatTokenizer(target_path), ChatTokenizer(target_path)
+    monkeypatch.setattr(type(tokenizer.tokenizer), "is_fast", False)
+    question = Conversation("q", ({"role": "user", "content": "Hi"},))
+    answered = Conversation("a", (*question.messages, {"role": "assistant", "content": "Hello!"}))
+    found, refused = tokenizer.encode([question, answered])
+    assert isinstance(refused, Refusal) and "does not tell where its tokens are" in refused.reason
+    monkeypatch.undo()
+    (expected,) = fast.encode([question])
+    assert np.array_equal(found.input_ids, expected.input_ids) and found.loss_mask is None

@@ -16,7 +16,7 @@ def test_a_ray_that_does_not_start_is_said_in_one_line(monkeypatch, tmp_path):
 
     monkeypatch.setattr("ray.init", slow)
     config, threads = parse_config({"target": {"path": "unused"}}), ThreadPlan(1, 1)
-    plan = Plan((), threads, 2, 0, 0, 0, 0, 0, "", 0, 0, ())
+    plan = Plan({}, (), threads, 2, 0, 0, 0, 0, 0, "", 0, 0, ())
     expected = pytest.raises(RunFailed, match=r"Ray did not start .* cores\): .* timed out during startup\.$")
     with expected, start_cluster(config, plan, tmp_path):
         pass

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.checkpoints import PARAMETERS, hollow_checkpoint
 from torchspec.config.load import load_config, parse_config
 from torchspec.driver import plan as planning
 from torchspec.driver import prepare, sizes
@@ -28,35 +27,12 @@ SHOWN = {
     for path in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")))
     for n, text in enumerate(FENCE.findall(path.read_text()))
 }
-QWEN3_8B = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "model_type": "qwen3",
-    "hidden_size": 4096,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "intermediate_size": 12288,
-    "vocab_size": 151936,
-    "max_position_embeddings": 40960,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "tie_word_embeddings": False,
-}
-PARAMETERS = 8_190_735_360
 
 
 @pytest.fixture
 def qwen(target_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A target of Qwen3-8B's sizes without weights, in a folder with the data that recipes name; 23 GiB of memory."""
-    folder = tmp_path / "target"
-    folder.mkdir()
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
-        if (target_path / name).exists():
-            shutil.copy(target_path / name, folder)
-    (folder / "config.json").write_text(json.dumps(QWEN3_8B))
-    (folder / "model.safetensors").touch()
-    os.truncate(folder / "model.safetensors", 2 * PARAMETERS)  # sparse
+    folder = hollow_checkpoint(tmp_path / "target", target_path)
     (tmp_path / "data").mkdir()
     for name in ("train", "heldout"):
         lines = [json.dumps({"prompt": f"What is {name} {i}?"}) for i in range(200)]

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from torchspec.config.load import parse_config
+from torchspec.driver import resolve as driver_resolve
 from torchspec.driver.resolve import resolve
 
 
@@ -44,3 +45,15 @@ def test_answers_that_are_not_there_are_named(target_path: Path, tmp_path: Path)
     config = parse_config({"target": {"path": str(target_path)}, "answer": {"reuse": str(tmp_path / "absent.jsonl")}})
     with pytest.raises(ValueError, match=r"answer\.reuse: there is no file .*absent\.jsonl"):
         resolve(config)
+
+
+def test_a_model_of_the_hub_is_its_copy_here(target_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver_resolve, "find_checkpoint", lambda name: {"owner/model": target_path}[name])
+    resolved = resolve(parse_config({"target": {"path": "owner/model"}}))
+    assert (resolved.config.target.path, resolved.target.path) == (str(target_path), target_path)
+
+
+def test_what_breaks_capture_is_refused(target_path: Path) -> None:
+    target = {"path": str(target_path)}
+    with pytest.raises(ValueError, match=r"inference\.engine_args\.dp_size=2"):
+        resolve(parse_config({"target": target, "inference": {"engine_args": {"dp_size": 2}}}))

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from tests.unit.cli.commands import rendered
+from torchspec.cli import export_eval
 from torchspec.cli.export_eval import show_evaluation
 from torchspec.cli.tables import evaluation_tables
+from torchspec.config.load import parse_config, save_config
 from torchspec.drafts.eagle3.spec import Eagle3Knobs, Eagle3Spec
 from torchspec.drafts.export import DraftExport
-from torchspec.evaluation import evaluate
+from torchspec.evaluation import evaluate, serving
 from torchspec.evaluation.evaluate import require_match, run_evaluation
 from torchspec.evaluation.prompts import EvaluationPrompt
 from torchspec.evaluation.result import Acceptance, EvaluationResult, EvaluationSettings, PromptResult
-from torchspec.evaluation.serving import Job, Reply, Served
+from torchspec.evaluation.serving import Job, Reply, Served, ServingError, serve
 from torchspec.monitor.series import read_series
 from torchspec.run_folder import RunFolder
 from torchspec.target.checkpoint import TargetCheckpoint
@@ -34,6 +38,13 @@ PROMPTS = [
 def export_for(target_path: Path) -> DraftExport:
     spec = Eagle3Spec.of(Eagle3Knobs(vocab_size=8192), TargetCheckpoint(target_path), None)
     return DraftExport(Path("draft"), spec, "bfloat16")
+
+
+def export_draft_of(target_path: Path, folder: Path) -> None:
+    """Just enough of one for its settings to be read."""
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(export_for(target_path).spec.hf_config("bfloat16")))
+    (folder / "model.safetensors").touch()
 
 
 def test_acceptance_follows_from_the_histograms() -> None:
@@ -204,3 +215,51 @@ def test_a_draft_may_name_a_shorter_context_than_its_target_has() -> None:
     plain = Job("target", [[1]], 4, "float32", "cpu", 1, 1)
     knob = "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN"
     assert replace(plain, draft="draft").environment()[knob] == "1" and knob not in plain.environment()
+
+
+def test_an_engine_ends_answers_where_the_target_does_and_trusts_as_it_is_told(
+    target_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export, jobs = export_for(target_path), []
+
+    def serve(job: Job) -> Served:
+        jobs.append(job)
+        return Served([Reply([7, 2], [1]) for _ in job.prompts], 1.0, "0.5.23")
+
+    monkeypatch.setattr(evaluate, "validate_export", lambda folder: export)
+    monkeypatch.setattr(evaluate, "serve", serve)
+    template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    settings = EvaluationSettings(device="cpu", chat_template=template, trust_remote_code=True)
+    run_evaluation("draft", target_path, settings=settings, limit=1)
+    for job in jobs:
+        assert (job.end_token_ids, job.sglang_args()["trust_remote_code"]) == ([2], True)
+    text = TargetCheckpoint(target_path).tokenizer.decode(jobs[0].prompts[0])
+    assert text.startswith("<") and text.endswith(">") and "im_start" not in text
+
+
+def test_the_command_evaluates_a_draft_as_its_run_was_trained(
+    result: EvaluationResult, target_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple] = []
+    monkeypatch.setattr(export_eval, "show_evaluation", lambda *given: asked.append(given))
+    tree = {
+        "target": {"path": "the/runs/target", "trust_remote_code": True},
+        "data": {"chat_template": "{{ messages }}"},
+    }
+    draft = RunFolder(tmp_path).export
+    export_draft_of(target_path, draft)
+    with pytest.raises(ValueError, match=r"lies in no run, so name the target: torchspec eval .* --target FOLDER"):
+        export_eval.evaluate(draft)
+    save_config(parse_config(tree), RunFolder(tmp_path).config)
+    export_eval.evaluate(draft)
+    export_eval.evaluate(draft, "another", "{{ other }}", False)
+    (_, target, _, settings, *_), (_, other, _, changed, *_) = asked
+    assert (target, settings.chat_template, settings.trust_remote_code) == ("the/runs/target", "{{ messages }}", True)
+    assert (other, changed.chat_template, changed.trust_remote_code) == ("another", "{{ other }}", False)
+
+
+def test_an_engine_that_does_not_start_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = subprocess.CompletedProcess([], -signal.SIGALRM)
+    monkeypatch.setattr(serving.subprocess, "run", lambda *_, **__: ended)
+    with pytest.raises(ServingError, match="the SGLang engine had not started after 900 s"):
+        serve(Job("target", [[1]], 30, "float32", "cpu", 1, concurrency=1))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from torchspec.data.tokenize import ChatTokenizer
 from torchspec.evaluation.prompts import load_prompts
 
 
@@ -16,7 +17,7 @@ def test_prompts_end_where_the_target_goes_on(target_path: Path, tmp_path: Path)
         {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]},
     ]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(line) + "\n\n" for line in lines))
-    opened, answered = load_prompts(str(tmp_path / "p.jsonl"), target_path, tmp_path)
+    opened, answered = load_prompts(str(tmp_path / "p.jsonl"), ChatTokenizer(target_path), tmp_path)
     assert (opened.id, opened.category) == ("open", "chat")
     assert answered.category is None
     assert answered.input_ids == opened.input_ids
@@ -24,7 +25,7 @@ def test_prompts_end_where_the_target_goes_on(target_path: Path, tmp_path: Path)
 
 
 def test_the_heldout_prompts_have_categories(target_path: Path, tmp_path: Path) -> None:
-    prompts = load_prompts("builtin:heldout", target_path, tmp_path, limit=10)
+    prompts = load_prompts("builtin:heldout", ChatTokenizer(target_path), tmp_path, limit=10)
     assert len(prompts) == 10
     assert all(prompt.category for prompt in prompts)
 
@@ -32,9 +33,9 @@ def test_the_heldout_prompts_have_categories(target_path: Path, tmp_path: Path) 
 def test_bad_prompts_are_refused_by_line(target_path: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "fine", "category": "chat"}\n{"prompt": 7}\nno JSON\n')
     with pytest.raises(ValueError, match=r"bad\.jsonl:2"):
-        load_prompts(str(tmp_path / "bad.jsonl"), target_path, tmp_path)
-    (fine,) = load_prompts(str(tmp_path / "bad.jsonl"), target_path, tmp_path, limit=1)
+        load_prompts(str(tmp_path / "bad.jsonl"), ChatTokenizer(target_path), tmp_path)
+    (fine,) = load_prompts(str(tmp_path / "bad.jsonl"), ChatTokenizer(target_path), tmp_path, limit=1)
     assert fine.category == "chat", "what lies behind the limit is not read"
     (tmp_path / "empty.jsonl").write_text("\n")
     with pytest.raises(ValueError, match="holds no conversation"):
-        load_prompts(str(tmp_path / "empty.jsonl"), target_path, tmp_path)
+        load_prompts(str(tmp_path / "empty.jsonl"), ChatTokenizer(target_path), tmp_path)

@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 
 import pytest
 
-from torchspec.inference.engine import CAPTURES_WHILE_ANSWERING, EngineDied, TargetEngine, _Budget, _Turns
+from torchspec.config.schema import Config
+from torchspec.contracts import Lease, SampleId
+from torchspec.inference.capture.protocol import Captured
+from torchspec.inference.engine import (
+    CAPTURES_WHILE_ANSWERING,
+    Answered,
+    EngineDied,
+    Sampling,
+    TargetEngine,
+    _Budget,
+    _Turns,
+)
 from torchspec.inference.source import SourceFailed
+from torchspec.target.checkpoint import TargetCheckpoint
 
 
 class Held:
@@ -124,3 +137,20 @@ def test_who_waits_for_an_engine_hears_of_its_death_and_leaves_nothing_behind(ho
         assert ended.is_set()
 
     run(scenario)
+
+
+def test_an_answer_ends_where_the_target_ends_one(target_path: Path) -> None:
+    """SGLang knows the end tokens of the configs alone: it is started without a tokenizer."""
+    asked: list[Sampling] = []
+
+    async def answer(key: str, input_ids: Sequence[int], sampling: Sampling, sharding: None) -> Answered:
+        asked.append(sampling)
+        return Answered([4093, 2], "stop", Captured({}, 0, 0.0))
+
+    engine = TargetEngine.__new__(TargetEngine)
+    engine._config = Config.model_validate({"target": {"path": str(target_path)}})
+    engine._target = TargetCheckpoint(target_path)
+    engine.answer = answer  # type: ignore[method-assign,assignment]
+    lease = Lease(SampleId(0, 0), "key", b"", b"", 16, 7, 0)
+    asyncio.run(engine._answer_lease(lease, [1]))
+    assert asked[0]["stop_token_ids"] == [2]

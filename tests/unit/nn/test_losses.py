@@ -49,7 +49,7 @@ class Problem:
         """Everything at once, and torch's own gradients."""
         row_M, teacher_M, position_M = self.students
         if self.teacher is self.soft:
-            hidden_NH, draft_head_DH, rest_head_XH = self.soft
+            hidden_NH, draft_head_DH, rest_head_XH, _ = self.soft
             draft_ND, rest_NX = hidden_NH @ draft_head_DH.T, hidden_NH @ rest_head_XH.T
             p_ND, counted_N = draft_ND.softmax(-1), torch.cat((rest_NX, draft_ND), 1).argmax(-1) >= len(rest_head_XH)
         else:

@@ -284,7 +284,7 @@ class DFlashDraft(Draft):
         dtype, slots = compute_dtype(self.fc.weight), self.spec.block_size
         ids_NW = batch.ids_BS.new_full((len(blocks.anchor_N), slots), self.spec.mask_token_id)
         ids_NW[:, 0] = batch.ids_BS.flatten()[blocks.anchor_flat_N]
-        x_RH = head.embed(ids_NW.flatten()).to(dtype)
+        x_RH = (head.embed(ids_NW.flatten()) * head.embedding_scale).to(dtype)
         context_CH = self.hidden_norm(self.fc(batch.hs_BSA.flatten(0, 1)[blocks.context_flat_C].to(dtype)))
         rotations = self._rotations(batch, blocks, dtype)
         for layer in self.layers:

@@ -45,6 +45,15 @@ def test_equals_dense_oracle(dtype: torch.dtype, case: Case, tile: int) -> None:
         assert worst_error(run_product(step), run_oracle(step)) <= TOLERANCE[dtype]
 
 
+def test_embeddings_come_as_the_targets_own_layers_get_them() -> None:
+    step = build(Case())
+    scaled = replace(step.target, embedding_scale=2.5)
+    expected = replace(step, target=replace(step.target, embedding_VH=2.5 * step.target.embedding_VH))
+    found = run_product(replace(step, target=scaled))
+    step.draft.zero_grad()
+    assert worst_error(found, run_oracle(expected)) <= 1e-12
+
+
 @pytest.mark.parametrize("soft", [False, True])
 def test_cases_are_not_trivial(soft: bool) -> None:
     """The default case has slots of every kind, and gradients everywhere: zeros cannot pass."""
