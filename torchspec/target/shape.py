@@ -59,6 +59,11 @@ class TargetShape:
                 f"rope_parameters={dict(self.rope_parameters)} must hold a rope_theta and a rope_type among "
                 f"{', '.join(ROPE_TYPES)}"
             )
+        if self.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(
+                f"rope_parameters={dict(self.rope_parameters)} rotate a share of each head only; a draft, as it is "
+                "served, rotates all of it"
+            )
 
     @property
     def widths(self) -> tuple[int, int]:

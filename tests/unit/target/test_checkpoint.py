@@ -69,6 +69,8 @@ def test_every_family_has_a_shape(family: str, tmp_path: Path) -> None:
         "low_freq_factor",
         "high_freq_factor",
         "original_max_position_embeddings",
+        "mscale",
+        "mscale_all_dim",
     }
 
 
