@@ -6,13 +6,14 @@ import json
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
 from torchspec.config.schema import Config
 from torchspec.controller.ledger_snapshot import LedgerSnapshot, ledger_shape
 from torchspec.data.prompt_builder import load_or_build
-from torchspec.data.prompt_set import PromptSet, TokenizeOptions
+from torchspec.data.prompt_set import PromptSet, TokenizeOptions, count_reasons
 from torchspec.data.survey import Survey, survey
 from torchspec.driver.plan import Plan, make_plan, total_steps
 from torchspec.driver.resolve import Resolved, resolve
@@ -54,7 +55,8 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Pre
     folder = RunFolder(config.run_dir)
     resume_from = _check_folder(folder, resume)
     message("reading and tokenising the prompts")
-    train, heldout = _read(config, load_or_build)
+    train, heldout = read_data(config, partial(load_or_build, progress=_told(message)))
+    _tell_changes(train, message)
     if resume_from is not None:
         LedgerSnapshot.from_json((resume_from / LEDGER_FILE).read_text(), ledger_shape(config, train))
     plan = _plan(resolved, len(train), train.rejected, train.fully_answered, len(heldout) if heldout else 0)
@@ -67,19 +69,22 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None]) -> Pre
 def make_plan_for(config: Config) -> tuple[Plan, Survey]:
     """The figures of a run and of its data, of which a sample is tokenised. Raises ValueError: it could not run."""
     resolved = resolve(config)
-    train, heldout = _read(resolved.config, survey)
+    train, heldout = read_data(resolved.config, survey)
     answered = not train.answer_tokens
     return _plan(resolved, train.rows, train.rejected, answered, heldout.rows if heldout else 0), train
 
 
-def _read(config: Config, read: Callable[..., T]) -> tuple[T, T | None]:
+def read_data(config: Config, read: Callable[..., T]) -> tuple[T, T | None]:
     """The training and the held-out data, by ``load_or_build`` or by ``survey``, which take the same arguments."""
     data, evaluation = config.data, config.evaluation
 
     def read_from(knob: str, source: str, limit: int | None) -> T:
         options = TokenizeOptions(
+            columns=dict(data.columns),
             chat_template=data.chat_template,
+            template_kwargs=data.template_kwargs,
             max_seq_length=data.max_seq_length,
+            too_long=data.too_long,
             min_loss_tokens=data.min_loss_tokens,
             last_turn_only=data.last_turn_only,
             max_new_tokens=config.answer.max_tokens,
@@ -87,7 +92,7 @@ def _read(config: Config, read: Callable[..., T]) -> tuple[T, T | None]:
             limit=limit,
             trust_remote_code=config.target.trust_remote_code,
         )
-        return read(source, Path(config.target.path), options, data.cache_dir, knob)
+        return read(source, Path(config.target.path).expanduser(), options, data.cache_dir, knob)
 
     train = read_from("data.train", data.train, data.limit)
     if evaluation.heldout is None:
@@ -122,8 +127,31 @@ def _check_folder(folder: RunFolder, resume: bool) -> Path | None:
     return folder.newest_checkpoint()
 
 
+def _told(message: Callable[[str], None]) -> Callable[[int, float], None]:
+    """Tells, for each twentieth of the data but the last, how far tokenising is."""
+    said = 0
+
+    def progress(done: int, share: float) -> None:
+        nonlocal said
+        if said < int(20 * share) < 20:
+            said = int(20 * share)
+            message(f"tokenised {done:,} conversations, {share:.0%}")
+
+    return progress
+
+
+def _tell_changes(train: PromptSet, message: Callable[[str], None]) -> None:
+    for what, count in train.changes.items():
+        message(f"data.train: {count:,} changed: {what}")
+    for reason, count in count_reasons(train.rejected).items():
+        message(f"data.train: {count:,} rejected: {reason}")
+
+
 def _list_rejected(folder: RunFolder, train: PromptSet, heldout: PromptSet | None) -> None:
+    """Each conversation by name; of what was changed in those that are used, the counts."""
     with folder.rejected.open("w") as file:
         for prompts in (train, heldout):
-            for name, reason in prompts.rejected if prompts else ():
+            for name, reason in prompts.rejected if prompts is not None else ():
                 file.write(json.dumps({"id": name, "reason": reason}, ensure_ascii=False) + "\n")
+            for what, count in prompts.changes.items() if prompts is not None else ():
+                file.write(json.dumps({"changed": what, "count": count}, ensure_ascii=False) + "\n")
