@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from torchspec.cli import doctor, export_eval, quickstart, reference, runs, train
+from torchspec.cli import data, doctor, export_eval, quickstart, reference, runs, train
 
 app = typer.Typer(
     name="torchspec",
@@ -28,6 +28,7 @@ for command in (
     train.train,
     train.resume,
     train.plan,
+    data.data,
     runs.status,
     runs.ui,
     runs.top,
