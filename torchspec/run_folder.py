@@ -2,7 +2,8 @@
 
 RUN/
   config.yaml              the resolved config, with the sizes of the moment; a folder with it is a run
-  rejected.jsonl           prompts that cannot be trained on, and samples that could not be made, with the reason
+  rejected.jsonl           prompts that cannot be trained on, and samples that could not be made, with the reason;
+                           and how many conversations were changed, and why
   answers.jsonl            what the target wrote, for later epochs and other runs
   draft_vocab.json         the draft's vocabulary
   ledger.jsonl             the journal, from which ``torchspec verify`` proves that nothing was lost

@@ -124,4 +124,8 @@ def config_around(draft: Path) -> Config | None:
 
 def settings_of(config: Config) -> dict[str, Any]:
     """What an evaluation takes over from the run, so that its prompts have the form that the draft was trained on."""
-    return {"chat_template": config.data.chat_template, "trust_remote_code": config.target.trust_remote_code}
+    return {
+        "chat_template": config.data.chat_template,
+        "template_kwargs": config.data.template_kwargs,
+        "trust_remote_code": config.target.trust_remote_code,
+    }

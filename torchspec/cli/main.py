@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from torchspec.cli import doctor, export_eval, folders, init, quickstart, reference, runs, train
+from torchspec.cli import data, doctor, export_eval, folders, init, quickstart, reference, runs, train
 
 NAMES = {export_eval.evaluate: "eval", folders.list_runs: "list", folders.remove: "rm"}
 """Of commands that Python has another word for."""
@@ -31,6 +31,7 @@ for command in (
     train.train,
     train.resume,
     train.plan,
+    data.data,
     folders.list_runs,
     runs.status,
     runs.ui,

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torchspec.monitor.health import Health
 
 
-def _pairs(title: str, pairs: Mapping[str, str]) -> Table:
+def pairs_table(title: str, pairs: Mapping[str, str]) -> Table:
     """Names on the left, values on the right."""
     table = _framed(title, Column(style="dim", no_wrap=True), Column(overflow="fold"))
     table.show_header = False
@@ -43,7 +43,7 @@ def plan_table(plan: Plan, data: Survey, training: TrainingConfig) -> Renderable
     for role, count, uses in plan.actors:
         actors.add_row(role, str(count), uses)
     expected, available = human_bytes(plan.memory_bytes), human_bytes(plan.memory_available)
-    figures = _pairs(
+    figures = pairs_table(
         "Figures",
         {
             "data": _data_text(data),
@@ -56,7 +56,7 @@ def plan_table(plan: Plan, data: Survey, training: TrainingConfig) -> Renderable
             **({"sizes found": _sizes_text(plan.found)} if plan.found else {}),
         },
     )
-    parts: list[RenderableType] = [_pairs("Target", plan.target), actors, figures, _splits_table(plan)]
+    parts: list[RenderableType] = [pairs_table("Target", plan.target), actors, figures, _splits_table(plan)]
     if plan.memory_bytes > plan.memory_available or any(s.obstacle for s in plan.splits if s.configured):
         parts.append(
             Text(
@@ -91,14 +91,18 @@ def _splits_table(plan: Plan) -> Table:
 
 
 def _data_text(data: Survey) -> str:
+    from torchspec.data.prompt_set import count_reasons
+
     about = "" if data.exact else "about "
     text = f"{about}{data.rows:,} conversations of {data.tokens:,} tokens"
     if data.answer_tokens:
         text += f", and up to {data.answer_tokens:,} that the target answers"
-    if data.rejected:
-        name, reason = data.rejected[0]
-        text += f"; {len(data.rejected):,} rejected{'' if data.exact else ' of a sample'} ({name}: {reason}"
-        text += ", ...)" if len(data.rejected) > 1 else ")"
+    sampled = "" if data.exact else " of a sample"
+    for reason, count in count_reasons(data.rejected).items():
+        first = next(name for name, text in data.rejected if text.partition(": ")[0] == reason)
+        text += f"\n{count:,} rejected{sampled}: {reason} ({first}{', ...' if count > 1 else ''})"
+    for what, count in data.changes.items():
+        text += f"\n{count:,} changed{sampled}: {what}"
     return text
 
 
@@ -124,7 +128,7 @@ def summary_table(summary: RunSummary, target: str) -> RenderableType:
     ):
         if path is not None and path.exists():
             pairs[name] = shown(path)
-    table = _pairs(f"{summary.run_dir.name} {'stopped' if summary.stopped else 'finished'}", pairs)
+    table = pairs_table(f"{summary.run_dir.name} {'stopped' if summary.stopped else 'finished'}", pairs)
     if summary.stopped:
         command = f"resume {shown(summary.run_dir)}"
     elif summary.export is not None:

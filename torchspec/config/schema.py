@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from pydantic import ByteSize, Field, PositiveInt, SerializeAsAny, field_validator, model_validator
 
+from torchspec.data.conversations import COLUMNS
 from torchspec.drafts.registry import DEFAULT, KINDS, kind_of
 from torchspec.drafts.shape import DraftKnobs
 from torchspec.knobs import Section
@@ -41,17 +42,27 @@ class TargetConfig(Section):
 
 class DataConfig(Section):
     train: str = "builtin:train"
-    """JSONL path or glob in ``messages`` or ``conversations`` form, or ``builtin:train``."""
+    """Conversations: a file (.jsonl, .json, .parquet), a folder of such files, a glob, ``builtin:train``, or
+    ``hub:OWNER/NAME:SPLIT`` of the Hugging Face hub. A row has ``messages`` (OpenAI), ``conversations`` (ShareGPT),
+    ``prompt``, or ``input_ids`` and ``loss_mask``. ``torchspec data`` shows what is made of them."""
+    columns: dict[str, str] = Field(default_factory=dict)
+    """What the set calls a row's keys, where that is something else: ``{messages: chat, id: uuid}``."""
     chat_template: str | None = None
     """A Jinja chat template (text or path) instead of the tokenizer's own."""
+    template_kwargs: dict[str, Any] = Field(default_factory=dict)
+    """More arguments of the chat template, such as ``{enable_thinking: false}``: those that the server will use."""
     max_seq_length: int = Field(default=2048, ge=8)
     """Longest sample in tokens, prompt and answer together."""
-    min_loss_tokens: int = Field(default=4, ge=1)
+    too_long: Literal["reject", "truncate"] = "reject"
+    """A longer conversation is rejected, by name, or cut at ``max_seq_length``. A prompt that the target has to answer
+    is never cut."""
+    min_loss_tokens: int = Field(default=2, ge=1)
     """A sample with fewer tokens to learn from is rejected, by name."""
     last_turn_only: bool = False
     """Learn from the last assistant turn alone instead of from all of them."""
     on_error: Literal["stop", "reject"] = "stop"
-    """A malformed line stops the run before it starts, or is listed in rejected.jsonl and passed over."""
+    """A malformed line (not JSON, none of the forms of a row) stops the run before it starts, or is listed in
+    rejected.jsonl and passed over. A conversation that cannot be used is always listed and passed over."""
     limit: int | None = Field(default=None, ge=1)
     """Use the first so many conversations only."""
     vocab_prompts: int = Field(default=128, ge=1)
@@ -59,6 +70,13 @@ class DataConfig(Section):
     answers, then training starts. The store need not hold them all."""
     cache_dir: Path = Path("~/.cache/torchspec")
     """Tokenised data sets and draft vocabularies are kept here under the hash of what they were made from."""
+
+    @field_validator("columns")
+    @classmethod
+    def check_columns(cls, columns: dict[str, str]) -> dict[str, str]:
+        if unknown := sorted(columns.keys() - set(COLUMNS)):
+            raise ValueError(f"data.columns: {', '.join(unknown)} is no key of a row; valid: {', '.join(COLUMNS)}")
+        return columns
 
 
 class AnswerConfig(Section):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -113,36 +115,41 @@ class Prompts:
 
 
 class AnswerBook:
-    """What the target wrote, by prompt. Filled from earlier files, appended to this run's ``answers.jsonl``.
+    """What the target wrote, by prompt. Read where earlier files have it, appended to this run's ``answers.jsonl``.
 
     An answer belongs to its writer and to the exact tokens of its prompt: those of another target or another
     temperature are passed over, and with another template or another prompt under the same id it is not found.
+    Answers stay on the disk; a million of them would fill the controller's memory.
     """
 
     def __init__(self, path: Path, writer: Writer, reuse: Path | None = None):
         self._writer = asdict(writer)
-        self._answers: dict[bytes, bytes] = {}  # int32: a run may have a million, a tuple takes 36 bytes a token
-        self._saved: set[bytes] = set()
-        for source in (reuse, path):
-            for record in filter(writer.wrote, read_lines(source) if source else ()):
-                digest = bytes.fromhex(record["prompt_hash"])
-                self._answers[digest] = _packed(record["token_ids"])
-                if source == path:
-                    self._saved.add(digest)
+        self._lines: dict[bytes, tuple[BinaryIO, int]] = {}
+        """By prompt: the file and where in it the answer's line begins."""
         self._file = JsonLines(path)
+        self._own = path.open("rb")
+        for file in (*([reuse.open("rb")] if reuse else []), self._own):
+            begin = 0
+            for line in file:
+                if line.endswith(b"\n") and writer.wrote(record := json.loads(line)):  # a last one may be torn
+                    self._lines[bytes.fromhex(record["prompt_hash"])] = file, begin
+                begin += len(line)
 
     def get(self, prompt_ids: np.ndarray) -> np.ndarray | None:
         """int32 token ids, or None where there is no answer."""
-        packed = self._answers.get(_digest(prompt_ids))
-        return None if packed is None else np.frombuffer(packed, dtype=np.int32)
+        line = self._lines.get(_digest(prompt_ids))
+        if line is None:
+            return None
+        file, begin = line
+        file.seek(begin)
+        return np.array(json.loads(file.readline())["token_ids"], dtype=np.int32)
 
     def add(self, prompt_id: str, prompt_ids: np.ndarray, answer: Answer) -> None:
         digest = _digest(prompt_ids)
-        if digest in self._saved:
+        if self._lines.get(digest, (None, 0))[0] is self._own:
             return
-        self._saved.add(digest)
-        self._answers[digest] = _packed(answer.token_ids)
-        written = {k: v for k, v in asdict(answer).items() if k != "prompt"}
+        written = {key: value for key, value in asdict(answer).items() if key != "prompt"}
+        self._lines[digest] = self._own, self._own.seek(0, os.SEEK_END)
         self._file.write({"id": prompt_id, "prompt_hash": digest.hex(), **written, "writer": self._writer})
 
 
@@ -171,10 +178,6 @@ def check_reuse(path: Path, writer: Writer) -> None:
         f"answer.reuse: {path} was written with answer.{knob}={was[knob]}, which is {now[knob]} here: set it so, or "
         "leave answer.reuse out"
     )
-
-
-def _packed(token_ids: Sequence[int]) -> bytes:
-    return np.array(token_ids, dtype=np.int32).tobytes()
 
 
 def _digest(prompt_ids: np.ndarray) -> bytes:

@@ -1,32 +1,40 @@
-"""The tokenised prompt set that a run works through: compact, immutable, cached on disk.
+"""The tokenised prompt set that a run works through: compact, immutable, a folder of flat arrays.
 
-Rows lie end to end in flat arrays (4 bytes and 1 bit a token), so that a hundred thousand conversations cost the
-controller no more than their tokens. The cache file is an npz without pickle, named by the hash of all that its
-content depends on.
+Rows lie end to end (4 bytes and 1 bit a token) in files that are mapped into memory, so that a million conversations
+cost a process their names and nothing else. To another process on the machine a set travels as the path of its folder,
+which is named by the hash of all that its content depends on.
 
-Every conversation of the files ends up as a row or in ``rejected``, with its reason: nothing is truncated or dropped
-in silence.
+Every conversation of the files ends up as a row or in ``rejected``, with its reason, and what was changed is counted:
+nothing is truncated or dropped in silence.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from torchspec.files import write_atomically
+ARRAYS = {"token_ids": np.int32, "offsets": np.int64, "packed_masks": np.uint8, "max_answer_tokens": np.int32}
+"""Files of a set, each the bytes of an array; the rest is in :data:`ABOUT`."""
+ABOUT = "about.json"
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizeOptions:
     """What ``data.*`` and ``answer.max_tokens`` say about tokenising; see the config for each."""
 
+    columns: dict[str, str]
     chat_template: str | None
+    template_kwargs: dict[str, Any]
     max_seq_length: int
+    too_long: Literal["reject", "truncate"]
     min_loss_tokens: int
     last_turn_only: bool
     max_new_tokens: int
@@ -53,6 +61,10 @@ class PromptSet:
     """Name and reason of every conversation that is not a row."""
     content_hash: str
     """Of all that the rows depend on: files, tokenizer, options."""
+    changes: dict[str, int] = field(default_factory=dict)
+    """What was changed in conversations, and in how many."""
+    folder: Path | None = None
+    """Where it lies; None if it does so in memory alone."""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -81,28 +93,65 @@ class PromptSet:
         sizes = np.where(self.max_answer_tokens > 0, 0, (np.diff(self.offsets) + 7) // 8)
         return np.concatenate([[0], np.cumsum(sizes)])
 
-    def save(self, path: Path) -> None:
-        """Write an npz without pickle, complete or not at all."""
-        names = {"ids": self.ids, "rejected": self.rejected, "content_hash": self.content_hash}
-        arrays: dict[str, Any] = {
-            "token_ids": self.token_ids,
-            "offsets": self.offsets,
-            "packed_masks": self.packed_masks,
-            "room": self.max_answer_tokens,
-            "names": np.frombuffer(json.dumps(names).encode(), dtype=np.uint8),
-        }
-        write_atomically(path, lambda file: np.savez(file, **arrays))
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.folder is not None:
+            return PromptSet.load, (self.folder,)
+        return PromptSet, tuple(getattr(self, one.name) for one in fields(self))
 
     @classmethod
-    def load(cls, path: Path) -> PromptSet:
-        with np.load(path, allow_pickle=False) as arrays:
-            names = json.loads(arrays["names"].tobytes())
-            return cls(
-                ids=names["ids"],
-                token_ids=arrays["token_ids"],
-                offsets=arrays["offsets"],
-                packed_masks=arrays["packed_masks"],
-                max_answer_tokens=arrays["room"],
-                rejected=[(name, reason) for name, reason in names["rejected"]],
-                content_hash=names["content_hash"],
-            )
+    def load(cls, folder: Path) -> PromptSet:
+        """What a :class:`PromptWriter` has written."""
+        about = json.loads((folder / ABOUT).read_text())
+        rejected = [(name, reason) for name, reason in about.pop("rejected")]
+        arrays: dict[str, Any] = {name: _mapped(folder / name, dtype) for name, dtype in ARRAYS.items()}
+        return cls(**arrays, **about, rejected=rejected, folder=folder)
+
+
+class PromptWriter:
+    """Writes a set into ``folder``, row by row; it is complete when the ``with`` block ends."""
+
+    def __init__(self, folder: Path, content_hash: str):
+        self.changes: Counter[str] = Counter()
+        self.rejected: list[tuple[str, str]] = []
+        self._folder, self._content_hash = folder, content_hash
+        self._ids: list[str] = []
+        self._end = 0
+
+    def __enter__(self) -> PromptWriter:
+        with ExitStack() as stack:
+            self._files = {name: stack.enter_context((self._folder / name).open("wb")) for name in ARRAYS}
+            self._stack = stack.pop_all()
+        self._write("offsets", [0])
+        return self
+
+    def add(self, name: str, input_ids: np.ndarray, loss_mask: np.ndarray | None, max_answer_tokens: int) -> None:
+        self._ids.append(name)
+        self._end += len(input_ids)
+        self._write("token_ids", input_ids)
+        self._write("offsets", [self._end])
+        self._write("max_answer_tokens", [max_answer_tokens])
+        if loss_mask is not None:
+            self._write("packed_masks", np.packbits(loss_mask))
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+        about = {
+            "ids": self._ids,
+            "rejected": self.rejected,
+            "changes": self.changes,
+            "content_hash": self._content_hash,
+        }
+        (self._folder / ABOUT).write_text(json.dumps(about))
+
+    def _write(self, name: str, values: Any) -> None:
+        self._files[name].write(np.asarray(values, dtype=ARRAYS[name]).tobytes())
+
+
+def count_reasons(rejected: Iterable[tuple[str, str]]) -> Counter[str]:
+    """Kinds of reasons, which is what stands before the colon, the most frequent first."""
+    return Counter(dict(Counter(reason.partition(": ")[0] for _, reason in rejected).most_common()))
+
+
+def _mapped(path: Path, dtype: type) -> np.ndarray:
+    """The array of a file, read when it is looked at; nothing cannot be mapped."""
+    return np.memmap(path, dtype, mode="r") if path.stat().st_size else np.zeros(0, dtype)

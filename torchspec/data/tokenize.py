@@ -1,40 +1,52 @@
 r"""Conversations to token ids and assistant-only loss masks, through the target's own chat template.
 
-A loss mask marks what the target would have generated itself: each assistant turn's text and the token that ends the
-turn, never the header that opens it. Where the template has ``{% generation %}`` markers, they say so. Elsewhere the
-turn is located exactly in the rendered text:
+A loss mask marks what the assistant wrote: each of its turns and the token that ends the turn, never the header that
+opens it. Where the template has ``{% generation %}`` markers, they say so. Elsewhere a turn is located exactly in the
+rendered text, by marks that are put into its parts and come out again:
 
     ...<|im_end|>\n<|im_start|>assistant\nHello!<|im_end|>\n<|im_start|>user\n...
-                                         [     )              where sentinels around its content come out
+                                         [     )              where the marks around its content come out
                                          [               )    on through a special token that follows at once
 
-The sentinels must leave the rest of the text as it was. A template that looks into the content (to part thoughts from
-the answer) drops the one in front; then the turn starts where the prompt before it ends, generation prompt included.
-Where that fails too, the conversation is rejected with that reason: no mask is a guess.
+The marks must leave the rest of the text as it was. Where none can stand in front (a template that looks into the
+content to part thoughts from the answer drops it), the turn starts where the prompt before it ends, generation prompt
+included; tool calls end as they do where the conversation ends with them. Where that fails too, the conversation is
+rejected with that reason: no mask is a guess. A turn of which the template cuts a part (thoughts of earlier turns)
+carries no loss: the target would not have written the rest by itself.
 
 The text is tokenised once, as a server does it, and a token counts if it covers any character of a turn.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from torchspec.data.conversations import Conversation
+from torchspec.data.conversations import Conversation, Message, printable
+from torchspec.data.marks import Marks, is_whole, take_out, thinks, with_marks
 
-Messages = Sequence[dict[str, str]]
+Messages = Sequence[Message]
+Tools = Sequence[dict[str, Any]]
 Span = tuple[int, int]
 SENTINEL = "\ue000torchspec\ue001"
 """Private-use characters: no template trims or splits at them."""
 MARKER = re.compile(r"{%-?\s*generation\s*-?%}")
+OUR_ARGUMENTS = frozenset(
+    ("conversations", "chat_template", "add_generation_prompt", "return_assistant_tokens_mask", "messages", "tools")
+)
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+"""What a template does to a conversation that it was not written for."""
+CUT = "turns that the chat template does not print whole carry no loss"
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +55,7 @@ class Tokenized:
 
     input_ids: np.ndarray
     loss_mask: np.ndarray | None
+    changes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +68,11 @@ class _Rendered:
     text: str
     spans: list[Span] | None
     """Characters of the assistant's turns; None for an unanswered conversation."""
+    changes: tuple[str, ...] = ()
+
+
+class _CannotTell(Exception):
+    """Where the assistant's turns are in the text."""
 
 
 class ChatTokenizer:
@@ -64,12 +82,19 @@ class ChatTokenizer:
         path: folder of the target checkpoint.
         chat_template: Jinja text, or path of a file with it, instead of the tokenizer's own (``data.chat_template``).
         trust_remote_code: run tokenizer code that ships with the checkpoint.
+        template_kwargs: more arguments of the template (``data.template_kwargs``).
 
     Raises:
         ValueError: no usable tokenizer, no chat template, or a template that is not Jinja.
     """
 
-    def __init__(self, path: Path | str, chat_template: str | None = None, trust_remote_code: bool = False):
+    def __init__(
+        self,
+        path: Path | str,
+        chat_template: str | None = None,
+        trust_remote_code: bool = False,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ):
         if not Path(path).is_dir():
             raise ValueError(f"target.path {path} is not a folder")
         try:
@@ -78,19 +103,23 @@ class ChatTokenizer:
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"target.path {path} has no tokenizer that transformers can load: {reason}") from None
         self.template = self._pick_template(path, read_template(chat_template))
+        self._kwargs = dict(template_kwargs or {})
+        if ours := OUR_ARGUMENTS & self._kwargs.keys():
+            raise ValueError(f"data.template_kwargs: {', '.join(sorted(ours))} cannot be set, conversations do that")
         self.has_markers = MARKER.search(self.template) is not None
-        added = self.tokenizer.added_tokens_decoder.items()
-        self._special_ids = np.array([token_id for token_id, token in added if token.special], dtype=np.int64)
+        special = {token_id: token for token_id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
+        self._special_ids = np.array(list(special), dtype=np.int64)
+        self._special_texts = tuple(token.content for token in special.values())
         try:
             self.prompt_text([{"role": "user", "content": "Hi"}])
         except jinja2.TemplateSyntaxError as error:
             raise ValueError(f"data.chat_template is not valid Jinja: {error.message} (line {error.lineno})") from None
-        except jinja2.TemplateError:
+        except TEMPLATE_ERRORS:
             pass  # it may refuse this conversation and take others
 
-    def prompt_text(self, messages: Messages) -> str:
+    def prompt_text(self, messages: Messages, tools: Tools = ()) -> str:
         """What the target is asked to continue: ``messages`` and the generation prompt."""
-        return self._render(messages, generation_prompt=True)[0]
+        return self._render(messages, tools, generation_prompt=True)[0]
 
     def encode(self, conversations: Sequence[Conversation], last_turn_only: bool = False) -> list[Tokenized | Refusal]:
         """Tokenise a batch, in order. What the template refuses comes back as a :class:`Refusal`."""
@@ -112,71 +141,173 @@ class ChatTokenizer:
             )
         return str(self.tokenizer.get_chat_template())
 
-    def _render(self, messages: Messages, generation_prompt: bool = False) -> tuple[str, list[Span]]:
+    def _render(self, messages: Messages, tools: Tools = (), generation_prompt: bool = False) -> tuple[str, list[Span]]:
         """Text, and the spans between ``{% generation %}`` markers."""
         texts, spans = render_jinja_template(
             conversations=[list(messages)],
+            tools=list(tools) or None,
             chat_template=self.template,
             add_generation_prompt=generation_prompt,
             return_assistant_tokens_mask=self.has_markers,
-            **self.tokenizer.special_tokens_map,
+            **{**self.tokenizer.special_tokens_map, **self._kwargs},
         )
         return texts[0], spans[0] if spans else []
 
     def _render_conversation(self, conversation: Conversation, last_turn_only: bool) -> _Rendered | Refusal:
-        messages = conversation.messages
+        if missing := self._left_out(conversation):
+            return Refusal(f"the chat template leaves out {missing}: set data.chat_template to one that prints them")
+        messages, tools = self._adapted(conversation.messages), conversation.tools
         try:
             if not conversation.answered:
-                return _Rendered(self.prompt_text(messages), None)
+                return _Rendered(self.prompt_text(messages, tools), None)
             if not self.tokenizer.is_fast:
                 return Refusal(
                     "it has an answer, and the target's tokenizer (no tokenizer.json) does not tell where its tokens "
                     "are in the text: prompts without an answer can be trained on"
                 )
-            text, spans = self._render(messages)
+            text, spans = self._render(messages, tools)
             if self.has_markers:
-                earlier = len(self._render(messages[:-1])[1])
+                turns = self._marked_turns(messages, tools, text, spans, last_turn_only)
             else:
-                spans = self._locate_turns(messages, text)
-                earlier = len(spans) - 1
-        except jinja2.TemplateError as error:
-            return Refusal(f"the chat template refuses it: {error}")
-        if not spans:
+                turns = self._locate_turns(messages, tools, text)[-1 if last_turn_only else 0 :]
+        except _CannotTell:
             return Refusal(
-                "the chat template rewrites its assistant turns, so they cannot be located exactly; put "
+                "the chat template rewrites its assistant turns, so they cannot be located exactly: put "
                 "{% generation %} markers around them in a template of your own (data.chat_template)"
             )
-        return _Rendered(text, spans[earlier:] if last_turn_only else spans)
+        except TEMPLATE_ERRORS as error:
+            return Refusal(f"the chat template refuses it: {printable(str(error))}")
+        kept = [span for span in turns if span is not None]
+        if not kept:
+            return Refusal("the chat template prints no assistant turn whole: there is nothing to learn from")
+        return _Rendered(text, kept, (CUT,) if None in turns else ())
 
-    def _locate_turns(self, messages: Messages, text: str) -> list[Span]:
-        """Spans of the assistant's turns in ``text``, the rendered ``messages``; empty where they cannot be told."""
-        around = self._sentinels(messages, text, "{0}{1}{0}")
-        if around:
-            return list(zip(around[::2], around[1::2], strict=True))
-        prompts = [self.prompt_text(messages[:i]) for i, m in enumerate(messages) if m["role"] == "assistant"]
-        ends = self._sentinels(messages, text, "{1}{0}")
-        if not ends or not all(map(text.startswith, prompts)):
-            return []
-        return list(zip(map(len, prompts), ends, strict=True))
+    # ---- what the template has a place for ----
 
-    def _sentinels(self, messages: Messages, text: str, form: str) -> list[int]:
-        """Where sentinels in the assistant's turns come out in ``text``; empty if they change or vanish.
+    def _left_out(self, conversation: Conversation) -> str:
+        """What of ``conversation`` the template would drop; empty if nothing."""
+        messages = conversation.messages
+        if conversation.tools and not self._prints_tools:
+            return "tools"
+        if any("tool_calls" in message for message in messages) and self._call_form is None:
+            return "tool_calls"
+        if any(message["role"] == "tool" for message in messages) and not self._prints_replies:
+            return "turns of tools"
+        if any("reasoning_content" in message for message in messages) and not self._prints_thoughts:
+            return "thoughts (reasoning_content)"
+        return ""
 
-        ``form`` places the sentinel ``{0}`` around the content ``{1}``, before trailing white space, which may be
-        trimmed.
-        """
-        watched, expected = [], 0
+    def _adapted(self, messages: Messages) -> list[Message]:
+        """``messages`` as this template wants them: it may know no developer, or take arguments of calls as text."""
+        knows_developer, adapted = "developer" in self.template, []
         for message in messages:
+            if message["role"] == "developer" and not knows_developer:
+                message = message | {"role": "system"}
+            if "tool_calls" in message and self._call_form is str:
+                message = message | {"tool_calls": [_with_text_arguments(call) for call in message["tool_calls"]]}
+            adapted.append(message)
+        return adapted
+
+    @cached_property
+    def _prints_tools(self) -> bool:
+        parameters = {"type": "object", "properties": {}, "required": []}
+        function = {"name": SENTINEL, "description": "It tells.", "parameters": parameters}
+        return self._shows([ASKED], [{"type": "function", "function": function}])
+
+    @cached_property
+    def _call_form(self) -> type | None:
+        """How the template takes a call's arguments: as an object, as text, or it prints no calls."""
+        if self._shows([ASKED, _calling({"of": SENTINEL}), REPLIED]):
+            return dict
+        return str if self._shows([ASKED, _with_text(_calling({"of": SENTINEL})), REPLIED]) else None
+
+    @cached_property
+    def _prints_replies(self) -> bool:
+        calling = _calling({}) if self._call_form is dict else _with_text(_calling({}))
+        return self._call_form is not None and self._shows([ASKED, calling, REPLIED | {"content": SENTINEL}])
+
+    @cached_property
+    def _prints_thoughts(self) -> bool:
+        return self._shows([ASKED, {"role": "assistant", "content": "It is.", "reasoning_content": SENTINEL}])
+
+    def _shows(self, messages: Messages, tools: Tools = ()) -> bool:
+        try:
+            return SENTINEL in self._render(messages, tools)[0]
+        except TEMPLATE_ERRORS:
+            return False
+
+    # ---- where the assistant's turns are ----
+
+    def _marked_turns(
+        self, messages: Messages, tools: Tools, text: str, spans: Sequence[Span], last_turn_only: bool
+    ) -> list[Span | None]:
+        """The template's own ``spans``; None in the place of turns that it cuts.
+
+        Raises:
+            _CannotTell: it marks none, or they cannot be told apart where one may be cut.
+        """
+        numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if last_turn_only:
+            spans, numbers = spans[len(self._render(messages[:-1], tools)[1]) :], numbers[-1:]
+        may_be_cut = any(thinks(messages[i]) for i in numbers)
+        marks = self._marks(messages, tools, text, with_starts=False) if may_be_cut else {}
+        if not spans or marks is None or (may_be_cut and len(spans) != len(numbers)):
+            raise _CannotTell
+        if not may_be_cut:
+            return list(spans)
+        return [span if is_whole(messages[i], i, marks) else None for i, span in zip(numbers, spans, strict=True)]
+
+    def _locate_turns(self, messages: Messages, tools: Tools, text: str) -> list[Span | None]:
+        """Spans of the assistant's turns in ``text``, the rendered ``messages``; None for those that it cuts.
+
+        Raises:
+            _CannotTell: of a turn that is whole.
+        """
+        marks = self._marks(messages, tools, text, with_starts=True)
+        if marks is None:
+            marks = self._marks(messages, tools, text, with_starts=False)
+        if marks is None:
+            raise _CannotTell
+        spans: list[Span | None] = []
+        for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                body = message["content"].rstrip()
-                content = form.format(SENTINEL, body) + message["content"][len(body) :]
-                message = message | {"content": content}
-                expected += form.count("{0}")
-            watched.append(message)
-        pieces = self._render(watched)[0].split(SENTINEL)
-        if len(pieces) != expected + 1 or "".join(pieces) != text:
-            return []
-        return list(accumulate(len(piece) for piece in pieces[:-1]))
+                whole = is_whole(message, i, marks)
+                spans.append(self._locate(messages[: i + 1], tools, text, marks) if whole else None)
+        return spans
+
+    def _locate(self, messages: Messages, tools: Tools, text: str, marks: Marks) -> Span:
+        """Span of the last of ``messages``."""
+        number, turn = len(messages) - 1, messages[-1]
+        start, end = marks.get((number, "start")), marks.get((number, "end"))
+        if start is None or "reasoning_content" in turn:
+            prompt = self.prompt_text(messages[:-1], tools)
+            if not text.startswith(prompt):
+                raise _CannotTell
+            start = len(prompt)
+        if end is None or "tool_calls" in turn:
+            tail = self._behind_calls(messages, tools)
+            called = marks[number, "call"]
+            if not text.startswith(tail, called):
+                raise _CannotTell
+            last = next((token for token in self._special_texts if tail.endswith(token)), "")
+            end = called + len(tail) - len(last)  # which counts as it follows at once
+        return start, end
+
+    def _behind_calls(self, messages: Messages, tools: Tools) -> str:
+        """The end of the text of ``messages``, from where the last tool that is called has been named."""
+        number = len(messages) - 1
+        marked = [*messages[:-1], with_marks(messages[-1], number, with_start=False)]
+        text, marks = take_out(self._render(marked, tools)[0])
+        return text[marks[number, "call"] :].rstrip() if marks else ""
+
+    def _marks(self, messages: Messages, tools: Tools, text: str, with_starts: bool) -> Marks | None:
+        """Where marks in the assistant's turns come out in ``text``; None if they change it, or come out twice."""
+        watched = [
+            with_marks(message, i, with_starts) if message["role"] == "assistant" else message
+            for i, message in enumerate(messages)
+        ]
+        rest, marks = take_out(self._render(watched, tools)[0])
+        return marks if rest == text else None
 
     def _mask(self, rendered: _Rendered, ids: list[int], offsets: list[Span]) -> Tokenized:
         input_ids = np.array(ids, dtype=np.int32)
@@ -191,7 +322,26 @@ class ChatTokenizer:
                 if following.size and not rendered.text[end : starts[following[0]]].strip():
                     end = ends[following[0]]
             mask |= (starts < end) & (ends > start)
-        return Tokenized(input_ids, mask)
+        return Tokenized(input_ids, mask, rendered.changes)
+
+
+ASKED = {"role": "user", "content": "Is it so?"}
+REPLIED = {"role": "tool", "name": "tell", "tool_call_id": "call00001", "content": "It is so."}
+
+
+def _calling(arguments: dict[str, Any]) -> Message:
+    """A turn that calls a tool; some templates want an id of nine letters and digits."""
+    call = {"id": "call00001", "type": "function", "function": {"name": "tell", "arguments": arguments}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+def _with_text(message: Message) -> Message:
+    return message | {"tool_calls": [_with_text_arguments(call) for call in message["tool_calls"]]}
+
+
+def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
+    arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+    return call | {"function": call["function"] | {"arguments": arguments}}
 
 
 def read_template(chat_template: str | None) -> str | None:

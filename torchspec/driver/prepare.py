@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,7 +17,7 @@ from torchspec.config.schema import Config
 from torchspec.controller.ledger_snapshot import LedgerSnapshot, ledger_shape
 from torchspec.controller.prompts import Writer, check_reuse
 from torchspec.data.prompt_builder import load_or_build
-from torchspec.data.prompt_set import PromptSet, TokenizeOptions
+from torchspec.data.prompt_set import PromptSet, TokenizeOptions, count_reasons
 from torchspec.data.survey import Survey, survey
 from torchspec.driver.plan import Plan, check_gpus, make_plan, total_steps
 from torchspec.driver.resolve import Resolved, resolve
@@ -24,6 +25,7 @@ from torchspec.driver.sizes import check_sizes
 from torchspec.inference.sglang_patch import check_patched
 from torchspec.monitor.trackers import check_trackers
 from torchspec.run_folder import LEDGER_FILE, RunFolder
+from torchspec.target.checkpoint import find_checkpoint
 from torchspec.training.checkpoint import read_info
 
 T = TypeVar("T", PromptSet, Survey)
@@ -69,7 +71,9 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None], start:
     folder.expect(resume)
     resume_from = folder.find_checkpoint(start) if resume else None
     message("reading and tokenising the prompts")
-    train, heldout = _check_and_read(resolved, load_or_build, lambda data: (len(data), data.fully_answered))
+    read = partial(load_or_build, progress=_told(message))
+    train, heldout = _check_and_read(resolved, read, lambda data: (len(data), data.fully_answered))
+    _tell_changes(train, message)
     if resume_from is not None:
         LedgerSnapshot.from_json((resume_from / LEDGER_FILE).read_text(), ledger_shape(config, train))
         _tell_schedule(resume_from, total_steps(config.training, len(train)), config, message)
@@ -88,16 +92,39 @@ def make_plan_for(config: Config) -> tuple[Plan, Survey]:
     return make_plan(resolved, heldout.rows if heldout else 0), train
 
 
+def read_prompts(config: Config, knob: str, read: Callable[..., T]) -> T:
+    """The conversations of ``data.train`` or ``evaluation.heldout``.
+
+    Args:
+        read: ``load_or_build`` or ``survey``, which take the same arguments.
+    """
+    data, evaluation = config.data, config.evaluation
+    source, limit = (data.train, data.limit) if knob == "data.train" else (evaluation.heldout, evaluation.samples)
+    options = TokenizeOptions(
+        columns=dict(data.columns),
+        chat_template=data.chat_template,
+        template_kwargs=data.template_kwargs,
+        max_seq_length=data.max_seq_length,
+        too_long=data.too_long,
+        min_loss_tokens=data.min_loss_tokens,
+        last_turn_only=data.last_turn_only,
+        max_new_tokens=config.answer.max_tokens,
+        on_error=data.on_error,
+        limit=limit,
+        trust_remote_code=config.target.trust_remote_code,
+    )
+    return read(source, find_checkpoint(config.target.path), options, data.cache_dir, knob)
+
+
 def _check_and_read(
     resolved: Resolved, read: Callable[..., T], rows_and_answered: Callable[[T], tuple[int, bool]]
 ) -> tuple[T, T | None]:
-    """The training and the held-out data, by ``load_or_build`` or by ``survey``, which take the same arguments.
+    """The training and the held-out data.
 
     Raises:
         ValueError: a line for each thing, in the data or elsewhere, that cannot work.
     """
     config, wrong = resolved.config, list[str]()
-    data, evaluation = config.data, config.evaluation
 
     @contextmanager
     def noted() -> Iterator[None]:
@@ -106,19 +133,6 @@ def _check_and_read(
         except ValueError as error:
             wrong.append(str(error))
 
-    def read_from(knob: str, source: str, limit: int | None) -> T:
-        options = TokenizeOptions(
-            chat_template=data.chat_template,
-            max_seq_length=data.max_seq_length,
-            min_loss_tokens=data.min_loss_tokens,
-            last_turn_only=data.last_turn_only,
-            max_new_tokens=config.answer.max_tokens,
-            on_error=data.on_error,
-            limit=limit,
-            trust_remote_code=config.target.trust_remote_code,
-        )
-        return read(source, Path(config.target.path), options, data.cache_dir, knob)
-
     heldout = None
     with noted():
         check_sizes(config, resolved.draft.target, resolved.geometry)
@@ -126,11 +140,11 @@ def _check_and_read(
         with noted():
             check_gpus(config, torch.cuda.device_count())
     with noted():
-        train = read_from("data.train", data.train, data.limit)
+        train = read_prompts(config, "data.train", read)
         wrong += _complaints(resolved, *rows_and_answered(train), train.rejected)
-    if evaluation.heldout is not None:
+    if config.evaluation.heldout is not None:
         with noted():
-            heldout = read_from("evaluation.heldout", evaluation.heldout, evaluation.samples)
+            heldout = read_prompts(config, "evaluation.heldout", read)
     if wrong:
         raise ValueError("\n".join(dict.fromkeys(wrong)))
     return train, heldout
@@ -168,8 +182,31 @@ def _tell_schedule(checkpoint: Path, steps: int, config: Config, message: Callab
         )
 
 
+def _told(message: Callable[[str], None]) -> Callable[[int, float], None]:
+    """Tells, for each twentieth of the data but the last, how far tokenising is."""
+    said = 0
+
+    def progress(done: int, share: float) -> None:
+        nonlocal said
+        if said < int(20 * share) < 20:
+            said = int(20 * share)
+            message(f"tokenised {done:,} conversations, {share:.0%}")
+
+    return progress
+
+
+def _tell_changes(train: PromptSet, message: Callable[[str], None]) -> None:
+    for what, count in train.changes.items():
+        message(f"data.train: {count:,} changed: {what}")
+    for reason, count in count_reasons(train.rejected).items():
+        message(f"data.train: {count:,} rejected: {reason}")
+
+
 def _list_rejected(folder: RunFolder, train: PromptSet, heldout: PromptSet | None) -> None:
+    """Each conversation by name; of what was changed in those that are used, the counts."""
     with folder.rejected.open("w") as file:
         for prompts in (train, heldout):
-            for name, reason in prompts.rejected if prompts else ():
+            for name, reason in prompts.rejected if prompts is not None else ():
                 file.write(json.dumps({"id": name, "reason": reason}, ensure_ascii=False) + "\n")
+            for what, count in prompts.changes.items() if prompts is not None else ():
+                file.write(json.dumps({"changed": what, "count": count}, ensure_ascii=False) + "\n")

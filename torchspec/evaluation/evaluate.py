@@ -47,7 +47,8 @@ def run_evaluation(
     target = TargetCheckpoint(find_checkpoint(target_path), settings.trust_remote_code)
     require_match(export, target)
     speculation = export.spec.server_args(settings.num_draft_tokens)
-    chat = ChatTokenizer(target.path, settings.chat_template, settings.trust_remote_code)
+    trusted, arguments = settings.trust_remote_code, settings.template_kwargs
+    chat = ChatTokenizer(target.path, settings.chat_template, trusted, arguments)
     prompts = load_prompts(prompt_set, chat, CACHE, limit)
     _require_room(prompts, target.shape, settings)
     plain_job = Job(

@@ -112,6 +112,8 @@ class EvaluationSettings:
     """Requests decoded together."""
     chat_template: str | None = None
     """A Jinja chat template (text or path) instead of the tokenizer's own."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """More arguments of the chat template."""
     trust_remote_code: bool = False
     """Run Python code that ships with the target."""
     engine_args: dict[str, Any] = field(default_factory=dict)

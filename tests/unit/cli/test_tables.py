@@ -39,11 +39,11 @@ def test_the_plan_warns_when_memory_is_short() -> None:
             found={"store.segment_bytes": 6 << 30, "inference.max_concurrency": 32},
         )
 
-    data = Survey(90, 12_345, 6_789, (("p7", "too long"), ("p8", "too short")), exact=True)
+    data = Survey(90, 12_345, 6_789, (("p7", "too long: 9"), ("p8", "too long: 8")), {"cut": 3}, exact=True)
     training = TrainingConfig(epochs=2, batch_size=8)
     fits, short = (rendered(plan_table(plan(size << 30), data, training)) for size in (10, 20))
     assert "90 conversations of 12,345 tokens, and up to 6,789 that the target answers" in fits
-    assert "2 rejected (p7: too long, ...)" in " ".join(fits.replace("│", " ").split())
+    assert "2 rejected: too long (p7, ...)" in fits and "3 changed: cut" in fits
     assert "23 of 8 samples" in fits and "9.8M trained parameters; eagle3: 9 heads" in fits
     assert "store.segment_bytes: 6.0 GiB" in fits and "inference.max_concurrency: 32" in fits
     assert "2,048 tokens, 9.0 MiB" in fits and "99 samples" in fits and "9.8M" in fits

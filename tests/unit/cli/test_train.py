@@ -92,8 +92,11 @@ def test_the_plan_counts_the_data_and_refuses_a_bad_file(
     known = json.loads(capsys.readouterr().out)
     assert known["steps"] == 5 and known["data"]["rows"] == 9 and known["splits"][0]["configured"] is True
     data.write_text('{"prompt": "Hi"}\n{"prompt": 3}\n')
+    assert run(monkeypatch, "plan", recipe, *changes) == 0
+    assert "1 rejected: content is not text (data:2)" in capsys.readouterr().out
+    data.write_text('{"prompt": "Hi"}\n{"prompt"\n')
     assert run(monkeypatch, "plan", recipe, *changes) == 2
-    assert f"error: {data}:2: prompt is not text\n" in capsys.readouterr().err
+    assert f"error: {data}:2: not valid JSON: " in capsys.readouterr().err
     assert run(monkeypatch, "plan", recipe, *changes, "data.train=absent.jsonl") == 2
     assert capsys.readouterr().err == "error: data.train absent.jsonl: no such file, and no file matches it as a glob\n"
 

@@ -204,3 +204,10 @@ def test_other_values_are_checked_like_a_config() -> None:
         with_values(config, {"training.dp_size": 3})
     with pytest.raises(ValueError, match=r"inference\.workers"):
         with_values(config, {"inference.workers": 0})
+
+
+def test_columns_are_keys_of_a_row() -> None:
+    target = {"target": {"path": "x"}}
+    assert parse_config({**target, "data": {"columns": {"messages": "chat"}}}).data.columns == {"messages": "chat"}
+    with pytest.raises(ValueError, match=r"^data\.columns: mesages is no key of a row; valid: messages, conv"):
+        parse_config({**target, "data": {"columns": {"mesages": "chat"}}})

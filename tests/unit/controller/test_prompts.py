@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import sys
+import pickle
 
 import numpy as np
 import pytest
@@ -33,11 +33,24 @@ def test_answers_belong_to_the_exact_prompt_and_survive(tmp_path):
     assert again.get(prompt).tolist() == [7, 8] and len(list(read_lines(tmp_path / "new.jsonl"))) == 1
 
 
-def test_a_long_answer_is_kept_in_four_bytes_a_token(tmp_path):
-    book, ids = AnswerBook(tmp_path / "answers.jsonl", WRITER), tuple(range(100_000, 110_000))
-    book.add("p", np.array([1]), Answer(0, ids, "text", "stop"))
-    (kept,) = book._answers.values()
-    assert sys.getsizeof(kept) < 4 * len(ids) + 100 and tuple(book.get(np.array([1])).tolist()) == ids
+def test_answers_stay_on_the_disk(tmp_path):
+    book, ids = AnswerBook(tmp_path / "answers.jsonl", WRITER), list(range(100_000, 110_000))
+    book.add("p", np.array([1]), Answer(0, tuple(ids), "text", "stop"))
+    book.add("q", np.array([2]), Answer(1, (5,), "🦜", "stop"))
+    assert len(pickle.dumps([(key, begin) for key, (_, begin) in book._lines.items()])) < 200
+    assert book.get(np.array([1])).tolist() == ids and book.get(np.array([2])).tolist() == [5]
+    assert book.get(np.array([1])).dtype == np.int32
+
+
+def test_a_torn_last_line_is_no_answer(tmp_path):
+    path = tmp_path / "answers.jsonl"
+    AnswerBook(path, WRITER).add("p", np.array([1]), Answer(0, (7,), "hi", "stop"))
+    with path.open("a") as file:
+        file.write('{"id": "q", "prompt_hash"')
+    for book in (AnswerBook(tmp_path / "new.jsonl", WRITER, reuse=path), AnswerBook(path, WRITER)):
+        assert book.get(np.array([1])).tolist() == [7]
+        book.add("q", np.array([2]), Answer(1, (8,), "ho", "stop"))
+        assert book.get(np.array([2])).tolist() == [8]
 
 
 @pytest.mark.parametrize(

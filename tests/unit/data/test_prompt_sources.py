@@ -30,7 +30,7 @@ def test_nothing_there_names_the_knob(tmp_path):
         find_files(str(tmp_path / "none.jsonl"), tmp_path, knob="evaluation.heldout")
     with pytest.raises(ValueError, match=r"data\.train .*\*\.jsonl: no such file, and no file matches"):
         find_files(str(tmp_path / "*.jsonl"), tmp_path)
-    with pytest.raises(ValueError, match=r"data\.train .* is a folder"):
+    with pytest.raises(ValueError, match=r"data\.train .*: no file in this folder ends in \.jsonl, \.json, \.parquet"):
         find_files(str(tmp_path), tmp_path)
     with pytest.raises(ValueError, match=r"builtin:trian is unknown: choose one of builtin:train, "):
         find_files("builtin:trian", tmp_path)

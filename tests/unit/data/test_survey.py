@@ -12,8 +12,11 @@ from torchspec.data.prompt_set import TokenizeOptions
 from torchspec.data.survey import survey
 
 OPTIONS = TokenizeOptions(
+    columns={},
     chat_template=None,
+    template_kwargs={},
     max_seq_length=64,
+    too_long="reject",
     min_loss_tokens=4,
     last_turn_only=False,
     max_new_tokens=16,

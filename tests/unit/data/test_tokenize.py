@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from torchspec.data.conversations import Conversation
-from torchspec.data.tokenize import ChatTokenizer, Refusal, Tokenized
+from torchspec.data.tokenize import CUT, ChatTokenizer, Refusal, Tokenized
 
 TEMPLATES = Path(__file__).parents[2] / "fixtures" / "data" / "templates"
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -144,7 +144,101 @@ def test_trimming_templates_and_contents_with_white_space(target_path):
 def test_thoughts_that_the_template_keeps_only_in_the_last_turn(target_path):
     tokenizer = ChatTokenizer(target_path, str(TEMPLATES / "thinking.jinja"))
     row = encode(tokenizer, chat("1+1?", "<think>easy</think>Two", "2+2?", "<think>\nharder\n</think>\n\nFour"))
-    assert marked_runs(tokenizer, row) == ["Two<|im_end|>", "<think>\nharder\n</think>\n\nFour<|im_end|>"]
+    assert marked_runs(tokenizer, row) == ["<think>\nharder\n</think>\n\nFour<|im_end|>"]
+    assert row.changes == (CUT,)
+    row = encode(tokenizer, chat("1+1?", "Two", "2+2?", "<think>easy</think>Four"))
+    assert marked_runs(tokenizer, row) == ["Two<|im_end|>", "<think>\neasy\n</think>\n\nFour<|im_end|>"]
+    assert not row.changes
+
+
+@pytest.fixture(scope="module")
+def qwen3(target_path) -> ChatTokenizer:
+    return ChatTokenizer(target_path, str(TEMPLATES / "qwen3.jinja"))
+
+
+TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"type": "function", "id": "1", "function": {"name": "weather", "arguments": {"town": "Oslo"}}}
+CALLED = '<tool_call>\n{"name": "weather", "arguments": {"town": "Oslo"}}\n</tool_call><|im_end|>'
+
+
+def tool_use(**first: object) -> Conversation:
+    messages = (
+        {"role": "user", "content": "Weather in Oslo?"},
+        {"role": "assistant", "content": "", "tool_calls": [CALL], **first},
+        {"role": "tool", "tool_call_id": "1", "content": "12 degrees, rain"},
+        {"role": "assistant", "content": "Twelve degrees and rain."},
+    )
+    return Conversation("c", messages, (TOOL,))
+
+
+def test_calls_of_tools_are_learnt_and_their_replies_are_not(qwen3):
+    row = encode(qwen3, tool_use())
+    assert marked_runs(qwen3, row) == [CALLED, "Twelve degrees and rain.<|im_end|>"]
+    assert json.dumps(TOOL) in qwen3.tokenizer.decode(row.input_ids)
+    row = encode(qwen3, tool_use(content="I look.", tool_calls=[CALL, CALL], reasoning_content="Need it."))
+    call = CALLED.removesuffix("<|im_end|>")
+    thought = f"<think>\nNeed it.\n</think>\n\nI look.\n{call}\n{call}<|im_end|>"
+    assert marked_runs(qwen3, row) == [thought, "Twelve degrees and rain.<|im_end|>"]
+    assert marked_runs(qwen3, encode(qwen3, tool_use(), last_turn_only=True)) == ["Twelve degrees and rain.<|im_end|>"]
+    assert not row.changes
+
+
+def test_a_template_that_takes_arguments_as_text(target_path):
+    text = (TEMPLATES / "qwen3.jinja").read_text()
+    wants_text = text.replace("tool_call.arguments | tojson", "'' + tool_call.arguments")
+    assert wants_text != text
+    tokenizer = ChatTokenizer(target_path, wants_text)
+    assert marked_runs(tokenizer, encode(tokenizer, tool_use()))[0] == CALLED
+
+
+@pytest.mark.parametrize(
+    ("conversation", "what"),
+    [
+        (tool_use(), "tools"),
+        (Conversation("c", tool_use().messages), "tool_calls"),
+        (Conversation("c", (tool_use().messages[0], tool_use().messages[2])), "turns of tools"),
+        (Conversation("c", tool_use(reasoning_content="x", tool_calls=[]).messages[:2]), "tool_calls"),
+    ],
+)
+def test_what_the_template_has_no_place_for_is_refused_by_name(smol, conversation, what):
+    (row,) = smol.encode([conversation])
+    assert row == Refusal(f"the chat template leaves out {what}: set data.chat_template to one that prints them")
+
+
+def test_thoughts_reach_the_template_and_a_turn_without_its_own_is_not_learnt(qwen3, smol):
+    thoughts = [{"reasoning_content": "Two and two are four."}, {"reasoning_content": "Three and three are six."}]
+    plain = chat("2+2?", "4", "3+3?", "6").messages
+    whole = (plain[0], plain[1] | thoughts[0], plain[2], plain[3] | thoughts[1])
+    row = encode(qwen3, Conversation("c", whole))
+    assert marked_runs(qwen3, row) == ["<think>\nThree and three are six.\n</think>\n\n6<|im_end|>"]
+    assert row.changes == (CUT,)
+    row = encode(qwen3, Conversation("c", plain))  # the empty thoughts are the template's
+    assert marked_runs(qwen3, row) == ["4<|im_end|>", "6<|im_end|>"]
+    assert not row.changes
+    (refused,) = smol.encode([Conversation("c", whole)])
+    assert refused.reason.startswith("the chat template leaves out thoughts (reasoning_content): ")
+
+
+def test_markers_around_a_turn_that_is_cut(target_path):
+    marked = (
+        "{% for message in messages %}{% if message.role == 'user' %}{{ '<|im_start|>user\n' + message.content }}"
+        "{% else %}{{ '<|im_start|>assistant\n' }}{% generation %}"
+        "{{ message.content if loop.last else message.content.split('</think>')[-1] }}"
+        "{% endgeneration %}{% endif %}{{ '<|im_end|>\n' }}{% endfor %}"
+    )
+    tokenizer = ChatTokenizer(target_path, marked)
+    row = encode(tokenizer, chat("1+1?", "<think>easy</think>Two", "2+2?", "<think>hm</think>Four"))
+    assert marked_runs(tokenizer, row) == ["<think>hm</think>Four"]
+    assert row.changes == (CUT,)
+
+
+def test_a_developer_is_a_system_where_the_template_knows_none(smol, target_path):
+    messages = ({"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hi"})
+    developer = Conversation("c", messages)
+    system = Conversation("c", (messages[0] | {"role": "system"}, messages[1]))
+    assert encode(smol, developer).input_ids.tolist() == encode(smol, system).input_ids.tolist()
+    knows = ChatTokenizer(target_path, "{# developer #}" + smol.template)
+    assert "<|im_start|>developer\nBe brief." in knows.tokenizer.decode(encode(knows, developer).input_ids)
 
 
 def test_a_system_prompt_that_the_template_moves_to_the_last_question(target_path):

@@ -92,7 +92,7 @@ def test_saved_and_read_back(tmp_path):
 
 
 def test_an_answered_set_is_counted_on_its_loss_tokens_and_kept(target_path, tmp_path):
-    options = TokenizeOptions(None, 256, 1, False, 32, "stop", 2, False)
+    options = TokenizeOptions({}, None, {}, 256, "reject", 1, False, 32, "stop", 2, False)
     prompts = load_or_build(str(CHATS), target_path, options, tmp_path)
     expected = Counter[int]()
     for row in range(len(prompts)):

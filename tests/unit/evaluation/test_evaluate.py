@@ -244,7 +244,7 @@ def test_the_command_evaluates_a_draft_as_its_run_was_trained(
     monkeypatch.setattr(export_eval, "show_evaluation", lambda *given: asked.append(given))
     tree = {
         "target": {"path": "the/runs/target", "trust_remote_code": True},
-        "data": {"chat_template": "{{ messages }}"},
+        "data": {"chat_template": "{{ messages }}", "template_kwargs": {"enable_thinking": False}},
     }
     draft = RunFolder(tmp_path).export
     export_draft_of(target_path, draft)
@@ -255,6 +255,7 @@ def test_the_command_evaluates_a_draft_as_its_run_was_trained(
     export_eval.evaluate(draft, "another", "{{ other }}", False)
     (_, target, _, settings, *_), (_, other, _, changed, *_) = asked
     assert (target, settings.chat_template, settings.trust_remote_code) == ("the/runs/target", "{{ messages }}", True)
+    assert settings.template_kwargs == {"enable_thinking": False}
     assert (other, changed.chat_template, changed.trust_remote_code) == ("another", "{{ other }}", False)
 
 

@@ -32,7 +32,7 @@ def test_the_heldout_prompts_have_categories(target_path: Path, tmp_path: Path) 
 
 def test_bad_prompts_are_refused_by_line(target_path: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"prompt": "fine", "category": "chat"}\n{"prompt": 7}\nno JSON\n')
-    with pytest.raises(ValueError, match=r"bad\.jsonl:2"):
+    with pytest.raises(ValueError, match=r"bad\.jsonl:2: content is not text: prompt\[0\]"):
         load_prompts(str(tmp_path / "bad.jsonl"), ChatTokenizer(target_path), tmp_path)
     (fine,) = load_prompts(str(tmp_path / "bad.jsonl"), ChatTokenizer(target_path), tmp_path, limit=1)
     assert fine.category == "chat", "what lies behind the limit is not read"
