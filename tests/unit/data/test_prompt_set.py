@@ -240,6 +240,7 @@ def test_many_batches_report_progress(target_path, tmp_path, monkeypatch, few):
     monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
     file = tmp_path / "many.jsonl"
     file.write_text("".join(json.dumps({"prompt": f"Count to {n:4}."}) + "\n" for n in range(1200)))
+    others = set(multiprocessing.active_children())  # of tests that ran before in this process
     seen: list[tuple[int, float]] = []
     progress = lambda done, share: seen.append((done, round(share, 3)))  # noqa: E731
     prompts = load_or_build(str(file), target_path, OPTIONS, tmp_path, progress=progress)
@@ -248,7 +249,7 @@ def test_many_batches_report_progress(target_path, tmp_path, monkeypatch, few):
     tokenizer = ChatTokenizer(target_path).tokenizer
     for row in (0, 511, 512, 1199):
         assert f"Count to {row:4}.<|im_end|>" in tokenizer.decode(prompts.input_ids(row))
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= others
 
 
 def test_an_interrupted_build_leaves_nothing_behind(target_path, tmp_path):
