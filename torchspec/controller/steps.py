@@ -101,7 +101,8 @@ class TrainingGroup:
         self._seen = seen
         # until all held-out samples have been in the store, a single batch is all that surely fits beside them
         prefetch = self._config.controller.prefetch_steps if self._heldout.exhausted else 1
-        ahead = self._ledger.trained_step + prefetch
+        # and while answers are counted, one that nobody may train yet would keep the room of those to come
+        ahead = self._ledger.trained_step + (0 if self._buffer.counted_first else prefetch)
         while not self.closing and max(self._batches, default=self._ledger.trained_step) < ahead:
             step = self._ledger.assign()
             if step is None:

@@ -12,6 +12,7 @@ from tests.integration.controller_harness import make_spec
 from torchspec.contracts import Answer, Lease, SampleRef
 from torchspec.controller import objects
 from torchspec.controller.buffer import SampleBuffer
+from torchspec.controller.steps import TrainingGroup
 from torchspec.files import read_lines
 from torchspec.monitor.record.observer import Observer
 from torchspec.run_folder import RunFolder
@@ -231,5 +232,26 @@ def test_while_answers_are_counted_those_that_are_there_make_room_and_are_made_a
         assert ledger.next_to_lease().sample == order[2]
         buffer.make_room(ledger, ledger.next_to_lease())
         assert [scene.state(ref) for ref in refs] == ["stored"] * 2 + ["pending"] * 4
+
+    play(script)
+
+
+def test_no_step_is_formed_while_answers_are_counted(play) -> None:
+    """It could not be trained yet, and would keep the room that the answers to come need."""
+
+    async def script(scene: Scene) -> None:
+        scene.buffer.counted_first = 6
+        group = TrainingGroup(scene.buffer, scene.spec.config, closing=False)
+        refs = await scene.stored(4)
+        group.advance()
+        assert not scene.ledger.steps
+        scene.credits.capacity = scene.credits.used
+        scene.buffer.make_room(scene.ledger, scene.ledger.next_to_lease())
+        assert [scene.state(ref) for ref in refs] == ["stored"] * 3 + ["pending"]
+        await scene.until(lambda: refs[3].sample not in scene.credits.held)
+        scene.buffer.all_counted()
+        await scene.stored(1)
+        group.advance()
+        assert [r.sample for r in scene.ledger.step_records(1)] == [ref.sample for ref in refs]
 
     play(script)
