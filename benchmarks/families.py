@@ -131,4 +131,6 @@ def make_checkpoint(family: str, folder: Path, tokenizer: Path) -> PreTrainedMod
         shutil.copy(tokenizer / name, folder)
     tree = json.loads((folder / "config.json").read_text())
     assert tree["architectures"] == [type(model).__name__]
+    if made.model_type == "qwen3_next":  # released ones have it, SGLang reads it, transformers no longer writes it
+        (folder / "config.json").write_text(json.dumps(tree | {"full_attention_interval": 4}, indent=2))
     return model

@@ -141,7 +141,7 @@ def capture(folder: Path) -> None:
     reference = torch.load(folder / "reference.pt", weights_only=True)
     sections = {
         "target": {"path": str(folder / "checkpoint"), "dtype": "float32"},
-        "inference": {"max_total_tokens": 4096, "buffer_bytes": 16 << 20},
+        "inference": {"max_total_tokens": 16384, "buffer_bytes": 16 << 20},
     }
     config = Config.model_validate(sections)
     with ExitStack() as stack:

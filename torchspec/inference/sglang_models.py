@@ -29,8 +29,22 @@ SHIFTING = re.compile("Deepseek|GlmMoeDsa|Glm4MoeLite|KimiK25|MistralLarge3")
 """Those that hand out one layer earlier, unless the first layer asked for is 1."""
 WITHOUT_RESIDUAL = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
 """Those that hand out what a layer adds, without what it is added to."""
-NOT_ON_A_CPU = re.compile("GptOss|Deepseek|GlmMoeDsa|KimiK25|MistralLarge3")
-"""Those whose attention (with sinks, or latent) has no backend for the CPUs of TorchSpec."""
+NOT_ON_A_CPU = {
+    re.compile("GptOss"): "attention with sinks has",
+    re.compile("Deepseek|GlmMoeDsa|Glm4MoeLite|KimiK25|LongcatFlash|MistralLarge3"): "latent attention has",
+    re.compile("Glm5Next|Qwen3Next|Qwen3_5"): "linear attention has",
+    re.compile("Llama4"): "experts have",
+}
+"""Those with a part that has no backend for the CPUs of TorchSpec."""
+WITHOUT_DFLASH = frozenset(
+    """
+    ApertusForCausalLM BailingMoEForCausalLM BailingMoeForCausalLM BailingMoeV2ForCausalLM ExaoneMoEForCausalLM
+    ExaoneMoeForCausalLM Gemma3ForCausalLM Gemma3ForConditionalGeneration Glm4MoeForCausalLM
+    Llama4ForConditionalGeneration LongcatFlashForCausalLM MiniMaxM2ForCausalLM MiniMaxM3SparseForCausalLM
+    Qwen2ForCausalLM Qwen2MoeForCausalLM Qwen2_5_VLForConditionalGeneration SarvamMoEForCausalLM
+    """.split()  # noqa: SIM905
+)
+"""Those that SGLang can capture, but not serve with a DFlash draft: without ``set_dflash_layers_to_capture``."""
 
 
 def check_target(target: TargetCheckpoint, layers: Sequence[int], on_gpu: bool) -> None:
@@ -50,12 +64,18 @@ def check_target(target: TargetCheckpoint, layers: Sequence[int], on_gpu: bool) 
             f"target.path: SGLang {SUPPORTED_VERSION} hands out hidden states of {name} without the residual stream, "
             "which a draft needs"
         )
-    if not on_gpu and NOT_ON_A_CPU.match(name):
-        raise ValueError(
-            f"target.path: {name} needs a GPU: its attention (with sinks, or latent) has no backend for CPUs"
-        )
+    for names, part in NOT_ON_A_CPU.items():
+        if not on_gpu and names.match(name):
+            raise ValueError(f"target.path: {name} needs a GPU: its {part} no backend for CPUs")
     if SHIFTING.match(name) and layers[0] != 1:
         raise ValueError(
             f"target.aux_layers={list(layers)} must begin with 1 for {name}: SGLang {SUPPORTED_VERSION} would take "
             "each of them for the layer before"
         )
+
+
+def serving_gap(target: TargetCheckpoint, algorithm: str) -> str | None:
+    """Why SGLang could not serve ``target`` with drafts of its speculative ``algorithm``; None if it can."""
+    if algorithm == "DFLASH" and target.architecture in WITHOUT_DFLASH:
+        return f"SGLang {SUPPORTED_VERSION} serves no DFlash drafts for {target.architecture}"
+    return None
