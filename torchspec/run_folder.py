@@ -141,8 +141,8 @@ class RunFolder:
         return handle["host"] != socket.gethostname() or _started_at(handle["pid"]) == handle["started"]
 
     def read_handle(self) -> dict[str, Any]:
-        """``address`` of the cluster and ``namespace`` in it, ``machine`` (the address of the only one that the run may
-        use; None: all), ``store_metrics``, and what :func:`this_process` says of the driver.
+        """``address`` of the cluster, ``namespace`` in it and ``auth_mode`` (whether it asks for a token), ``machine`` (the
+        address of the only one that the run may use; None: all), ``store_metrics``, and what :func:`this_process` says of the driver.
 
         Raises:
             FileNotFoundError: it does not run.

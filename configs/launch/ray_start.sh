@@ -57,11 +57,17 @@ roles_as_resources() {
   echo "{${offered[*]}}"
 }
 
-# Ray loads the token from the file by itself; here only its presence is looked at.
+# Ray loads the token from the file by itself; here only its presence is looked at, and that nobody else can read it.
 require_token() {
   local file=${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}
-  if [[ -z ${RAY_AUTH_TOKEN:-} && ! -s $file ]]; then
+  if [[ -n ${RAY_AUTH_TOKEN:-} ]]; then
+    return
+  fi
+  if [[ ! -s $file ]]; then
     die "no token in $file: copy it from the head (ray get-auth-token shows it there), readable by you alone"
+  fi
+  if [[ -z ${RAY_AUTH_TOKEN_PATH:-} ]]; then
+    chmod go= "$HOME/.ray" "$file"
   fi
 }
 
@@ -83,7 +89,7 @@ case $mode in
     shift
     address=$(head_address)
     if [[ -z ${RAY_AUTH_TOKEN:-}${RAY_AUTH_TOKEN_PATH:-} ]]; then
-      ray get-auth-token --generate >/dev/null
+      (umask 077 && ray get-auth-token --generate >/dev/null)
     fi
     require_token
     port=${RAY_PORT:-6379}

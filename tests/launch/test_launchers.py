@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import signal
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -69,6 +70,22 @@ def test_a_head_makes_the_token_and_binds_the_named_interface(programs):
     assert "--head --node-ip-address=127.0.0.1 --port=6379 --dashboard-host=127.0.0.1" in start
     assert start.endswith('--resources={"torchspec_training": 1} --block')
     assert "worker 127.0.0.1:6379" in done.stdout and "secret" not in done.stdout + done.stderr
+    assert token_modes(programs) == [0o700, 0o600]
+
+
+def token_modes(programs) -> list[int]:
+    """Of the folder and the file."""
+    ray = programs[0].parent / ".ray"
+    return [stat.S_IMODE(path.stat().st_mode) for path in (ray, ray / "auth_token")]
+
+
+@pytest.mark.parametrize("arguments", [("head",), ("worker", "127.0.0.1:7000")])
+def test_a_token_that_others_can_read_is_closed(programs, arguments):
+    token = programs[0].parent / ".ray" / "auth_token"
+    token.parent.mkdir(mode=0o755)
+    token.write_text("secret")
+    assert ray_start(programs, *arguments, TORCHSPEC_INTERFACE="lo").returncode == 0
+    assert token_modes(programs) == [0o700, 0o600]
 
 
 def test_a_worker_finds_its_address_towards_the_head_and_has_both_roles_unless_told(programs):
@@ -112,6 +129,7 @@ def test_a_worker_joins_again_when_its_node_was_in_the_cluster_and_gives_up_when
 # ---- Slurm ----
 
 TORCHSPEC = """
+echo "token $(stat -c "%a %s" "$RAY_AUTH_TOKEN_PATH")" >>"$CALLS"
 until (($(grep -c "^ray start" "$CALLS") >= ${AWAIT:-0})); do sleep 0.05; done
 n=$(grep -c ^torchspec "$CALLS")
 code=$(sed -n "${n}p" "$PLAN")
@@ -186,14 +204,15 @@ def test_ray_is_started_on_every_node_by_role(programs):
     assert '"torchspec_inference": 1' in workers and "training" not in workers
     (driver,) = calls(programs[0], "torchspec")
     assert driver.startswith(f"train recipe.yaml --or-resume --address {HEAD} run.name=x cluster.nodes=3")
-    token = slurm.where / ".torchspec-7.token"
-    assert token.stat().st_mode & 0o777 == 0o600 and len(token.read_text()) == 64
+    assert calls(programs[0], "token") == ["600 64"]
+    assert not (slurm.where / ".torchspec-7.token").exists(), "it is of no use to anybody any more"
 
 
 @pytest.mark.parametrize("code", [1, 134, 137, 139])
 def test_failures_and_kills_are_requeued_three_times_in_a_row(programs, code):
     slurm = Slurm(programs, nodes=1)
     assert slurm.run(*[code] * 4) == [code] * 4 and slurm.requeues() == 3
+    assert not (slurm.where / ".torchspec-7.token").exists()
 
 
 @pytest.mark.parametrize("code", [2, 130])

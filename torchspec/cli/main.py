@@ -67,8 +67,6 @@ def options(
 
 def main() -> None:
     """Run the command line and exit."""
-    # Ray reads it when it is imported. A cluster without a token is joined with RAY_AUTH_MODE=disabled.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ.get("OMP_NUM_THREADS") == "":  # to OpenMP, every process of a run would complain of it
         del os.environ["OMP_NUM_THREADS"]
     try:

@@ -150,6 +150,7 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
         handle = {
             "address": cluster.address,
             "namespace": namespace(folder.path),
+            "auth_mode": os.environ["RAY_AUTH_MODE"],
             "machine": cluster.only_machine,
             "store_metrics": master.endpoint.metrics,
             **this_process(),

@@ -11,7 +11,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import os
 import secrets
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -22,6 +21,7 @@ from urllib.parse import urlsplit
 
 from aiohttp import ClientError, ClientSession, ClientTimeout, web
 
+from torchspec.files import ensure_secret
 from torchspec.monitor import views
 from torchspec.monitor.prometheus import CONTENT_TYPE, exposition
 from torchspec.monitor.snapshot import read_latest
@@ -204,13 +204,7 @@ class PageServer:
 
 def ensure_token(run_dir: Path) -> str:
     """The run's token, made the first time; only its owner can read it."""
-    path = RunFolder(run_dir).token
-    if not (path.exists() and path.stat().st_size):
-        path.unlink(missing_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_urlsafe(24))
-    return path.read_text()
+    return ensure_secret(RunFolder(run_dir).token)
 
 
 class ServerThread:
