@@ -23,6 +23,7 @@ from tests.integration.draft_harness import (
     served_with,
 )
 from tests.oracles.speculation import Draft, right_drafts
+from tests.sockets import watched_sockets
 from torchspec.drafts.export import CONFIG, WEIGHTS, read_spec, validate_export
 from torchspec.evaluation.evaluate import run_evaluation
 from torchspec.evaluation.prompts import EvaluationPrompt
@@ -47,8 +48,20 @@ def exported(target: Target, prompts: list[EvaluationPrompt], tmp_path_factory: 
 
 
 @pytest.fixture(scope="module")
-def result(exported: Path, target_path: Path) -> EvaluationResult:
-    return run_evaluation(exported, target_path, settings=SETTINGS, limit=NUM_PROMPTS)
+def watched(exported: Path, target_path: Path) -> tuple[EvaluationResult, set[tuple[str, str, int]]]:
+    """An evaluation, and what others could reach of its engines."""
+    with watched_sockets() as found:
+        result = run_evaluation(exported, target_path, settings=SETTINGS, limit=NUM_PROMPTS)
+    return result, found
+
+
+@pytest.fixture(scope="module")
+def result(watched: tuple[EvaluationResult, set[tuple[str, str, int]]]) -> EvaluationResult:
+    return watched[0]
+
+
+def test_nobody_else_can_reach_its_engines(watched: tuple[EvaluationResult, set[tuple[str, str, int]]]) -> None:
+    assert watched[1] == set()
 
 
 def test_the_draft_is_right_where_it_was_trained(result: EvaluationResult) -> None:

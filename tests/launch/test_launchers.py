@@ -306,3 +306,13 @@ def test_its_recipe_is_valid_and_its_groups_offer_the_roles_and_room(documents):
         pod = group["template"]["spec"]
         volumes = {volume["name"] for volume in pod["volumes"]}
         assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == volumes >= {"shared", "shm"}
+
+
+def test_only_pods_of_the_run_reach_each_other_and_others_the_dashboard_which_asks_for_the_token(documents):
+    cluster, policy = documents["RayJob"]["spec"]["rayClusterSpec"], documents["NetworkPolicy"]["spec"]
+    ours = policy["podSelector"]["matchLabels"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert ours.items() <= group["template"]["metadata"]["labels"].items()
+    among_us, dashboard = policy["ingress"]
+    assert policy["policyTypes"] == ["Ingress"] and among_us == {"from": [{"podSelector": {"matchLabels": ours}}]}
+    assert dashboard == {"ports": [{"port": 8265, "protocol": "TCP"}]} and cluster["authOptions"] == {"mode": "token"}

@@ -4,35 +4,24 @@ from __future__ import annotations
 
 import socket
 
-import psutil
 import pytest
 
+from tests.sockets import can_connect, other_addresses
 from torchspec.network import (
     LOOPBACK,
     accept_only_to,
     address_towards,
     free_port,
     interface_of,
-    is_loopback,
     require_free_port,
 )
 
 
 def other_address() -> str:
     """An IPv4 address of this machine that is not loopback."""
-    for entries in psutil.net_if_addrs().values():
-        for entry in entries:
-            if entry.family == socket.AF_INET and not is_loopback(entry.address):
-                return str(entry.address)
-    pytest.skip("this machine has no address but loopback")
-
-
-def can_connect(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), timeout=0.5).close()
-    except OSError:
-        return False
-    return True
+    return next((address for address in other_addresses() if ":" not in address), None) or pytest.skip(
+        "this machine has no address but loopback"
+    )
 
 
 def test_who_talks_to_this_machine_does_so_from_the_same_address():

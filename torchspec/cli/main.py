@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from torchspec.cli import data, doctor, export_eval, folders, init, quickstart, reference, runs, train
+from torchspec.data.conversations import printable
 
 NAMES = {export_eval.evaluate: "eval", folders.list_runs: "list", folders.remove: "rm"}
 """Of commands that Python has another word for."""
@@ -72,8 +73,8 @@ def main() -> None:
     try:
         app()
     except ValueError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        for line in str(error).split("\n"):
+            print(f"error: {printable(line)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

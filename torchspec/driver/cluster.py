@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import ray
-from ray._raylet import Config as RayConfig
+from ray._private import ray_constants
+from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 
 import torchspec
 from torchspec.config.schema import ClusterConfig, Config
@@ -118,18 +119,35 @@ def ensure_token() -> None:
         ensure_secret(file)
 
 
+@contextmanager
+def loopback_stays() -> Iterator[None]:
+    """Ray, imported here or started meanwhile, takes 127.0.0.1 for the machine's address.
+
+    It would put another in its place otherwise, and then listen on all interfaces (2.60): on Linux, this switch alone
+    keeps it from that.
+    """
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
+        ray_constants.ENABLE_RAY_CLUSTER = True
+
+
 def _start(temp_dir: Path, **options: Any) -> None:
-    """Start Ray on this machine alone, with a token: whoever reaches its ports can have it run code."""
+    """Start Ray on this machine alone, on loopback and with a token: whoever reaches its ports can have it run code."""
     set_auth_mode("token")
     ensure_token()
     try:
-        ray.init(
-            address="local",
-            _node_ip_address=LOOPBACK,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=str(temp_dir),
-            **options,
-        )
+        with loopback_stays():
+            ray.init(
+                address="local",
+                _node_ip_address=LOOPBACK,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(temp_dir),
+                **options,
+            )
     except Exception as error:  # Ray has no kind of its own for a node that does not start in time
         busy = f"{os.getloadavg()[0]:.0f} processes want to run on {os.cpu_count()} cores"
         raise RunFailed(f"Ray did not start ({busy}): {' '.join(str(error).split())[:200]}") from error

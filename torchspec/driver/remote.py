@@ -11,8 +11,9 @@ from typing import Any, Literal
 import ray
 
 from torchspec.contracts import RunStatus
-from torchspec.driver.cluster import set_auth_mode
+from torchspec.driver.cluster import loopback_stays, set_auth_mode
 from torchspec.driver.supervise import root_cause
+from torchspec.network import LOOPBACK
 from torchspec.run_folder import RunFolder
 
 
@@ -80,9 +81,13 @@ def connect(run_dir: Path) -> Iterator[RunHandle]:
     handle = run.read_handle()
     set_auth_mode(handle["auth_mode"])
     try:
-        ray.init(
-            address=handle["address"], namespace=handle["namespace"], log_to_driver=False, logging_level=logging.ERROR
-        )
+        with loopback_stays() if handle["address"].startswith(LOOPBACK) else nullcontext():
+            ray.init(
+                address=handle["address"],
+                namespace=handle["namespace"],
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         controller = ray.get_actor("controller")
     except (ConnectionError, ValueError, ray.exceptions.RayError) as error:
         ray.shutdown()
