@@ -31,28 +31,28 @@ class UndisturbedRun:
     folder: Path
     output: str
     started: float
-    open_sockets: list[list[str | int]]
-    """Of its processes, what others could reach (``tests/sockets.py``)."""
+    exposed: list[str]
+    """What others could have got at meanwhile (``tests/exposed.py``)."""
 
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, target_path: Path, worker_id: str) -> UndisturbedRun:
     """An online run that nothing happens to: made once, whichever of pytest's processes asks first."""
+    from tests.exposed import watched_processes
     from tests.online import run_to_end, write_config
-    from tests.sockets import watched_sockets
 
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == "master" else base.parent) / "undisturbed"
     folder.mkdir(exist_ok=True)
-    output, started, sockets = folder / "output.txt", folder / "started.txt", folder / "sockets.json"
+    output, started, exposed = folder / "output.txt", folder / "started.txt", folder / "exposed.json"
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not output.exists():
             started.write_text(repr(time.time()))
-            with watched_sockets() as found:
+            with watched_processes(folder) as found:
                 text = run_to_end(folder, "train", write_config(folder, target_path)).text
-            sockets.write_text(json.dumps(sorted(found)))
+            exposed.write_text(json.dumps(sorted(found)))
             output.write_text(text)
     return UndisturbedRun(
-        folder / "run", output.read_text(), float(started.read_text()), json.loads(sockets.read_text())
+        folder / "run", output.read_text(), float(started.read_text()), json.loads(exposed.read_text())
     )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.exposed import watched_processes
 from tests.integration.draft_harness import (
     ANSWER_TOKENS,
     CONCURRENCY,
@@ -23,7 +24,6 @@ from tests.integration.draft_harness import (
     served_with,
 )
 from tests.oracles.speculation import Draft, right_drafts
-from tests.sockets import watched_sockets
 from torchspec.drafts.export import CONFIG, WEIGHTS, read_spec, validate_export
 from torchspec.evaluation.evaluate import run_evaluation
 from torchspec.evaluation.prompts import EvaluationPrompt
@@ -48,19 +48,19 @@ def exported(target: Target, prompts: list[EvaluationPrompt], tmp_path_factory: 
 
 
 @pytest.fixture(scope="module")
-def watched(exported: Path, target_path: Path) -> tuple[EvaluationResult, set[tuple[str, str, int]]]:
-    """An evaluation, and what others could reach of its engines."""
-    with watched_sockets() as found:
+def watched(exported: Path, target_path: Path) -> tuple[EvaluationResult, set[str]]:
+    """An evaluation, and what others could get at meanwhile."""
+    with watched_processes(exported.parent) as found:
         result = run_evaluation(exported, target_path, settings=SETTINGS, limit=NUM_PROMPTS)
     return result, found
 
 
 @pytest.fixture(scope="module")
-def result(watched: tuple[EvaluationResult, set[tuple[str, str, int]]]) -> EvaluationResult:
+def result(watched: tuple[EvaluationResult, set[str]]) -> EvaluationResult:
     return watched[0]
 
 
-def test_nobody_else_can_reach_its_engines(watched: tuple[EvaluationResult, set[tuple[str, str, int]]]) -> None:
+def test_nobody_else_can_reach_its_engines(watched: tuple[EvaluationResult, set[str]]) -> None:
     assert watched[1] == set()
 
 

@@ -99,8 +99,8 @@ def test_the_ended_run_can_be_seen(run):
     assert token not in text, "no secret in a log"
 
 
-def test_nobody_else_could_reach_a_socket_of_it_or_read_what_it_wrote(undisturbed):
-    assert undisturbed.open_sockets == []
+def test_nobody_else_could_reach_it_or_read_what_it_wrote(undisturbed):
+    assert undisturbed.exposed == []
     run_dir, ray = undisturbed.folder, Path.home() / ".ray"
     private = {run_dir: 0o700, run_dir / "ui_token": 0o600, ray: 0o700, ray / "auth_token": 0o600}
     assert {path: stat.S_IMODE(path.stat().st_mode) for path in private} == private

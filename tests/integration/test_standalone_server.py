@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tests.exposed import open_sockets
 from tests.integration.standalone_harness import ServedModel, command, environment, served_model
 from tests.integration.store_harness import RunningStore, running_store
-from tests.sockets import open_sockets
 from torchspec.inference.capture.protocol import capture_rid, decode_captured
 from torchspec.shards import ShardFormula
 from torchspec.store.geometry import SampleGeometry, shard_suffix, shard_tensors
@@ -65,7 +65,7 @@ def server(store: RunningStore, target_path: Path, tmp_path_factory: pytest.Temp
 def test_nobody_else_can_reach_it(server: ServedModel) -> None:
     family = psutil.Process().children(recursive=True)
     assert any("sglang" in process.name() for process in family)
-    assert set[tuple[str, str, int]]().union(*map(open_sockets, family)) == set()
+    assert set[str]().union(*map(open_sockets, family)) == set()
 
 
 def prompt(length: int) -> list[int]:

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.exposed import open_sockets
 from tests.integration.store_harness import Peer, RunningStore, running_store
-from tests.sockets import open_sockets
 from torchspec.contracts import TensorSpec
 from torchspec.network import free_port
 from torchspec.store.endpoint import StoreEndpoint

@@ -112,7 +112,7 @@ def ensure_token() -> None:
 
     A token that the user's environment names is the user's own.
     """
-    if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+    if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
         file = token_file()
         file.parent.mkdir(parents=True, exist_ok=True)
         file.parent.chmod(0o700)

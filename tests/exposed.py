@@ -1,4 +1,4 @@
-"""Who can reach what a process listens on: every TCP and UDP socket, IPv4 and IPv6, tried from outside."""
+"""What of a process others could get at: sockets, tried from outside, and files that it writes, by their modes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from itertools import takewhile
+from pathlib import Path
 
 import psutil
 
@@ -28,8 +30,8 @@ def can_connect(host: str, port: int) -> bool:
     return True
 
 
-def open_sockets(process: psutil.Process) -> set[tuple[str, str, int]]:
-    """Name of ``process``, and address and port of each socket on which others can reach it; none if it has ended.
+def open_sockets(process: psutil.Process) -> set[str]:
+    """TCP and UDP sockets, IPv4 and IPv6, on which others can reach ``process``; none if it has ended.
 
     A listener on all interfaces may answer on one of them alone: that, only a connection tells.
     """
@@ -46,24 +48,41 @@ def open_sockets(process: psutil.Process) -> set[tuple[str, str, int]]:
             continue
         tried = [str(address)] if not address.is_unspecified else other_addresses()
         if not listens or any(can_connect(one, port) for one in tried):
-            found.add((name, str(address), port))
+            found.add(f"{name}: {connection.type.name} {address} {port}")
+    return found
+
+
+def open_files(process: psutil.Process, base: Path) -> set[str]:
+    """Files that ``process`` writes and others could read: neither they nor a folder above them is its user's alone.
+
+    What lies in ``base`` itself is the test's own, and ``base`` counts for nobody's.
+    """
+    found = set()
+    try:
+        for file in process.open_files():
+            path = Path(file.path)
+            ours = (path, *takewhile(lambda folder: folder != base, path.parents))
+            if file.mode != "r" and path.parent != base and all(part.stat().st_mode & 0o077 for part in ours):
+                found.add(f"{process.name()}: {path}")
+    except (psutil.Error, FileNotFoundError):
+        return set()
     return found
 
 
 @contextmanager
-def watched_sockets() -> Iterator[set[tuple[str, str, int]]]:
-    """What processes that this one starts have open to others meanwhile (:func:`open_sockets`), complete at the end.
+def watched_processes(base: Path) -> Iterator[set[str]]:
+    """What processes that this one starts expose meanwhile; complete at the end.
 
-    Mooncake binds its ports first and is confined then, some milliseconds later: only what is open at two looks counts.
+    Mooncake binds its ports first and is confined then, some milliseconds later: only what two looks have found counts.
     """
-    over, found, looks = threading.Event(), set[tuple[str, str, int]](), 0
+    over, found, looks = threading.Event(), set[str](), 0
 
     def look() -> None:
         nonlocal looks
-        before = set[tuple[str, str, int]]()
+        before = set[str]()
         while not over.wait(_LOOK_SECONDS):
             family = psutil.Process().children(recursive=True)
-            now = set[tuple[str, str, int]]().union(*map(open_sockets, family))
+            now = {one for process in family for one in open_sockets(process) | open_files(process, base)}
             found.update(now & before)
             before, looks = now, looks + bool(family)
 
