@@ -71,6 +71,19 @@ require_token() {
   fi
 }
 
+# Ray opens the folders of its sessions to everybody, and in them lies the code that a run ships; so we give it one that is
+# the user's alone.
+session_folder() {
+  local folder
+  folder=${TMPDIR:-/tmp}/ray-$(id -un)
+  mkdir -p -m 700 "$folder"
+  if [[ -L $folder || ! -O $folder ]]; then
+    die "$folder, where Ray is to keep its session, is somebody else's: remove it, or set TMPDIR"
+  fi
+  chmod 700 "$folder"
+  echo "$folder"
+}
+
 # `ray start`, in a way that leaves signals to us. It fails while the head is still starting, as under Slurm, which starts
 # all nodes at the same time; with --block also when the node has been in the cluster and is no more. Which of the two it
 # was, only what it has printed tells: it may try for minutes to reach a head.
@@ -93,8 +106,9 @@ case $mode in
     fi
     require_token
     port=${RAY_PORT:-6379}
+    session=$(session_folder)
     echo "on the other hosts: $0 worker $address:$port"
-    exec ray start --head --node-ip-address="$address" --port="$port" --dashboard-host=127.0.0.1 "${common[@]}" "$@"
+    exec ray start --head --temp-dir="$session" --node-ip-address="$address" --port="$port" --dashboard-host=127.0.0.1 "${common[@]}" "$@"
     ;;
   worker)
     head=${2:-}
@@ -105,7 +119,8 @@ case $mode in
     trap 'kill "$child" 2>/dev/null; wait "$child"; exit 143' TERM INT
     said=$(mktemp)
     trap 'rm -f "$said"' EXIT
-    until join --address="$head" --node-ip-address="$address" "${common[@]}" "$@"; do
+    session=$(session_folder)
+    until join --address="$head" --temp-dir="$session" --node-ip-address="$address" "${common[@]}" "$@"; do
       if grep -q "Ray runtime started" "$said"; then
         SECONDS=0 # a new beginning: the node was in the cluster
       fi

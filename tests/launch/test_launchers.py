@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import getpass
 import json
 import os
 import signal
@@ -36,7 +37,7 @@ def programs(tmp_path):
     folder.mkdir()
     (tmp_path / "calls").touch()
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
-    environment |= {"HOME": str(tmp_path), "TORCHSPEC_BIN": str(folder)}
+    environment |= {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "TORCHSPEC_BIN": str(folder)}
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         environment.pop(name, None)
     return folder, environment
@@ -67,7 +68,7 @@ def test_a_head_makes_the_token_and_binds_the_named_interface(programs):
     assert done.returncode == 0, done.stderr
     generate, start = calls(programs[0], "ray")
     assert generate == "get-auth-token --generate"
-    assert "--head --node-ip-address=127.0.0.1 --port=6379 --dashboard-host=127.0.0.1" in start
+    assert "--node-ip-address=127.0.0.1 --port=6379 --dashboard-host=127.0.0.1" in start
     assert start.endswith('--resources={"torchspec_training": 1} --block')
     assert "worker 127.0.0.1:6379" in done.stdout and "secret" not in done.stdout + done.stderr
     assert token_modes(programs) == [0o700, 0o600]
@@ -92,8 +93,22 @@ def test_a_worker_finds_its_address_towards_the_head_and_has_both_roles_unless_t
     done = ray_start(programs, "worker", "127.0.0.1:7000", RAY_AUTH_TOKEN="secret")
     assert done.returncode == 0, done.stderr
     (start,) = calls(programs[0], "ray")
-    assert "--address=127.0.0.1:7000 --node-ip-address=127.0.0.1" in start
+    assert "--address=127.0.0.1:7000 " in start and "--node-ip-address=127.0.0.1" in start
     assert start.endswith('--resources={"torchspec_inference": 1,"torchspec_training": 1}')
+
+
+@pytest.mark.parametrize("arguments", [("head",), ("worker", "127.0.0.1:7000")])
+def test_ray_keeps_its_session_where_nobody_else_can_write(programs, arguments):
+    options = {"TORCHSPEC_INTERFACE": "lo", "RAY_AUTH_TOKEN": "secret"}
+    folder = programs[0].parent / f"ray-{getpass.getuser()}"
+    folder.mkdir(mode=0o777)
+    assert ray_start(programs, *arguments, **options).returncode == 0
+    (start,) = calls(programs[0], "ray")
+    assert f"--temp-dir={folder} " in start and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.rmdir()
+    folder.symlink_to(programs[0])
+    done = ray_start(programs, *arguments, **options)
+    assert done.returncode == 2 and "somebody else's" in done.stderr and len(calls(programs[0], "ray")) == 1
 
 
 @pytest.mark.parametrize(
