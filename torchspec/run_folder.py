@@ -64,8 +64,11 @@ class RunFolder:
         return next((run for run in map(cls, path.absolute().parents) if run.exists()), None)
 
     def exists(self) -> bool:
-        """Whether there is a run, running or not."""
-        return self.config.is_file()
+        """Whether there is a run that this user can read, running or not."""
+        try:
+            return self.config.is_file()
+        except PermissionError:
+            return False
 
     def make(self) -> None:
         """Make the folder, if it is not there, for its owner alone: it holds what was asked and answered."""

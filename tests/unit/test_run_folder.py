@@ -27,6 +27,21 @@ def test_a_run_is_its_owners_alone_unless_somebody_opens_it(tmp_path: Path) -> N
     assert stat.S_IMODE(run.path.stat().st_mode) == 0o750
 
 
+def test_a_run_of_somebody_else_is_none(tmp_path: Path) -> None:
+    run, user = RunFolder(tmp_path / "run"), os.geteuid()
+    run.make()
+    run.config.touch()
+    assert run.exists()
+    run.path.chmod(0)
+    try:
+        if user == 0:  # whom nothing is closed to
+            os.seteuid(65534)
+        assert not run.exists()
+    finally:
+        os.seteuid(user)
+        run.path.chmod(0o700)
+
+
 def test_a_run_is_not_live_because_its_drivers_number_is_taken_again(tmp_path):
     for changes, live in (({}, True), ({"started": 1}, False), ({"pid": 2**22 + 1}, False), ({"host": "other"}, True)):
         RunFolder(tmp_path).handle.write_text(json.dumps(this_process() | changes))
