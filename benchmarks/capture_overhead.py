@@ -93,7 +93,8 @@ def serve(role: str, model: Path, endpoint: StoreEndpoint) -> None:
         pids = engine._engine.get_all_child_pids()
     else:
         os.environ["SGLANG_USE_CPU_ENGINE"] = "1"
-        engine = start_token_engine(**{k: v for k, v in spec.engine_args().items() if k not in CAPTURE_ARGS})
+        args = {k: v for k, v in spec.engine_args().items() if k not in CAPTURE_ARGS}
+        engine = start_token_engine(Path(tempfile.mkdtemp(prefix="torchspec-")), **args)
         pids = engine.get_all_child_pids()
     processes = [psutil.Process(pid) for pid in pids]
 

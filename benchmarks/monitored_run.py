@@ -33,6 +33,7 @@ from rich.table import Table
 
 from tests.online import Command, built_target, processes_of, run_to_end, steps_done, write_config
 from torchspec.files import read_lines
+from torchspec.monitor.server import ensure_token
 from torchspec.network import free_port
 
 RESULTS = Path(__file__).parent / "results" / "monitored_run.json"
@@ -81,7 +82,7 @@ def _play(folder: Path, target: Path, name: str, on: bool, steps: int) -> Arm:
     command = Command(folder, "train", write_config(folder, target, name), *KNOBS, reuse, *choice)
     try:
         command.wait_for(lambda: steps_done(run_dir) >= WARM_UP, "warm-up")
-        with _watched(port) if on else nullcontext():
+        with _watched(port, run_dir) if on else nullcontext():
             before = _cpu_seconds(command, run_dir)
             first = steps_done(run_dir)
             command.wait_for(lambda: steps_done(run_dir) >= first + steps, "the last step")
@@ -101,16 +102,17 @@ def _play(folder: Path, target: Path, name: str, on: bool, steps: int) -> Arm:
 
 
 @contextmanager
-def _watched(port: int) -> Iterator[None]:
+def _watched(port: int, run_dir: Path) -> Iterator[None]:
     """Somebody has the page open."""
     done = threading.Event()
+    headers = {"Authorization": f"Bearer {ensure_token(run_dir)}"}
 
     def fetch() -> None:
         with closing(HTTPConnection("127.0.0.1", port)) as connection:
             while not done.wait(POLL_SECONDS):
                 newest = time.time() - POLL_SECONDS
                 since = "&".join(f"{name}={newest}" for name in ("history", "steps", "events"))
-                connection.request("GET", f"/api/update?run=0&{since}")
+                connection.request("GET", f"/api/update?run=0&{since}", headers=headers)
                 assert json.load(connection.getresponse())
 
     with ThreadPoolExecutor(1) as pool:

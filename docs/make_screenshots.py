@@ -134,10 +134,10 @@ def main() -> None:
         top = asyncio.run(draw_top(live.path))
         with sync_playwright() as playwright:
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
-            url = server.server.url
+            url = f"{server.server.url}#token={live.token}"
             photograph(browser, url, "page.png", 1440, 1180, "light")
             photograph(browser, url, "page-dark.png", 1440, 1180, "dark", "training")
-            photograph(browser, f"{url}#token={live.token}", "page-sample.png", 1440, 1180, "light", "samples")
+            photograph(browser, url, "page-sample.png", 1440, 1180, "light", "samples")
             photograph(browser, url, "page-phone.png", 390, 844, "light")
             photograph_top(browser, top)
             browser.close()

@@ -1,4 +1,4 @@
-"""Files that are complete or absent, and files of JSON lines that are appended to.
+"""Files that are complete or absent, secrets among them, and files of JSON lines that are appended to.
 
 The first stay so whoever else writes them at the same time and however the machine ends. Lines are flushed at every
 write, so that a ``kill -9`` costs at most a torn last one, which readers skip.
@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import IO, Any
@@ -43,6 +44,22 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def ensure_secret(path: Path) -> str:
+    """The secret in ``path``, made the first time, complete or absent; from here on its owner alone can read it."""
+    if not (path.exists() and path.stat().st_size):
+        path.unlink(missing_ok=True)
+        scratch = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
+        try:
+            with os.fdopen(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+                file.write(secrets.token_hex(32))
+            with suppress(FileExistsError):  # somebody else has made it meanwhile
+                os.link(scratch, path)
+        finally:
+            scratch.unlink(missing_ok=True)
+    path.chmod(0o600)
+    return path.read_text()
 
 
 class JsonLines:

@@ -1,6 +1,6 @@
 """A run's folder: every file in it by name, its checkpoints, and whether a driver lives. Standard library only.
 
-RUN/
+RUN/                       readable by its owner alone, unless somebody opens it (chmod)
   config.yaml              the resolved config, with the sizes of the moment; a folder with it is a run
   rejected.jsonl           prompts that cannot be trained on, and samples that could not be made, with the reason;
                            and how many conversations were changed, and why
@@ -64,8 +64,15 @@ class RunFolder:
         return next((run for run in map(cls, path.absolute().parents) if run.exists()), None)
 
     def exists(self) -> bool:
-        """Whether there is a run, running or not."""
-        return self.config.is_file()
+        """Whether there is a run that this user can read, running or not."""
+        try:
+            return self.config.is_file()
+        except PermissionError:
+            return False
+
+    def make(self) -> None:
+        """Make the folder, if it is not there, for its owner alone: it holds what was asked and answered."""
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def expect(self, run: bool) -> None:
         """Raises ValueError: there is none to resume, or, without ``run``, one where a new one is to be."""
@@ -120,7 +127,7 @@ class RunFolder:
             ValueError: somebody else has it, or its folder cannot be locked.
         """
         try:
-            self.path.mkdir(parents=True, exist_ok=True)
+            self.make()
             file = self.lock.open("w")
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -141,8 +148,9 @@ class RunFolder:
         return handle["host"] != socket.gethostname() or _started_at(handle["pid"]) == handle["started"]
 
     def read_handle(self) -> dict[str, Any]:
-        """``address`` of the cluster and ``namespace`` in it, ``machine`` (the address of the only one that the run may
-        use; None: all), ``store_metrics``, and what :func:`this_process` says of the driver.
+        """``address`` of the cluster, ``namespace`` in it and ``auth_mode`` (does it ask for a token), ``machine`` (the
+        address of the only one that the run may use; None: all), ``store_metrics``, and what :func:`this_process` says
+        of the driver.
 
         Raises:
             FileNotFoundError: it does not run.

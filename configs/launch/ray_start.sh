@@ -57,12 +57,31 @@ roles_as_resources() {
   echo "{${offered[*]}}"
 }
 
-# Ray loads the token from the file by itself; here only its presence is looked at.
+# Ray loads the token from the file by itself; here only its presence is looked at, and that nobody else can read it.
 require_token() {
   local file=${RAY_AUTH_TOKEN_PATH:-$HOME/.ray/auth_token}
-  if [[ -z ${RAY_AUTH_TOKEN:-} && ! -s $file ]]; then
+  if [[ -n ${RAY_AUTH_TOKEN:-} ]]; then
+    return
+  fi
+  if [[ ! -s $file ]]; then
     die "no token in $file: copy it from the head (ray get-auth-token shows it there), readable by you alone"
   fi
+  if [[ -z ${RAY_AUTH_TOKEN_PATH:-} ]]; then
+    chmod go= "$HOME/.ray" "$file"
+  fi
+}
+
+# Ray opens the folders of its sessions to everybody, and in them lies the code that a run ships; so we give it one that is
+# the user's alone.
+session_folder() {
+  local folder
+  folder=${TMPDIR:-/tmp}/ray-$(id -un)
+  mkdir -p -m 700 "$folder"
+  if [[ -L $folder || ! -O $folder ]]; then
+    die "$folder, where Ray is to keep its session, is somebody else's: remove it, or set TMPDIR"
+  fi
+  chmod 700 "$folder"
+  echo "$folder"
 }
 
 # `ray start`, in a way that leaves signals to us. It fails while the head is still starting, as under Slurm, which starts
@@ -83,12 +102,13 @@ case $mode in
     shift
     address=$(head_address)
     if [[ -z ${RAY_AUTH_TOKEN:-}${RAY_AUTH_TOKEN_PATH:-} ]]; then
-      ray get-auth-token --generate >/dev/null
+      (umask 077 && ray get-auth-token --generate >/dev/null)
     fi
     require_token
     port=${RAY_PORT:-6379}
+    session=$(session_folder)
     echo "on the other hosts: $0 worker $address:$port"
-    exec ray start --head --node-ip-address="$address" --port="$port" --dashboard-host=127.0.0.1 "${common[@]}" "$@"
+    exec ray start --head --temp-dir="$session" --node-ip-address="$address" --port="$port" --dashboard-host=127.0.0.1 "${common[@]}" "$@"
     ;;
   worker)
     head=${2:-}
@@ -99,7 +119,8 @@ case $mode in
     trap 'kill "$child" 2>/dev/null; wait "$child"; exit 143' TERM INT
     said=$(mktemp)
     trap 'rm -f "$said"' EXIT
-    until join --address="$head" --node-ip-address="$address" "${common[@]}" "$@"; do
+    session=$(session_folder)
+    until join --address="$head" --temp-dir="$session" --node-ip-address="$address" "${common[@]}" "$@"; do
       if grep -q "Ray runtime started" "$said"; then
         SECONDS=0 # a new beginning: the node was in the cluster
       fi

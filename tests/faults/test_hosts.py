@@ -41,7 +41,10 @@ def hosts():
         temp_dir = Path(folder)
         with (
             ray_on(head, temp_dir, "head", f"--temp-dir={folder}/ray", roles="training", token=TOKEN),
-            ray_on(worker, temp_dir, "worker", f"{head.address}:6379", roles="inference", token=TOKEN),
+            ray_on(
+                *(worker, temp_dir, "worker", f"{head.address}:6379", f"--temp-dir={folder}/ray"),
+                **{"roles": "inference", "token": TOKEN},
+            ),
         ):
             yield head, worker
 

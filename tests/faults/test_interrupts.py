@@ -1,18 +1,22 @@
-"""SIGTERM is a Ctrl-C: quiet, and never the end of a process that has something to put in order."""
+"""SIGTERM is a Ctrl-C: quiet, and never the end of a process that has something to put in order. And a Ray of our own
+asks for its token."""
 
 from __future__ import annotations
 
 import os
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
 DRIVER = """
 import signal, sys, time
 from pathlib import Path
+import ray
 from torchspec.config.load import parse_config
 from torchspec.driver.cluster import start_cluster
 from torchspec.driver.console import Interrupts
@@ -25,7 +29,7 @@ with Interrupts(lambda text: print(text, flush=True)) as interrupts:
     with start_cluster(config, plan, Path(sys.argv[1])):
         interrupts.install()
         try:
-            print("ready", flush=True)
+            print("ready", ray.get_runtime_context().gcs_address, flush=True)
             while True:
                 time.sleep(0.1)
         except KeyboardInterrupt:
@@ -41,8 +45,8 @@ def folder():
         yield name
 
 
-def test_sigterm_with_ray_running(folder):
-    environment = os.environ | {"RAY_AUTH_MODE": "disabled"}
+def test_sigterm_with_ray_running_which_lets_nobody_in_without_the_token(folder):
+    environment = os.environ | {"RAY_AUTH_MODE": "disabled", "HOME": folder}
     process = subprocess.Popen(
         [sys.executable, "-c", DRIVER, folder],
         stdout=subprocess.PIPE,
@@ -51,8 +55,12 @@ def test_sigterm_with_ray_running(folder):
         env=environment,
     )
     lines = iter(process.stdout.readline, "")
-    while (line := next(lines)) != "ready\n":
+    while not (line := next(lines)).startswith("ready "):
         assert "Error" not in line, line
+    join = [sys.executable, "-c", f"import ray; ray.init('{line.split()[1]}')"]
+    without = subprocess.run(join, env=environment, capture_output=True, text=True)
+    assert without.returncode != 0 and "Authentication" in without.stderr, "whatever the environment says"
+    assert stat.S_IMODE((Path(folder) / ".ray" / "auth_token").stat().st_mode) == 0o600
     process.send_signal(signal.SIGTERM)
     assert next(lines) == "interrupted: stopping with a checkpoint; press Ctrl-C again to stop at once\n"
     process.send_signal(signal.SIGTERM)

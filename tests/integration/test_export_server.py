@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.exposed import watched_processes
 from tests.integration.draft_harness import (
     ANSWER_TOKENS,
     CONCURRENCY,
@@ -47,8 +48,20 @@ def exported(target: Target, prompts: list[EvaluationPrompt], tmp_path_factory: 
 
 
 @pytest.fixture(scope="module")
-def result(exported: Path, target_path: Path) -> EvaluationResult:
-    return run_evaluation(exported, target_path, settings=SETTINGS, limit=NUM_PROMPTS)
+def watched(exported: Path, target_path: Path) -> tuple[EvaluationResult, set[str]]:
+    """An evaluation, and what others could get at meanwhile."""
+    with watched_processes(exported.parent) as found:
+        result = run_evaluation(exported, target_path, settings=SETTINGS, limit=NUM_PROMPTS)
+    return result, found
+
+
+@pytest.fixture(scope="module")
+def result(watched: tuple[EvaluationResult, set[str]]) -> EvaluationResult:
+    return watched[0]
+
+
+def test_nobody_else_can_reach_its_engines(watched: tuple[EvaluationResult, set[str]]) -> None:
+    assert watched[1] == set()
 
 
 def test_the_draft_is_right_where_it_was_trained(result: EvaluationResult) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import stat
+from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
@@ -95,6 +97,13 @@ def test_the_ended_run_can_be_seen(run):
     assert "over the whole run" in status.text and f"step {STEPS}/{STEPS}" in status.text
     token = (run_dir / "ui_token").read_text()
     assert token not in text, "no secret in a log"
+
+
+def test_nobody_else_could_reach_it_or_read_what_it_wrote(undisturbed):
+    assert undisturbed.exposed == []
+    run_dir, ray = undisturbed.folder, Path.home() / ".ray"
+    private = {run_dir: 0o700, run_dir / "ui_token": 0o600, ray: 0o700, ray / "auth_token": 0o600}
+    assert {path: stat.S_IMODE(path.stat().st_mode) for path in private} == private
 
 
 def test_nothing_is_left_behind(run):

@@ -12,11 +12,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from tests.exposed import open_sockets
 from tests.integration.standalone_harness import ServedModel, command, environment, served_model
 from tests.integration.store_harness import RunningStore, running_store
 from torchspec.inference.capture.protocol import capture_rid, decode_captured
@@ -58,6 +60,12 @@ def server(store: RunningStore, target_path: Path, tmp_path_factory: pytest.Temp
     log = tmp_path_factory.mktemp("server") / "log"
     with served_model(log, target_path, *ARGUMENTS, MOONCAKE_MASTER=store.endpoint.master, **VARIABLES) as server:
         yield server
+
+
+def test_nobody_else_can_reach_it(server: ServedModel) -> None:
+    family = psutil.Process().children(recursive=True)
+    assert any("sglang" in process.name() for process in family)
+    assert set[str]().union(*map(open_sockets, family)) == set()
 
 
 def prompt(length: int) -> list[int]:

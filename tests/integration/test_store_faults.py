@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.exposed import open_sockets
 from tests.integration.store_harness import Peer, RunningStore, running_store
 from torchspec.contracts import TensorSpec
 from torchspec.network import free_port
@@ -160,6 +161,8 @@ def test_a_master_started_again_is_found_by_nodes_and_clients(running: RunningSt
         store.get("before", TENSORS)
     put(store, "after")
     store.release(store.get("after", TENSORS))
+    for process in (psutil.Process(), psutil.Process(running.node.process.pid), running.master_process()):
+        assert open_sockets(process) == set(), "what they have bound anew is as confined"
     assert running.master.usage().objects == 1
     store.remove_all("aft")
     assert running.master.usage().objects == 0

@@ -101,6 +101,16 @@ JOB = record(
     entrypointResources=TEXT,
     rayClusterSpec=CLUSTER,
 )
+SELECTOR = record(("matchLabels",), matchLabels=TEXTS)
+PEER = record(podSelector=SELECTOR, namespaceSelector=SELECTOR)
+PORT = record(("port",), port={"type": "integer", "minimum": 1, "maximum": 65535}, protocol={"enum": ["TCP", "UDP"]})
+RULE = {"type": "object", "properties": {"from": listing(PEER), "ports": listing(PORT)}, "additionalProperties": False}
+POLICY = record(
+    ("podSelector", "policyTypes", "ingress"),
+    podSelector=SELECTOR,
+    policyTypes=listing({"enum": ["Ingress", "Egress"]}),
+    ingress=listing(RULE),
+)
 KINDS: dict[str, Schema] = {
     "RayJob": record(
         ("apiVersion", "kind", "metadata", "spec"),
@@ -108,6 +118,13 @@ KINDS: dict[str, Schema] = {
         kind={"const": "RayJob"},
         metadata=METADATA,
         spec=JOB,
+    ),
+    "NetworkPolicy": record(
+        ("apiVersion", "kind", "metadata", "spec"),
+        apiVersion={"const": "networking.k8s.io/v1"},
+        kind={"const": "NetworkPolicy"},
+        metadata=METADATA,
+        spec=POLICY,
     ),
     "ConfigMap": record(
         ("apiVersion", "kind", "metadata", "data"),

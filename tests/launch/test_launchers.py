@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import getpass
 import json
 import os
 import signal
+import stat
 import subprocess
 import time
 from pathlib import Path
@@ -35,7 +37,7 @@ def programs(tmp_path):
     folder.mkdir()
     (tmp_path / "calls").touch()
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
-    environment |= {"HOME": str(tmp_path), "TORCHSPEC_BIN": str(folder)}
+    environment |= {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "TORCHSPEC_BIN": str(folder)}
     for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
         environment.pop(name, None)
     return folder, environment
@@ -66,17 +68,47 @@ def test_a_head_makes_the_token_and_binds_the_named_interface(programs):
     assert done.returncode == 0, done.stderr
     generate, start = calls(programs[0], "ray")
     assert generate == "get-auth-token --generate"
-    assert "--head --node-ip-address=127.0.0.1 --port=6379 --dashboard-host=127.0.0.1" in start
+    assert "--node-ip-address=127.0.0.1 --port=6379 --dashboard-host=127.0.0.1" in start
     assert start.endswith('--resources={"torchspec_training": 1} --block')
     assert "worker 127.0.0.1:6379" in done.stdout and "secret" not in done.stdout + done.stderr
+    assert token_modes(programs) == [0o700, 0o600]
+
+
+def token_modes(programs) -> list[int]:
+    """Of the folder and the file."""
+    ray = programs[0].parent / ".ray"
+    return [stat.S_IMODE(path.stat().st_mode) for path in (ray, ray / "auth_token")]
+
+
+@pytest.mark.parametrize("arguments", [("head",), ("worker", "127.0.0.1:7000")])
+def test_a_token_that_others_can_read_is_closed(programs, arguments):
+    token = programs[0].parent / ".ray" / "auth_token"
+    token.parent.mkdir(mode=0o755)
+    token.write_text("secret")
+    assert ray_start(programs, *arguments, TORCHSPEC_INTERFACE="lo").returncode == 0
+    assert token_modes(programs) == [0o700, 0o600]
 
 
 def test_a_worker_finds_its_address_towards_the_head_and_has_both_roles_unless_told(programs):
     done = ray_start(programs, "worker", "127.0.0.1:7000", RAY_AUTH_TOKEN="secret")
     assert done.returncode == 0, done.stderr
     (start,) = calls(programs[0], "ray")
-    assert "--address=127.0.0.1:7000 --node-ip-address=127.0.0.1" in start
+    assert "--address=127.0.0.1:7000 " in start and "--node-ip-address=127.0.0.1" in start
     assert start.endswith('--resources={"torchspec_inference": 1,"torchspec_training": 1}')
+
+
+@pytest.mark.parametrize("arguments", [("head",), ("worker", "127.0.0.1:7000")])
+def test_ray_keeps_its_session_where_nobody_else_can_write(programs, arguments):
+    options = {"TORCHSPEC_INTERFACE": "lo", "RAY_AUTH_TOKEN": "secret"}
+    folder = programs[0].parent / f"ray-{getpass.getuser()}"
+    folder.mkdir(mode=0o777)
+    assert ray_start(programs, *arguments, **options).returncode == 0
+    (start,) = calls(programs[0], "ray")
+    assert f"--temp-dir={folder} " in start and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.rmdir()
+    folder.symlink_to(programs[0])
+    done = ray_start(programs, *arguments, **options)
+    assert done.returncode == 2 and "somebody else's" in done.stderr and len(calls(programs[0], "ray")) == 1
 
 
 @pytest.mark.parametrize(
@@ -112,6 +144,7 @@ def test_a_worker_joins_again_when_its_node_was_in_the_cluster_and_gives_up_when
 # ---- Slurm ----
 
 TORCHSPEC = """
+echo "token $(stat -c "%a %s" "$RAY_AUTH_TOKEN_PATH")" >>"$CALLS"
 until (($(grep -c "^ray start" "$CALLS") >= ${AWAIT:-0})); do sleep 0.05; done
 n=$(grep -c ^torchspec "$CALLS")
 code=$(sed -n "${n}p" "$PLAN")
@@ -186,14 +219,15 @@ def test_ray_is_started_on_every_node_by_role(programs):
     assert '"torchspec_inference": 1' in workers and "training" not in workers
     (driver,) = calls(programs[0], "torchspec")
     assert driver.startswith(f"train recipe.yaml --or-resume --address {HEAD} run.name=x cluster.nodes=3")
-    token = slurm.where / ".torchspec-7.token"
-    assert token.stat().st_mode & 0o777 == 0o600 and len(token.read_text()) == 64
+    assert calls(programs[0], "token") == ["600 64"]
+    assert not (slurm.where / ".torchspec-7.token").exists(), "it is of no use to anybody any more"
 
 
 @pytest.mark.parametrize("code", [1, 134, 137, 139])
 def test_failures_and_kills_are_requeued_three_times_in_a_row(programs, code):
     slurm = Slurm(programs, nodes=1)
     assert slurm.run(*[code] * 4) == [code] * 4 and slurm.requeues() == 3
+    assert not (slurm.where / ".torchspec-7.token").exists()
 
 
 @pytest.mark.parametrize("code", [2, 130])
@@ -287,3 +321,13 @@ def test_its_recipe_is_valid_and_its_groups_offer_the_roles_and_room(documents):
         pod = group["template"]["spec"]
         volumes = {volume["name"] for volume in pod["volumes"]}
         assert {mount["name"] for mount in pod["containers"][0]["volumeMounts"]} == volumes >= {"shared", "shm"}
+
+
+def test_only_pods_of_the_run_reach_each_other_and_others_the_dashboard_which_asks_for_the_token(documents):
+    cluster, policy = documents["RayJob"]["spec"]["rayClusterSpec"], documents["NetworkPolicy"]["spec"]
+    ours = policy["podSelector"]["matchLabels"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        assert ours.items() <= group["template"]["metadata"]["labels"].items()
+    among_us, dashboard = policy["ingress"]
+    assert policy["policyTypes"] == ["Ingress"] and among_us == {"from": [{"podSelector": {"matchLabels": ours}}]}
+    assert dashboard == {"ports": [{"port": 8265, "protocol": "TCP"}]} and cluster["authOptions"] == {"mode": "token"}

@@ -13,6 +13,7 @@ import pytest
 
 from tests.simulation.live_run import LiveRun, serve
 from tests.simulation.pipeline import Setup
+from torchspec.monitor.server import ensure_token
 
 INFERENCE_BOUND = Setup(workers=2, engine_seconds=0.36, step_seconds=0.75, warm_up=5.0, pause_every=50)
 
@@ -54,11 +55,11 @@ def url(live: LiveRun, servers: ExitStack) -> str:
     return served(servers, live.path, controls=live)
 
 
-def served(servers: ExitStack, *folders: Path, controls: LiveRun | None = None) -> str:
-    """The address of a page of these runs."""
+def served(servers: ExitStack, *folders: Path, controls: LiveRun | None = None, query: str = "") -> str:
+    """The address of a page of these runs, with the token of the first."""
     server = serve(*folders, controls=controls)
     servers.callback(server.close)
-    return server.server.url
+    return f"{server.server.url}{query}#token={ensure_token(folders[0])}"
 
 
 @dataclass
@@ -85,7 +86,8 @@ class Opener:
         )
         page.on("pageerror", lambda error: self.complaints.append(str(error)))
         page.goto(url)
-        page.locator("#run-name", has_not_text="…").wait_for()
+        if "#token=" in url:
+            page.locator("#run-name", has_not_text="…").wait_for()
         return page
 
 

@@ -72,16 +72,22 @@ def test_a_killed_worker_shows_within_five_seconds(live: LiveRun, url: str, open
     )
 
 
-def test_controls_need_the_token(live: LiveRun, url: str, open_page: Opener) -> None:
+def test_a_run_is_shown_to_who_has_its_token(live: LiveRun, url: str, open_page: Opener) -> None:
     open_page.allowed = "401"
-    page = open_page(url)
+    page = open_page(url.partition("#")[0])
+    page.get_by_text("A run is for who has its token").wait_for()
+    assert page.get_by_role("button", name="Scale").count() == 0
+    page.get_by_label("Token", exact=True).fill("another")
+    page.get_by_role("button", name="Use").click()
+    page.get_by_text("This page is for who has the run's token").wait_for()
+    assert page.locator("#run-name").inner_text() == "…" and str(live.path) not in page.content()
     page.get_by_role("button", name="Control").click()
-    page.get_by_role("spinbutton", name="Inference workers").fill("3")
-    page.get_by_role("button", name="Scale").click()
-    page.get_by_text("the token is missing or wrong").wait_for()
-    assert live.asked == []
     page.get_by_label("Token", exact=True).fill(live.token)
     page.get_by_role("button", name="Use").click()
+    expect(page.locator("#run-name")).to_have_text(live.path.name)
+    expect(page.locator("#connection")).to_be_hidden()
+    page.get_by_role("button", name="Control").click()
+    page.get_by_role("spinbutton", name="Inference workers").fill("3")
     page.get_by_role("button", name="Scale").click()
     page.get_by_text("the inference pool becomes 3").wait_for()
     assert live.asked == ["scale 3"]
@@ -89,7 +95,7 @@ def test_controls_need_the_token(live: LiveRun, url: str, open_page: Opener) -> 
 
 def test_the_pool_can_be_sized_automatically_again(live: LiveRun, url: str, open_page: Opener) -> None:
     live.scale_inference("auto")
-    page = open_page(f"{url}#token={live.token}")
+    page = open_page(url)
     page.get_by_role("button", name="Control").click()
     auto = page.get_by_role("button", name="Auto")
     page.get_by_text("Sized automatically, 1 to 4").wait_for()
@@ -110,7 +116,7 @@ def test_the_pool_can_be_sized_automatically_again(live: LiveRun, url: str, open
 
 
 def test_the_address_brings_the_token_and_loses_it(live: LiveRun, url: str, open_page: Opener) -> None:
-    page = open_page(f"{url}#token={live.token}")
+    page = open_page(url)
     assert live.token not in page.url and live.token not in page.content()
     page.get_by_role("button", name="Control").click()
     page.get_by_role("button", name="Stop").click()
@@ -125,7 +131,7 @@ def test_the_address_brings_the_token_and_loses_it(live: LiveRun, url: str, open
 def test_it_says_when_the_server_is_away_and_catches_up(live: LiveRun, browser: Any, open_page: Opener) -> None:
     open_page.allowed = "ERR_CONNECTION"
     server = serve(live.path, controls=live)
-    page = open_page(server.server.url)
+    page = open_page(f"{server.server.url}#token={live.token}")
     server.close()
     page.get_by_text("Connection lost, retrying").wait_for()
     live.event("note", "said while it was away")
@@ -142,7 +148,7 @@ def test_it_says_when_the_run_has_ended(tmp_path: Path, open_page: Opener) -> No
     run.follow(20)
     live = LiveRun(run)
     server = serve(live.path)
-    page = open_page(server.server.url)
+    page = open_page(f"{server.server.url}#token={live.token}")
     live.close()
     assert "Done" not in tile(page, "Time left")
     run.follow(300)
@@ -177,14 +183,9 @@ def test_whatever_a_run_holds_is_text(tmp_path: Path, open_page: Opener, servers
     page.click("#tab-events")
     page.get_by_text(evil).wait_for()
     page.click("#tab-samples")
-    page.get_by_text("This sample cannot be shown: it is for who has the token").wait_for()
-    page.get_by_role("button", name="Control").click()
-    page.get_by_label("Token", exact=True).fill(token)
-    page.get_by_role("button", name="Use").click()
-    page.get_by_role("button", name="Close").click()
     page.locator(".token").first.wait_for()
-    record = page.evaluate("fetch('/api/samples').then(r => r.json())")["samples"][0]
     header = f"{{headers: {{Authorization: 'Bearer {token}'}}}}"
+    record = page.evaluate(f"fetch('/api/samples', {header}).then(r => r.json())")["samples"][0]
     detail = page.evaluate(f"fetch('/api/sample/{record['sample']}', {header}).then(r => r.json())")
     tokens = page.locator(".tokens .token")
     assert tokens.count() == record["tokens"] and page.locator(".tokens .counted").count() == sum(detail["mask"])
@@ -216,8 +217,7 @@ def test_two_runs_are_compared(tmp_path: Path, open_page: Opener, servers: ExitS
         )
         run.follow(400, 2.0)
         folders.append(run.folder)
-    address = served(servers, *folders)
-    page = open_page(f"{address}?run=1")
+    page = open_page(served(servers, *folders, query="?run=1"))
     assert page.locator("#run-name").inner_text() == "slow"
     page.get_by_role("button", name="fast").click()
     expect(page.locator("#run-name")).to_have_text("fast")

@@ -159,7 +159,7 @@ def main() -> None:
     run.scale(workers)
     run.follow(0.58 * options.seconds, interval)
     if options.live:
-        handle = {"address": "simulated", "namespace": "simulated", **this_process()}
+        handle = {"address": "simulated", "namespace": "simulated", "auth_mode": "token", **this_process()}
         (options.folder / "handle.json").write_text(json.dumps(handle))
         try:
             while True:

@@ -1,4 +1,4 @@
-"""Documents name files that are there: in the text, in links, and in the tree of ``docs/architecture.md``."""
+"""Documents name files and tests that are there: in the text, in links, and in the tree of ``docs/architecture.md``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ DOCUMENTS = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
 FOLDERS = ("benchmarks", "configs", "docs", "tests", "torchspec")
 PATH = re.compile(rf"(?<![\w/.~-])(?:{'|'.join(FOLDERS)})/[\w./*-]*[\w/*]")
 MODULE = re.compile(r"(?<![\w./])(?:torchspec|benchmarks|tests)(?:\.\w+)+")
+TEST = re.compile(r"(tests/[\w/]+\.py)::(\w+)")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
 TREE = re.compile(r"```tree\n(.*?)```", re.DOTALL)
 
@@ -47,6 +48,12 @@ def missing(paths: Iterator[Path]) -> set[str]:
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_paths_that_a_document_names_exist(document: Path) -> None:
     assert missing(named_paths(document)) == set()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_tests_that_a_document_names_exist(document: Path) -> None:
+    for file, name in TEST.findall(document.read_text()):
+        assert f"def {name}(" in (ROOT / file).read_text(), f"{file}::{name}"
 
 
 def test_the_tree_is_the_one_that_is_there() -> None:

@@ -1,10 +1,13 @@
-"""A file is complete or absent; of one that is appended to, a torn last line goes."""
+"""A file is complete or absent; a secret is its owner's; of a file that is appended to, a torn last line goes."""
 
 from __future__ import annotations
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 
-from torchspec.files import JsonLines, read_lines, write_atomically
+from torchspec.files import JsonLines, ensure_secret, read_lines, write_atomically
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
@@ -52,3 +55,19 @@ def test_a_torn_line_of_any_size_goes(tmp_path, whole, size):
     path.write_text(whole + "x" * size)
     JsonLines(path).close()
     assert path.read_text() == whole
+
+
+def test_a_secret_is_its_owners_and_stays_the_same(tmp_path):
+    before = os.umask(0)
+    try:
+        path = tmp_path / "token"
+        with ThreadPoolExecutor(8) as threads:
+            secrets = set(threads.map(lambda _: ensure_secret(path), range(8)))
+    finally:
+        os.umask(before)
+    assert secrets == {path.read_text()} and len(path.read_text()) == 64
+    assert path.stat().st_mode & 0o777 == 0o600 and list(tmp_path.iterdir()) == [path]
+    path.chmod(0o644)
+    assert ensure_secret(path) in secrets and path.stat().st_mode & 0o777 == 0o600
+    path.write_text("")
+    assert len(ensure_secret(path)) == 64

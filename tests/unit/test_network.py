@@ -7,32 +7,22 @@ import socket
 import psutil
 import pytest
 
+from tests.exposed import can_connect, open_files, open_sockets, other_addresses
 from torchspec.network import (
     LOOPBACK,
     accept_only_to,
     address_towards,
     free_port,
     interface_of,
-    is_loopback,
     require_free_port,
 )
 
 
 def other_address() -> str:
     """An IPv4 address of this machine that is not loopback."""
-    for entries in psutil.net_if_addrs().values():
-        for entry in entries:
-            if entry.family == socket.AF_INET and not is_loopback(entry.address):
-                return str(entry.address)
-    pytest.skip("this machine has no address but loopback")
-
-
-def can_connect(host: str, port: int) -> bool:
-    try:
-        socket.create_connection((host, port), timeout=0.5).close()
-    except OSError:
-        return False
-    return True
+    return next((address for address in other_addresses() if ":" not in address), None) or pytest.skip(
+        "this machine has no address but loopback"
+    )
 
 
 def test_who_talks_to_this_machine_does_so_from_the_same_address():
@@ -74,3 +64,27 @@ def test_a_port_that_is_taken_cannot_be_had():
             require_free_port("127.0.0.1", port, "store.master_port")
     with pytest.raises(ValueError, match=r"203\.0\.113\.7"):
         require_free_port("203.0.113.7", port, "store.master_port")
+
+
+def test_what_others_could_get_at_is_found(tmp_path):
+    """Or the tests that find nothing would always pass."""
+    other_address()
+    assert open_sockets(psutil.Process()) == set()
+    with (
+        socket.create_server(("", 0)) as everywhere,
+        socket.create_server((LOOPBACK, 0)),
+        socket.create_server(("::1", 0), family=socket.AF_INET6),
+        socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as dual,
+        socket.create_server(("", 0)) as confined,
+        socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams,
+    ):
+        accept_only_to(confined, LOOPBACK)
+        datagrams.bind(("", 0))
+        ports = {s.getsockname()[1] for s in (everywhere, dual, datagrams)}
+        assert {int(line.split()[-1]) for line in open_sockets(psutil.Process())} == ports
+    run, other = tmp_path / "run", tmp_path / "other"
+    run.mkdir(mode=0o700)
+    other.mkdir()
+    with (run / "a").open("w"), (other / "b").open("w"), (tmp_path / "c").open("w"):
+        found = {line.split()[-1] for line in open_files(psutil.Process(), tmp_path)}
+        assert {path for path in found if path.startswith(str(tmp_path))} == {str(other / "b")}

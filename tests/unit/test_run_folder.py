@@ -1,14 +1,45 @@
-"""Which runs live, and which run a path lies in."""
+"""Which runs live, who can read them, and which run a path lies in."""
 
 from __future__ import annotations
 
 import fcntl
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
 
 from torchspec.run_folder import RunFolder, this_process
+
+
+def test_a_run_is_its_owners_alone_unless_somebody_opens_it(tmp_path: Path) -> None:
+    before = os.umask(0o002)
+    try:
+        run = RunFolder(tmp_path / "runs" / "mine")
+        run.make()
+        modes = [stat.S_IMODE(path.stat().st_mode) for path in (run.path.parent, run.path)]
+        assert modes == [0o775, 0o700]
+        run.path.chmod(0o750)
+        run.hold().close()
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE(run.path.stat().st_mode) == 0o750
+
+
+def test_a_run_of_somebody_else_is_none(tmp_path: Path) -> None:
+    run, user = RunFolder(tmp_path / "run"), os.geteuid()
+    run.make()
+    run.config.touch()
+    assert run.exists()
+    run.path.chmod(0)
+    try:
+        if user == 0:  # whom nothing is closed to
+            os.seteuid(65534)
+        assert not run.exists()
+    finally:
+        os.seteuid(user)
+        run.path.chmod(0o700)
 
 
 def test_a_run_is_not_live_because_its_drivers_number_is_taken_again(tmp_path):

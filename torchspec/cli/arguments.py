@@ -61,7 +61,7 @@ def find_run(run: str) -> Path:
     for folder in places:
         if RunFolder(folder).exists():
             return folder
-    raise ValueError(f"no run {run}: neither {places[0]} nor {places[1]} has a config.yaml")
+    raise ValueError(f"no run {run}: neither {places[0]} nor {places[1]} has a config.yaml that can be read")
 
 
 def newest_run(runs: Path = Path("runs")) -> Path:
@@ -70,7 +70,7 @@ def newest_run(runs: Path = Path("runs")) -> Path:
     Raises:
         ValueError: none runs.
     """
-    started = [run for run in map(RunFolder, runs.glob("*")) if run.handle.exists()]
+    started = [run for run in runs_in(runs) if run.handle.exists()]
     live = [run for run in sorted(started, key=lambda run: run.handle.stat().st_mtime) if run.is_live()]
     if not live:
         raise ValueError(f"no run is running in {runs}/: say which one to show, as in torchspec top runs/mine")

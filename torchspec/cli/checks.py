@@ -11,6 +11,7 @@ import importlib.util
 import os
 import shutil
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -186,6 +187,19 @@ def check_ports(host: str = "127.0.0.1") -> Finding:
     return Finding("ok", f"{host} can be bound and reached")
 
 
+def check_ray_token() -> Finding:
+    """Whoever reads Ray's token can have Ray run code in this user's name."""
+    from torchspec.driver.cluster import token_file
+
+    file = token_file()
+    if os.environ.get("RAY_AUTH_TOKEN") or not file.exists():
+        return Finding("ok", "in RAY_AUTH_TOKEN" if os.environ.get("RAY_AUTH_TOKEN") else "the first run makes it")
+    if file.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        fix = f"chmod 600 {file}; if others use this machine: remove it while nothing of Ray runs, for a new one"
+        return Finding("warn", f"{file} can be read by others", fix)
+    return Finding("ok", f"{file}, readable by its owner alone")
+
+
 def check_temporary_folder() -> Finding:
     """Ray's sockets live below the temporary folder."""
     folder = tempfile.gettempdir()
@@ -235,6 +249,7 @@ CHECKS: dict[str, Callable[[], Finding]] = {
     "memory": check_memory,
     "cores": check_cores,
     "ports": check_ports,
+    "ray token": check_ray_token,
     "temporary folder": check_temporary_folder,
     "target checkpoint": check_target,
     "stale processes": check_stale_processes,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from torchspec.cli.units import human_seconds
+from torchspec.data.conversations import printable
 from torchspec.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ def show_evaluation(
     try:
         result = run_evaluation(draft, target, prompts, settings, limit=limit, progress=progress)
     except ServingError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error: " + "\n".join(map(printable, str(error).split("\n"))), file=sys.stderr)
         raise typer.Exit(1) from None
     if json_file is not None:
         result.save(json_file)

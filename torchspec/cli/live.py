@@ -18,6 +18,7 @@ from torchspec.cli.dashboard import Dashboard, phase_text
 from torchspec.cli.units import human_count, human_rate, human_seconds
 from torchspec.config.schema import MonitorConfig
 from torchspec.contracts import RunStatus, StepReport
+from torchspec.data.conversations import printable
 
 HEARTBEAT_SECONDS = 15.0
 """Plain lines: say so often what is going on when nothing else was said."""
@@ -51,7 +52,7 @@ class LiveView:
         self._status = status
 
     def message(self, text: str) -> None:
-        self._events.append(text)
+        self._events.append(printable(text))
 
     def close(self) -> None:
         self._live.stop()
@@ -113,7 +114,7 @@ class PlainView:
 
     def _say(self, line: str) -> None:
         self._spoke = self._clock()
-        self._console.file.write(f"[{human_seconds(self._spoke - self._started):>6}] {line}\n")
+        self._console.file.write(f"[{human_seconds(self._spoke - self._started):>6}] {printable(line)}\n")
         self._console.file.flush()
 
 

@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from torchspec.cli import data, doctor, export_eval, folders, init, quickstart, reference, runs, train
+from torchspec.data.conversations import printable
 
 NAMES = {export_eval.evaluate: "eval", folders.list_runs: "list", folders.remove: "rm"}
 """Of commands that Python has another word for."""
@@ -67,15 +68,13 @@ def options(
 
 def main() -> None:
     """Run the command line and exit."""
-    # Ray reads it when it is imported. A cluster without a token is joined with RAY_AUTH_MODE=disabled.
-    os.environ.setdefault("RAY_AUTH_MODE", "token")
     if os.environ.get("OMP_NUM_THREADS") == "":  # to OpenMP, every process of a run would complain of it
         del os.environ["OMP_NUM_THREADS"]
     try:
         app()
     except ValueError as error:
-        for line in str(error).splitlines():
-            print(f"error: {line}", file=sys.stderr)
+        for line in str(error).split("\n"):
+            print(f"error: {printable(line)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

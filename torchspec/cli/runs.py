@@ -77,16 +77,17 @@ def ui(
     import asyncio
 
     from torchspec.driver.remote import PageControls
-    from torchspec.monitor.server import PageServer, ensure_token
+    from torchspec.monitor.server import PageServer, ensure_token, token_hint
 
     folders = [find_run(name) for name in (run, other) if name is not None]
     server = PageServer(folders, PageControls, port)
-    token, *_ = map(ensure_token, folders)
+    for folder in folders:
+        ensure_token(folder)
 
     async def serve() -> None:
         runner = await server.start()
         try:
-            print(f"{server.url}#token={token}", flush=True)
+            print(server.url + token_hint(folders[0]), flush=True)
             await asyncio.Event().wait()
         finally:
             await runner.cleanup()

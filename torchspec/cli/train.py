@@ -119,7 +119,8 @@ def run_detached(config: Config, resume: bool) -> None:
     run = RunFolder(config.run_dir)
     run.expect(resume)
     folder, log = shown(run.path), run.log("driver")
-    log.parent.mkdir(parents=True, exist_ok=True)
+    run.make()
+    log.parent.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "torchspec.cli.main", *(word for word in sys.argv[1:] if word != "--detach")]
     with log.open("ab") as file:
         begin = file.tell()

@@ -91,7 +91,7 @@ def _value(text: str, override: str, as_text: bool) -> Any:
         value = yaml.safe_load(text)
         if as_text and not isinstance(value, (dict, list, NoneType)):
             return yaml.load(text, yaml.BaseLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         raise ValueError(f"override {override!r}: the value is not valid YAML") from None
     return float(value) if EXPONENT.fullmatch(text) else value
 

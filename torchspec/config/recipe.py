@@ -62,6 +62,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(text) or {}
     except yaml.YAMLError as error:
         raise ValueError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise ValueError(f"{path} is not valid YAML: nested too deeply") from None
     if not isinstance(tree, dict):
         raise ValueError(f"{path} must hold sections (run:, target:, data:, ...), not a {type(tree).__name__}")
     return tree

@@ -30,7 +30,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from torchspec.data.rows import Row, read_rows
+from torchspec.data.rows import LONGEST, Row, read_rows
 
 ROLES = {
     **{role: role for role in ("system", "developer", "user", "assistant", "tool")},
@@ -172,7 +172,9 @@ def read_row(row: Row, columns: Mapping[str, str]) -> Read:
             raise ValueError("tools are not objects")
         category = fields.get("category")
         changes = [printable(change) for change in dict.fromkeys(changes)]
-        return Conversation(name, tuple(messages), tools, None if category is None else str(category), tuple(changes))
+        return Conversation(
+            name, tuple(messages), tools, None if category is None else printable(str(category)), tuple(changes)
+        )
     except ValueError as error:
         return Rejected(name, row.where, printable(str(error)), isinstance(error, _MalformedRow))
 
@@ -180,6 +182,8 @@ def read_row(row: Row, columns: Mapping[str, str]) -> Read:
 def _fields(content: Any, columns: Mapping[str, str]) -> dict[str, Any]:
     """The row's own keys, by the names that we know them by."""
     if isinstance(content, bytes):
+        if len(content) > LONGEST:
+            raise _MalformedRow(f"longer than {LONGEST >> 20} MiB")
         try:
             content = json.loads(content)
         except json.JSONDecodeError as error:

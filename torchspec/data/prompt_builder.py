@@ -67,7 +67,7 @@ def load_or_build(
 
     Args:
         tokenizer: folder of the target checkpoint.
-        cache_dir: the result is kept in ``{cache_dir}/prompts``.
+        cache_dir: the result is kept in ``{cache_dir}/prompts``, which is made for its owner alone.
         knob: the setting that holds ``source``, for messages.
 
     Raises:
@@ -80,7 +80,7 @@ def load_or_build(
     folder = cache_dir.expanduser() / "prompts" / content_hash
     if not folder.exists():
         chat = open_tokenizer(tokenizer, options)
-        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".building-") as scratch:
             complete = Path(scratch, "set")
             complete.mkdir()

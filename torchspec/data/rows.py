@@ -15,6 +15,8 @@ from typing import Any
 SUFFIXES = (".jsonl", ".json", ".parquet")
 PIECE = 1 << 20
 """Characters of a JSON array that are read at once."""
+LONGEST = 64 << 20
+"""Bytes of a row. Of what is longer, as a file that is something else, only so much and one more byte is read."""
 Content = bytes | Any
 Element = tuple[Content, float]
 """What a row holds, and the share of its file that ends with it."""
@@ -65,8 +67,12 @@ def _elements(file: Path) -> Iterator[Element]:
 def _lines(file: Path) -> Iterator[Element]:
     size, read = max(1, file.stat().st_size), 0
     with file.open("rb") as lines:
-        for line in lines:
+        while line := lines.readline(LONGEST + 1):
             read += len(line)
+            end = line
+            while len(end) > LONGEST and not end.endswith(b"\n"):
+                end = lines.readline(LONGEST + 1)
+                read += len(end)
             yield line.strip(), read / size
 
 
@@ -84,9 +90,9 @@ def _array_elements(file: Path) -> Iterator[Element]:
             try:
                 element, at = decode(text, at)
             except (ValueError, RecursionError):
-                more = source.read(piece)
+                more = source.read(piece) if len(text) - at <= LONGEST else ""
                 if not more:
-                    yield text[at : at + 1000].encode(errors="replace") or b"[", 1.0
+                    yield text[at : at + LONGEST + 1].encode(errors="replace") or b"[", 1.0
                     return
                 left_behind += at
                 text, at, piece = text[at:] + more, 0, 2 * piece  # an element may be larger than any piece

@@ -44,7 +44,7 @@ MARKER = re.compile(r"{%-?\s*generation\s*-?%}")
 OUR_ARGUMENTS = frozenset(
     ("conversations", "chat_template", "add_generation_prompt", "return_assistant_tokens_mask", "messages", "tools")
 )
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError)
+TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError)
 """What a template does to a conversation that it was not written for."""
 CUT = "turns that the chat template does not print whole carry no loss"
 

@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
+from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 
 import torchspec
 from torchspec.config.schema import ClusterConfig, Config
 from torchspec.driver.plan import Plan
 from torchspec.driver.supervise import RunFailed
+from torchspec.files import ensure_secret
 from torchspec.network import LOOPBACK, free_port, is_loopback
 
 OBJECT_STORE_BYTES = 128 << 20
@@ -81,6 +84,7 @@ def start_cluster(config: Config, plan: Plan, temp_dir: Path) -> Iterator[Cluste
     """
     common = {"namespace": namespace(config.run_dir), "log_to_driver": False, "logging_level": logging.WARNING}
     if config.cluster.address is not None:
+        set_auth_mode(os.environ.get("RAY_AUTH_MODE", "token"))
         _join(config.cluster, runtime_env={"py_modules": pack_code(temp_dir / "code")}, **common)
     else:
         options = {"num_cpus": plan.cores, "include_dashboard": config.cluster.dashboard, "dashboard_host": LOOPBACK}
@@ -92,16 +96,58 @@ def start_cluster(config: Config, plan: Plan, temp_dir: Path) -> Iterator[Cluste
         ray.shutdown()
 
 
-def _start(temp_dir: Path, **options: Any) -> None:
-    """Start Ray on this machine alone."""
+def set_auth_mode(mode: str) -> None:
+    """Have Ray ask for its token (``token``), or not (``disabled``), whatever it found when it was imported."""
+    os.environ["RAY_AUTH_MODE"] = mode
+    RayConfig.initialize("")
+
+
+def token_file() -> Path:
+    """Where Ray reads its token, if it is not in ``RAY_AUTH_TOKEN``."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+def ensure_token() -> None:
+    """Close the file with Ray's token, or make it: Ray would make it readable for everybody.
+
+    A token that the user's environment names is the user's own.
+    """
+    if not (os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")):
+        file = token_file()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.chmod(0o700)
+        ensure_secret(file)
+
+
+@contextmanager
+def loopback_stays() -> Iterator[None]:
+    """Ray, imported here or started meanwhile, takes 127.0.0.1 for the machine's address.
+
+    It would put another in its place otherwise, and then listen on all interfaces (2.60): on Linux, this switch alone
+    keeps it from that.
+    """
+    os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR] = "0"
+    ray_constants.ENABLE_RAY_CLUSTER = False
     try:
-        ray.init(
-            address="local",
-            _node_ip_address=LOOPBACK,
-            object_store_memory=OBJECT_STORE_BYTES,
-            _temp_dir=str(temp_dir),
-            **options,
-        )
+        yield
+    finally:
+        del os.environ[ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR]
+        ray_constants.ENABLE_RAY_CLUSTER = True
+
+
+def _start(temp_dir: Path, **options: Any) -> None:
+    """Start Ray on this machine alone, on loopback and with a token: whoever reaches its ports can have it run code."""
+    set_auth_mode("token")
+    ensure_token()
+    try:
+        with loopback_stays():
+            ray.init(
+                address="local",
+                _node_ip_address=LOOPBACK,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _temp_dir=str(temp_dir),
+                **options,
+            )
     except Exception as error:  # Ray has no kind of its own for a node that does not start in time
         busy = f"{os.getloadavg()[0]:.0f} processes want to run on {os.cpu_count()} cores"
         raise RunFailed(f"Ray did not start ({busy}): {' '.join(str(error).split())[:200]}") from error

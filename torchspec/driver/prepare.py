@@ -78,7 +78,7 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None], start:
         LedgerSnapshot.from_json((resume_from / LEDGER_FILE).read_text(), ledger_shape(config, train))
         _tell_schedule(resume_from, total_steps(config.training, len(train)), config, message)
     plan = make_plan(resolved, len(heldout) if heldout else 0)
-    folder.path.mkdir(parents=True, exist_ok=True)
+    folder.make()
     if not resume:
         _list_rejected(folder, train, heldout)
     mark, go_back_to = f"{folder.path}#{secrets.token_hex(8)}", resume_from if start != "latest" else None

@@ -11,7 +11,9 @@ from typing import Any, Literal
 import ray
 
 from torchspec.contracts import RunStatus
+from torchspec.driver.cluster import loopback_stays, set_auth_mode
 from torchspec.driver.supervise import root_cause
+from torchspec.network import LOOPBACK
 from torchspec.run_folder import RunFolder
 
 
@@ -77,10 +79,15 @@ def connect(run_dir: Path) -> Iterator[RunHandle]:
     if not run.is_live():
         raise ValueError(f"{run_dir} is not running now; continue it with: torchspec resume {run_dir}")
     handle = run.read_handle()
+    set_auth_mode(handle["auth_mode"])
     try:
-        ray.init(
-            address=handle["address"], namespace=handle["namespace"], log_to_driver=False, logging_level=logging.ERROR
-        )
+        with loopback_stays() if handle["address"].startswith(LOOPBACK) else nullcontext():
+            ray.init(
+                address=handle["address"],
+                namespace=handle["namespace"],
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+            )
         controller = ray.get_actor("controller")
     except (ConnectionError, ValueError, ray.exceptions.RayError) as error:
         ray.shutdown()

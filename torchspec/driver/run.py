@@ -11,7 +11,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ from pathlib import Path
 from torchspec.config.load import save_config
 from torchspec.config.schema import Config
 from torchspec.contracts import RunStatus, StepReport
+from torchspec.data.conversations import printable
 from torchspec.driver.actors import ActorFactory
 from torchspec.driver.cluster import Cluster, namespace, start_cluster
 from torchspec.driver.console import Interrupts, View
@@ -37,7 +37,7 @@ from torchspec.files import write_atomically
 from torchspec.knobs import found
 from torchspec.monitor.curves import draw_curves
 from torchspec.monitor.record.recorder import EventLog
-from torchspec.monitor.server import PageServer, ServerThread, ensure_token
+from torchspec.monitor.server import PageServer, ServerThread, ensure_token, token_hint
 from torchspec.monitor.trackers import open_trackers
 from torchspec.processes.janitor import MARK, Janitor
 from torchspec.run_folder import RunFolder, this_process
@@ -99,6 +99,7 @@ def train(config: Config, *, resume: bool, view: View, start: str = "latest") ->
 
 def _failed(folder: RunFolder, reason: str) -> RunFailed:
     """``reason`` is written down, if the disk has room for it, and told with how to go on."""
+    reason = printable(reason)
     with suppress(OSError):
         EventLog(folder.path).write(time.time(), "failed", reason)
     next_step = f"continue with: torchspec resume {folder.path}" if folder.exists() else "start it again"
@@ -150,6 +151,7 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
         handle = {
             "address": cluster.address,
             "namespace": namespace(folder.path),
+            "auth_mode": os.environ["RAY_AUTH_MODE"],
             "machine": cluster.only_machine,
             "store_metrics": master.endpoint.metrics,
             **this_process(),
@@ -161,11 +163,10 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
 
 
 def _open_page(config: Config, controls: PageControls, view: View) -> ServerThread:
-    """The run's page, served by this process. Its token is shown on a terminal, where no log keeps it."""
-    token = ensure_token(config.run_dir)
+    """The run's page, served by this process."""
+    ensure_token(config.run_dir)
     page = ServerThread(PageServer([config.run_dir], lambda _: controls, config.monitor.ui_port))
-    hint = f"#token={token}" if sys.stdout.isatty() else f" (for its controls: {RunFolder(config.run_dir).token})"
-    view.message(f"page: {page.server.url}{hint}")
+    view.message(f"page: {page.server.url}{token_hint(config.run_dir)}")
     return page
 
 

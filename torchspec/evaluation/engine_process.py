@@ -35,14 +35,14 @@ _HEAD, _VOCAB_MULTIPLE = "lm_head.weight", 64
 """SGLang pads the rows of a head to a multiple of this, with zeros."""
 
 
-def answer(job: Job) -> Served:
-    """Start an engine and let it answer all prompts.
+def answer(job: Job, folder: Path) -> Served:
+    """Start an engine, which keeps its files in ``folder``, and let it answer all prompts.
 
     Raises:
         ValueError: the engine does not hold all of the draft.
     """
     signal.alarm(START_SECONDS)  # ends this process, and the janitor then the engine's
-    engine = start_token_engine(**job.sglang_args())
+    engine = start_token_engine(folder, **job.sglang_args())
     signal.alarm(0)
     try:
         if job.draft is not None:
@@ -103,7 +103,7 @@ def draft_checksums(spec: DraftSpec, tensors: dict[str, Tensor], dtype: torch.dt
 
 def main() -> None:
     folder = Path(sys.argv[1])
-    served = answer(Job(**json.loads((folder / "job.json").read_text())))
+    served = answer(Job(**json.loads((folder / "job.json").read_text())), folder)
     write_atomically(folder / "replies.json", lambda file: file.write(json.dumps(asdict(served)).encode()))
 
 

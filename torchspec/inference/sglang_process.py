@@ -14,9 +14,11 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -24,6 +26,7 @@ import psutil
 from torchspec.config.schema import Config
 from torchspec.hardware import Device
 from torchspec.inference.capture.protocol import ENVIRONMENT_VARIABLE, CaptureConfig, Hello
+from torchspec.network import LOOPBACK, interface_of
 from torchspec.store.endpoint import StoreEndpoint
 
 _HELLO_SECONDS = 10.0
@@ -112,8 +115,22 @@ def check_engine_args(engine_args: Mapping[str, Any]) -> None:
             )
 
 
-def start_token_engine(**engine_args: Any) -> Any:
+@contextmanager
+def _inherited(variables: Mapping[str, str]) -> Iterator[None]:
+    """What is started meanwhile has these environment variables; this process has them no longer afterwards."""
+    os.environ |= variables
+    try:
+        yield
+    finally:
+        for name in variables:
+            del os.environ[name]
+
+
+def start_token_engine(folder: Path, **engine_args: Any) -> Any:
     """A ``sglang.Engine`` for token ids in and token ids out, without SGLang's detokenizer process.
+
+    Its ranks, all on this machine, meet in a file in ``folder``, which is theirs alone and stays for as long as they
+    do: where torch meets by itself it listens on all interfaces, and its collectives on the one of the host's name.
 
     With ``skip_tokenizer_init`` the scheduler replies to this process by itself. SGLang starts the detokenizer all the
     same: some 10 s of CPU time and half a GiB for a process that is never sent a message.
@@ -125,7 +142,13 @@ def start_token_engine(**engine_args: Any) -> Any:
         def _launch_detokenizer_subprocesses(cls, *_: Any, **__: Any) -> tuple[list[Any], list[str]]:
             return [], []
 
-    return TokenEngine(**engine_args | {"skip_tokenizer_init": True})
+    meeting = {
+        "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{folder}/rendezvous",
+        "GLOO_SOCKET_IFNAME": interface_of(LOOPBACK),
+        "NCCL_SOCKET_IFNAME": interface_of(LOOPBACK),
+    }
+    with _inherited(meeting):
+        return TokenEngine(**engine_args | {"skip_tokenizer_init": True})
 
 
 def start_capturing_engine(spec: EngineSpec, capture: CaptureConfig) -> Any:
@@ -134,19 +157,17 @@ def start_capturing_engine(spec: EngineSpec, capture: CaptureConfig) -> Any:
     Raises:
         EngineError: SGLang did not start.
     """
-    os.environ[ENVIRONMENT_VARIABLE] = capture.to_json()
     if spec.device == "cpu":
         os.environ |= {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": str(spec.threads)}
     others = psutil.Process().children()
     try:
-        return start_token_engine(**spec.engine_args())
+        with _inherited({ENVIRONMENT_VARIABLE: capture.to_json()}):  # or the next engine here would capture, too
+            return start_token_engine(Path(capture.socket).parent, **spec.engine_args())
     except BaseException as error:
         _end_children(but=others)
         if isinstance(error, RuntimeError):
             raise EngineError(f"SGLang did not start: {error}") from error
         raise
-    finally:
-        del os.environ[ENVIRONMENT_VARIABLE]  # or the next engine of this process would capture, too
 
 
 def await_hello(listener: socket.socket) -> tuple[socket.socket, Hello]:

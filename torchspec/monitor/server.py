@@ -1,9 +1,11 @@
 """The page's server: a run's folder over HTTP on loopback, the page itself, Prometheus, and two controls.
 
-Reading needs no token: whoever reaches loopback on this machine gets figures and texts of the run. Controls need the
-run's token (``ui_token`` in its folder, readable by its owner alone). Requests whose Host is not a name of this machine
-are refused, so a page of a stranger's that resolves its own name to 127.0.0.1 reads nothing; so are controls that come
-from another origin. The server keeps no state: a restart, of it or of what it shows, costs nothing.
+All users of a machine share its loopback. Without a token it gives them figures for Prometheus and an empty page; what
+``/api`` tells, config, names and texts among it, is for who has the token of a run that it serves (``ui_token`` in the
+run's folder, readable by its owner alone), and controls for who has that of the run itself. Requests whose Host is not
+a name of this machine are refused, so a page of a stranger's that resolves its own name to 127.0.0.1 reads nothing; so
+are controls that come from another origin. The server keeps no state: a restart, of it or of what it shows, costs
+nothing.
 """
 
 from __future__ import annotations
@@ -11,24 +13,26 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-import os
+import re
 import secrets
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, Literal, Protocol
-from urllib.parse import urlsplit
 
 from aiohttp import ClientError, ClientSession, ClientTimeout, web
 
+from torchspec.files import ensure_secret
 from torchspec.monitor import views
 from torchspec.monitor.prometheus import CONTENT_TYPE, exposition
 from torchspec.monitor.snapshot import read_latest
 from torchspec.run_folder import RunFolder
 
 HOST, DEFAULT_PORT = "127.0.0.1", 8790
-OWN_NAMES = ("127.0.0.1", "localhost", "::1")
+OWN_NAME = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d+)?", re.IGNORECASE)
+"""As a request's Host; the port is another where somebody has forwarded ours."""
 PAGE = Path(__file__).with_name("page")
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
@@ -89,12 +93,22 @@ class PageServer:
 
     @property
     def url(self) -> str:
-        """The page, without the right to control."""
+        """The page, without the token."""
         return f"http://{HOST}:{self.port}/"
 
     def _application(self) -> web.Application:
         application = web.Application(middlewares=[_guard], client_max_size=4096)
         application.on_response_prepare.append(_add_headers)
+        application.add_subapp("/api", self._api())
+        application.router.add_get("/metrics", self._metrics)
+        application.router.add_get("/metrics/store", self._store_metrics)
+        application.router.add_get("/", _page)
+        application.router.add_static("/", PAGE)
+        return application
+
+    def _api(self) -> web.Application:
+        """What is for who has a token."""
+        api = web.Application(middlewares=[self._with_token])
         read: dict[str, Callable[[Path, Query], Any]] = {
             "run": lambda run, _: views.run_view(run),
             "events": lambda run, query: views.events_view(run, _number(query, "since")),
@@ -102,16 +116,17 @@ class PageServer:
             "update": lambda run, query: views.update_view(run, _since(query)),
         } | {name: _course(view) for name, view in views.COURSES.items()}
         for name, view in read.items():
-            application.router.add_get(f"/api/{name}", self._reader(view))
-        application.router.add_get("/api/runs", self._runs)
-        application.router.add_get("/api/sample/{sample}", self._sample)
-        application.router.add_post("/api/scale", self._scale)
-        application.router.add_post("/api/stop", self._stop)
-        application.router.add_get("/metrics", self._metrics)
-        application.router.add_get("/metrics/store", self._store_metrics)
-        application.router.add_get("/", _page)
-        application.router.add_static("/", PAGE)
-        return application
+            api.router.add_get(f"/{name}", self._reader(view))
+        api.router.add_get("/runs", self._runs)
+        api.router.add_get("/sample/{sample}", self._sample)
+        api.router.add_post("/scale", self._scale)
+        api.router.add_post("/stop", self._stop)
+        return api
+
+    @web.middleware
+    async def _with_token(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        _require_token(request, self._folders)
+        return await handler(request)
 
     # ---- reading ----
 
@@ -129,9 +144,7 @@ class PageServer:
         return web.json_response(runs)
 
     async def _sample(self, request: web.Request) -> web.Response:
-        """What was asked and answered is for who has the token; figures are not."""
         sample, folder = request.match_info["sample"], self._folder(request)
-        _require_token(request, folder)
         try:
             return web.json_response(await asyncio.to_thread(views.sample_view, folder, sample))
         except KeyError:
@@ -183,13 +196,13 @@ class PageServer:
     async def _controlled(self, request: web.Request) -> tuple[Path, dict[str, Any]]:
         """The run and the request's body, if it may control the run."""
         origin = request.headers.get("Origin")
-        if origin is not None and urlsplit(origin).netloc != request.host:
+        if origin is not None and origin.partition("://")[2] != request.host:
             raise _refusal(web.HTTPForbidden, "controls answer to their own page alone")
         folder = self._folder(request)
-        _require_token(request, folder)
+        _require_token(request, [folder])
         try:
-            body = await request.json()
-        except json.JSONDecodeError:
+            body = json.loads(await request.read())
+        except (ValueError, RecursionError):
             body = None
         if not isinstance(body, dict):
             raise _refusal(web.HTTPBadRequest, "the body must be a JSON object")
@@ -197,20 +210,21 @@ class PageServer:
 
     def _folder(self, request: web.Request) -> Path:
         index = request.query.get("run", "0")
-        if not index.isdecimal() or int(index) >= len(self._folders):
-            raise _refusal(web.HTTPNotFound, f"run={index}: there are {len(self._folders)} runs here")
-        return self._folders[int(index)]
+        folders = {str(number): folder for number, folder in enumerate(self._folders)}
+        if index not in folders:
+            raise _refusal(web.HTTPNotFound, f"run={index}: there are {len(folders)} runs here")
+        return folders[index]
 
 
 def ensure_token(run_dir: Path) -> str:
     """The run's token, made the first time; only its owner can read it."""
+    return ensure_secret(RunFolder(run_dir).token)
+
+
+def token_hint(run_dir: Path) -> str:
+    """What follows the printed address of the page: the token on a terminal; elsewhere, as in a log, only its file."""
     path = RunFolder(run_dir).token
-    if not (path.exists() and path.stat().st_size):
-        path.unlink(missing_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(secrets.token_urlsafe(24))
-    return path.read_text()
+    return f"#token={path.read_text()}" if sys.stdout.isatty() else f" (its token: {path})"
 
 
 class ServerThread:
@@ -242,7 +256,7 @@ class ServerThread:
 @web.middleware
 async def _guard(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Names of this machine only."""
-    if urlsplit(f"//{request.host}").hostname not in OWN_NAMES:
+    if not OWN_NAME.fullmatch(request.host):
         raise _refusal(web.HTTPForbidden, f"this server is not {request.host}")
     return await handler(request)
 
@@ -259,16 +273,13 @@ def _refusal(kind: type[web.HTTPError], reason: str) -> web.HTTPError:
     return kind(text=json.dumps({"error": reason}), content_type="application/json")
 
 
-def _require_token(request: web.Request, folder: Path) -> None:
-    path = RunFolder(folder).token
-    token = path.read_text() if path.exists() else ""
-    if not token:
-        raise _refusal(
-            web.HTTPUnauthorized, f"{folder.name} has no token, so this is nobody's to see or to do from here"
-        )
-    given = request.headers.get("Authorization", "").removeprefix("Bearer ")
-    if not secrets.compare_digest(given.encode(), token.encode()):
-        raise _refusal(web.HTTPUnauthorized, f"the token is missing or wrong; it is in {path}, and goes into Control")
+def _require_token(request: web.Request, folders: Sequence[Path]) -> None:
+    """Raises HTTPUnauthorized: the request does not bring the token of any of these runs."""
+    given = request.headers.get("Authorization", "").removeprefix("Bearer ").encode(errors="surrogateescape")
+    tokens = [path.read_bytes() for folder in folders if (path := RunFolder(folder).token).exists()]
+    if not any(token and secrets.compare_digest(given, token) for token in tokens):
+        reason = "the token is missing or wrong; it is in the file ui_token in the run's folder, and goes into Control"
+        raise _refusal(web.HTTPUnauthorized, reason)
 
 
 def _course(view: Callable[[Path, float | None, int | None], Any]) -> Callable[[Path, Query], Any]:

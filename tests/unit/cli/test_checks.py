@@ -116,6 +116,27 @@ def test_ports_of_an_address_that_is_not_ours() -> None:
         assert checks.check_ports().level == "ok"
 
 
+def test_a_token_of_ray_that_others_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
+    monkeypatch.delenv("RAY_AUTH_TOKEN_PATH", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert checks.check_ray_token().level == "ok", "there is none"
+    token = tmp_path / ".ray" / "auth_token"
+    token.parent.mkdir()
+    token.write_text("secret")
+    token.chmod(0o640)
+    assert_bad(checks.check_ray_token(), "warn", str(token))
+    assert "secret" not in checks.check_ray_token().detail
+    token.chmod(0o600)
+    assert checks.check_ray_token().level == "ok"
+    (tmp_path / "mine").write_text("secret")
+    (tmp_path / "mine").chmod(0o604)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "mine"))
+    assert_bad(checks.check_ray_token(), "warn", str(tmp_path / "mine"))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "secret")
+    assert checks.check_ray_token() == Finding("ok", "in RAY_AUTH_TOKEN")
+
+
 def test_a_long_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     long = tmp_path / ("x" * 40)
     long.mkdir()

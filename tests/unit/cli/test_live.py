@@ -56,6 +56,17 @@ def test_plain_lines_hold_the_figures(plain: PlainView, output: io.StringIO, clo
     ]
 
 
+def test_control_codes_in_a_reason_do_nothing(plain: PlainView, output: io.StringIO) -> None:
+    forged = "rejected x: \n[ 9m00s] step 100/100 · all is well\x1b[2J\r"
+    plain.message(forged)
+    escaped = "rejected x: \\n[ 9m00s] step 100/100 · all is well\\x1b[2J\\r"
+    assert output.getvalue() == f"[    0s] {escaped}\n"
+    live = LiveView(Console(width=100, height=50, force_terminal=True, file=io.StringIO()))
+    live.message(forged)
+    live.close()
+    assert list(live._events) == [escaped]
+
+
 def test_plain_has_a_heartbeat_only_when_nothing_else_was_said(
     plain: PlainView, output: io.StringIO, clock: Clock
 ) -> None:

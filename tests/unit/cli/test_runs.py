@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
 from pathlib import Path
 
 import pytest
 
 from tests.simulation.pipeline import Simulation
 from tests.simulation.simulated_run import SCENARIOS, SimulatedRun
-from tests.unit.cli.commands import run
+from tests.unit.cli.commands import command, run
 from torchspec.cli.arguments import find_run
 from torchspec.data.order import epoch_order
 from torchspec.files import JsonLines
@@ -46,6 +48,16 @@ def test_the_status_of_a_run_that_was_killed_says_which_side_was_slow_and_how_to
     assert known["verdict"]["side"] == "inference" and known["live"] is False and known["step"] == simulation.ranks.step
     assert run(monkeypatch, "trace", str(folder)) == 0
     assert json.loads((folder / "trace.json").read_text())["traceEvents"]
+
+
+def test_the_page_of_a_run_is_served_without_its_token_in_the_output(old_run: Path) -> None:
+    with command("ui", "old", "--port", "0") as page:
+        assert page.stdout is not None
+        line = page.stdout.readline()
+        page.send_signal(signal.SIGINT)
+    token = old_run / "ui_token"
+    assert re.fullmatch(rf"http://127\.0\.0\.1:\d+/ \(its token: {re.escape(str(token))}\)\n", line)
+    assert token.read_text() not in line and page.returncode == 130
 
 
 def test_verify_says_how_far_a_run_is_proven_and_names_what_is_not(

@@ -243,6 +243,7 @@ def test_the_newest_running_run_is_found(tmp_path: Path) -> None:
         newest_run(tmp_path)
     for age, (name, pid) in enumerate({"newer": os.getpid(), "older": os.getpid(), "dead": 2**22 + 1}.items()):
         (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").touch()
         handle = tmp_path / name / "handle.json"
         handle.write_text(json.dumps(this_process() | {"pid": pid}))
         os.utime(handle, (time.time() - 100 * age,) * 2)

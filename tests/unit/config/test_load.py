@@ -12,6 +12,8 @@ from torchspec.config.schema import Config
 
 SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
+DEEP = "optimizer.betas=" + "[" * 5000
+
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
@@ -106,6 +108,7 @@ def test_override_forms(recipe: Path, override: str, value: object) -> None:
         ("training.batch_size", "override 'training.batch_size' must look like section.key=value"),
         ("=3", "override '=3' must look like section.key=value"),
         ("target.path.x=1", "override 'target.path.x=1': path is a value, not a section"),
+        (DEEP, f"override {DEEP!r}: the value is not valid YAML"),
         ("optimizer.betas=[1,", "override 'optimizer.betas=[1,': the value is not valid YAML"),
     ],
 )
@@ -175,6 +178,11 @@ def test_missing_file(tmp_path: Path) -> None:
 
 def test_a_folder_is_no_config(tmp_path: Path) -> None:
     assert error_of(tmp_path) == f"cannot read the config {tmp_path}: Is a directory"
+
+
+def test_deep_yaml_is_one_line(recipe: Path) -> None:
+    recipe.write_text("target: " + "[" * 100_000)
+    assert error_of(recipe) == f"{recipe} is not valid YAML: nested too deeply"
 
 
 def test_broken_yaml_says_where(recipe: Path) -> None:

@@ -180,6 +180,7 @@ def test_deep_json_is_one_line():
 def test_ids_are_text_that_can_be_printed(tmp_path):
     assert parse({"id": 7, "prompt": "Hi"}).id == "7"
     assert parse({"id": "x\n[ 1m00s] \x1b[2J🦜", "prompt": "Hi"}).id == "x\\n[ 1m00s] \\x1b[2J🦜"
+    assert parse({"prompt": "Hi", "category": "a\x1b[2J"}).category == "a\\x1b[2J"
     assert printable("half \ud83e") == "half \\ud83e"
     assert parse({"id": 1.5, "prompt": "Hi"}).reason == "id is neither text nor a whole number"
 

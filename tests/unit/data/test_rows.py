@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
+from torchspec.data import conversations
 from torchspec.data import rows as module
 from torchspec.data.conversations import Conversation, Rejected, read_conversations
 from torchspec.data.prompt_sources import find_files
@@ -57,6 +59,25 @@ def test_an_array_that_is_cut_off_ends_in_a_malformed_row(tmp_path, end):
     *whole, last = read_conversations([file])
     assert len(whole) == len(ROWS)
     assert isinstance(last, Rejected) and last.malformed and last.where == f"{file}:51"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_a_row_longer_than_any_conversation_is_malformed_and_never_in_memory_whole(tmp_path, monkeypatch, kind):
+    for name in (module, conversations):
+        monkeypatch.setattr(name, "LONGEST", 1 << 20)
+    monkeypatch.setattr(module, "PIECE", 1 << 16)
+    giant = {"prompt": "x" * (10 << 20)}
+    file = tmp_path / f"rows.{kind}"
+    if kind == "jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in (ROWS[1], giant, ROWS[2], giant)))
+    else:
+        file.write_text(json.dumps([ROWS[1], giant, ROWS[2]]))
+    tracemalloc.start()
+    first, bad, *more = read_conversations([file])
+    assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    tracemalloc.stop()
+    assert first.id == "r1" and bad == Rejected("rows:2", f"{file}:2", "longer than 1 MiB", malformed=True)
+    assert [row.id for row in more] == (["r2", "rows:4"] if kind == "jsonl" else []), "an array ends with it"
 
 
 def test_a_json_file_of_lines_is_read_by_lines(tmp_path):

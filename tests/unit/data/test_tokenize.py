@@ -262,6 +262,12 @@ def test_what_the_template_refuses_is_rejected_with_its_words(target_path):
     assert row == Refusal("the chat template refuses it: no system turns, please")
 
 
+def test_a_template_without_an_end_is_refused_in_one_line(target_path):
+    tokenizer = ChatTokenizer(target_path, "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(messages) }}")
+    (row,) = tokenizer.encode([chat("Hi", "Hello!")])
+    assert isinstance(row, Refusal) and row.reason.startswith("the chat template refuses it: maximum recursion depth")
+
+
 @pytest.fixture(scope="module")
 def sentencepiece_like(tmp_path_factory) -> Path:
     """A Llama-like tokenizer: words carry their leading space, rare characters fall back to bytes."""

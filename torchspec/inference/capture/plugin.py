@@ -46,7 +46,6 @@ from torchspec.inference.capture.protocol import (
 from torchspec.inference.capture.writer import CaptureWriter
 from torchspec.inference.standalone import hooks as standalone_hooks
 from torchspec.inference.standalone.config import SWITCH
-from torchspec.network import LOOPBACK, confine
 from torchspec.store.geometry import SampleGeometry
 from torchspec.store.hidden_state_store import Slot
 
@@ -81,7 +80,6 @@ def _start_for_parent(_result: None, worker: TpModelWorker, *_args: Any, **_kwar
 
     if get_parallel().tp_rank != 0:
         return
-    confine(os.listdir("/proc/self/fd"), LOOPBACK)  # torch's rendezvous, which SGLang's ranks have all on this machine
     config = CaptureConfig.from_json(os.environ[ENVIRONMENT_VARIABLE])
     parent = Parent(config.socket)
     writer = CaptureWriter(config.endpoint, config.buffer_bytes)

@@ -16,6 +16,7 @@ from torchspec.inference.capture.protocol import Message, encode_failed
 from torchspec.inference.capture.writer import CaptureWriter
 from torchspec.inference.sglang_patch import find_sglang
 from torchspec.inference.standalone.config import META_INFO, StandaloneConfig, reply_entry, request_metadata
+from torchspec.network import LOOPBACK, confine
 from torchspec.store.errors import StoreError
 from torchspec.store.geometry import shard_suffix
 
@@ -102,6 +103,8 @@ def _replace_streamer(_original: type, _scheduler: Scheduler) -> type:
 def _start(config: StandaloneConfig, start: Callable[..., object], _result: None, scheduler: Scheduler) -> None:
     from sglang.srt.runtime_context import get_parallel
 
+    if get_parallel().nnodes == 1:  # torch's meeting point, which nobody else needs then
+        confine(os.listdir("/proc/self/fd"), LOOPBACK)
     if get_parallel().tp_rank == 0:
         writer = StandaloneWriter(config)
         start(scheduler.tp_worker, writer, scheduler.output_streamer.expect)

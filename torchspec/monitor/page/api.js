@@ -14,14 +14,14 @@ export function setToken(token) {
 
 export const token = () => sessionStorage.getItem(KEY) ?? "";
 
-/** GET as JSON. Throws where the server is away or refuses. */
+/** GET as JSON. Throws where the server is away or refuses; `locked` says that it is for want of the token. */
 export async function get(path, parameters = {}) {
   const given = Object.entries(parameters).filter(([, value]) => value !== null && value !== undefined);
   const query = new URLSearchParams(given).toString();
   const headers = token() ? { Authorization: `Bearer ${token()}` } : {};
   const signal = AbortSignal.timeout(TIMEOUT);
   const response = await fetch(query ? `${path}?${query}` : path, { headers, signal });
-  if (!response.ok) throw new Error(await reason(response));
+  if (!response.ok) throw Object.assign(new Error(await reason(response)), { locked: response.status === 401 });
   return response.json();
 }
 

@@ -1,6 +1,6 @@
 // The page: one run at a time (or two compared), asked for every two seconds, drawn where it is seen.
 
-import { get } from "./api.js";
+import { get, token } from "./api.js";
 import { redrawCharts } from "./chart.js";
 import { Compare } from "./compare.js";
 import { Control } from "./control.js";
@@ -34,7 +34,7 @@ const views = {
   summary: new Summary(by("summary")),
   pipeline: new Pipeline(by("pipeline")),
   ledger: new Ledger(by("ledger")),
-  control: new Control(by("control"), by("control-open")),
+  control: new Control(by("control"), by("control-open"), () => now()),
 };
 const panels = {
   flow: new Flow(by("panel-flow")),
@@ -89,6 +89,7 @@ async function loadMore() {
 
 let heard = performance.now();
 let lost = false;
+let locked = false;
 let asking = false;
 let again = false;
 let timer;
@@ -104,27 +105,32 @@ async function poll() {
   asking = again = false;
 }
 
-/** Whether the server has answered. After it was away everything is loaded anew, so nothing is missed. */
+/** Whether the server has told of the runs. After it was away everything is loaded anew, so nothing is missed. */
 async function ask() {
   try {
     if (lost || !runs.length) await load();
     else await Promise.all((tab === "compare" ? runs : [runs[shown]]).map((run) => run.update(seconds())));
     await loadMore();
     heard = performance.now();
+    locked = false;
     return true;
   } catch (error) {
     console.info(`no answer: ${error.message}`);
+    if (error.locked && !locked && !token()) views.control.open();
+    locked = error.locked;
     return false;
   }
 }
 
 /** A run that was at its end is over, and its driver, which served this page, is gone. */
 function tellConnection(run) {
-  const over = lost && LAST_PHASES.includes(run?.snapshot?.status.phase);
+  const over = lost && !locked && LAST_PHASES.includes(run?.snapshot?.status.phase);
   by("connection").hidden = !lost;
   by("connection").classList.toggle("over", over);
   document.body.classList.toggle("stale", lost && !over);
-  if (over) {
+  if (locked) {
+    say(by("connection"), "This page is for who has the run's token: it goes into Control.");
+  } else if (over) {
     run.live = false;
     say(by("connection"), `The run has ended; torchspec ui ${run.folder} shows it.`);
   } else if (lost) {

@@ -1,16 +1,18 @@
-// Scaling the inference pool and stopping the run, for who has the token.
+// The token that opens the page, scaling the inference pool and stopping the run.
 
 import { get, post, setToken, token } from "./api.js";
 import { h, say } from "./dom.js";
 
 export class Control {
-  constructor(dialog, opener) {
+  /** `retry` is called when somebody has said the token. */
+  constructor(dialog, opener, retry) {
     this.dialog = dialog;
+    this.retry = retry;
     this.workers = h("input", {
       type: "number",
       id: "workers",
       min: 1,
-      max: 1024,
+      max: 4096,
       step: 1,
       required: true,
       inputmode: "numeric",
@@ -54,7 +56,7 @@ export class Control {
     );
     this.parts = h(
       "div",
-      { class: "control-parts" },
+      { class: "control-parts", hidden: true },
       scale,
       h(
         "div",
@@ -67,7 +69,7 @@ export class Control {
         }),
       ),
     );
-    this.over = h("p", { text: "This run is not running: there is nothing to control." });
+    this.over = h("p", { hidden: true, text: "This run is not running: there is nothing to control." });
     dialog.append(
       h("header", {}, h("h2", { id: "control-title", text: "Control" }), close),
       this.parts,
@@ -75,7 +77,7 @@ export class Control {
       unlock,
       this.said,
     );
-    opener.addEventListener("click", () => this.#open());
+    opener.addEventListener("click", () => this.open());
   }
 
   update(run) {
@@ -84,13 +86,15 @@ export class Control {
     this.over.hidden = run.live;
   }
 
-  #open() {
-    this.workers.value = this.run.snapshot?.point.workers || 1;
+  /** Before anything of a run is known, it only asks for the token. */
+  open() {
     this.#arm(false);
     this.#state();
     say(this.said, "");
-    this.#size(this.run.config.inference);
     this.dialog.showModal();
+    if (!this.run) return this.secret.focus();
+    this.workers.value = this.run.snapshot?.point.workers || 1;
+    this.#size(this.run.config.inference);
     this.#reread();
   }
 
@@ -115,7 +119,7 @@ export class Control {
       this.unlocked,
       token()
         ? "A token is known in this tab."
-        : "Open the page by the address that the run has printed, or paste the token: it is in the file ui_token in the run's folder.",
+        : "A run is for who has its token. Open the page by the address that the run has printed on a terminal, or paste the token: it is in the file ui_token in the run's folder.",
     );
   }
 
@@ -124,6 +128,8 @@ export class Control {
     setToken(this.secret.value.trim());
     this.secret.value = "";
     this.#state();
+    if (!this.run) this.dialog.close();
+    this.retry();
   }
 
   async #scale(workers) {

@@ -16,6 +16,7 @@ import ray
 from ray.util.metrics import Gauge
 
 from torchspec.contracts import RankReport, RunStatus, SampleId, SampleRef, SampleTiming, StepReport, WorkerReport
+from torchspec.data.conversations import printable
 from torchspec.files import JsonLines
 from torchspec.instruments import Rate
 from torchspec.monitor.health import FAULTS, count_faults
@@ -60,7 +61,8 @@ class Observer:
         self._telemetry.totals["faults"] = count_faults(run_dir)  # of controllers before this one, too
 
     def note(self, message: str, kind: EventKind = "note", **detail: Any) -> None:
-        """An event worth a person's attention."""
+        """An event worth a person's attention; whatever a name or a reason holds, it stays one line of text."""
+        message = printable(message)
         log.info(message)
         self._events.write(time.time(), kind, message, **detail)
         self._telemetry.totals["faults"] += kind in FAULTS

@@ -12,6 +12,8 @@ from tests.simulation.pipeline import Simulation
 from tests.simulation.simulated_run import SCENARIOS
 from torchspec.monitor.record import observer as observers
 from torchspec.monitor.record.observer import Observer, RayMetrics
+from torchspec.monitor.series import read_series
+from torchspec.run_folder import RunFolder
 
 
 def test_reports_that_the_driver_has_are_forgotten_and_their_numbers_stay(tmp_path: Path):
@@ -29,6 +31,16 @@ def test_reports_that_the_driver_has_are_forgotten_and_their_numbers_stay(tmp_pa
         assert [report.step for report in observer.steps_since(count)] == [7]
     assert observer.steps_since(1) == []
     observer.close()
+
+
+def test_an_event_is_one_line_of_text_whatever_a_reason_holds(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    observer = Observer(tmp_path, 0)
+    with caplog.at_level("INFO"):
+        observer.note("rejected x: \x1b[2J\nall is well", "rejected")
+    observer.close()
+    escaped = "rejected x: \\x1b[2J\\nall is well"
+    (event,) = read_series(RunFolder(tmp_path).events)
+    assert observer.messages == [event["message"]] == [escaped] == caplog.messages
 
 
 def test_ray_has_the_totals_and_the_drafts_curves_but_no_single_worker(monkeypatch: pytest.MonkeyPatch):
