@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-import psutil
 
 from torchspec.contracts import Answer, Lease, SampleRef, SampleTiming
 from torchspec.data.masks import pack_mask
@@ -37,12 +36,12 @@ from torchspec.inference.sglang_process import (
     await_hello,
     end_engine,
     ignore_sigquit,
-    is_stopped,
     start_capturing_engine,
 )
 from torchspec.inference.source import Produced, SourceFailed
 from torchspec.instruments import Stopwatch
 from torchspec.knobs import found
+from torchspec.processes.janitor import is_stopped
 from torchspec.processes.leftovers import remove_shared_memory_leftovers
 from torchspec.shards import ShardFormula
 from torchspec.store.geometry import SampleGeometry
@@ -231,11 +230,10 @@ class TargetEngine:
 
     async def _watch_for_stops(self, pids: Sequence[int]) -> None:
         """A process that somebody has stopped (SIGSTOP) does not end, and would be waited for without end."""
-        processes = [psutil.Process(pid) for pid in pids]
         looks, hang_seconds = 0, self._config.recovery.hang_seconds
         while looks < hang_seconds / _LOOK_SECONDS:
             await asyncio.sleep(_LOOK_SECONDS)
-            looks = looks + 1 if any(is_stopped(process) for process in processes) else 0
+            looks = looks + 1 if any(map(is_stopped, pids)) else 0
         self._declare_dead(f"an SGLang process has been stopped for {hang_seconds:.0f} s")
 
     def _on_death(self, pid: int, descriptor: int) -> None:

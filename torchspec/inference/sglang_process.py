@@ -177,14 +177,6 @@ def ignore_sigquit() -> None:
         signal.signal(signal.SIGQUIT, signal.SIG_IGN)
 
 
-def is_stopped(process: psutil.Process) -> bool:
-    """Whether somebody has stopped it (SIGSTOP), so that it neither works nor ends."""
-    try:
-        return process.status() == psutil.STATUS_STOPPED
-    except psutil.NoSuchProcess:
-        return False
-
-
 def end_engine(engine: Any) -> None:
     """End the processes of a ``sglang.Engine``, which is of no more use then, and wait until they are gone."""
     atexit.unregister(engine.shutdown)
