@@ -177,6 +177,15 @@ def ignore_sigquit() -> None:
         signal.signal(signal.SIGQUIT, signal.SIG_IGN)
 
 
+def killed_by(pidfd: int) -> signal.Signals | None:
+    """The signal that has ended a child of this process; None: it ended by itself, or was waited for already."""
+    try:
+        end = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT)
+    except ChildProcessError:
+        return None
+    return signal.Signals(end.si_status) if end is not None and end.si_code == os.CLD_KILLED else None
+
+
 def end_engine(engine: Any) -> None:
     """End the processes of a ``sglang.Engine``, which is of no more use then, and wait until they are gone."""
     atexit.unregister(engine.shutdown)
