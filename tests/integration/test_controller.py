@@ -90,7 +90,7 @@ def test_credits_bound_what_is_leased(endpoint, client, tmp_path):
         controller = await start(make(endpoint, tmp_path, credit_bytes=5 * size))
         leases = await controller.lease("w0", 100, WorkerReport("w0"))
         assert len(leases) == 5 and controller.buffer.credits.used == 5 * size
-        assert await controller.worker_lost("w0") == 5
+        assert await controller.worker_lost("w0", True) == 5
         await drive(controller, client, 2, 1)
         assert controller.buffer.credits.used == 0
 
@@ -101,7 +101,7 @@ def test_a_dead_workers_leases_are_given_to_others_and_its_late_puts_are_thrown_
     async def scenario() -> None:
         controller = await start(make(endpoint, tmp_path))
         stale = await controller.lease("dead", 3, WorkerReport("dead"))
-        assert await controller.worker_lost("dead") == 3
+        assert await controller.worker_lost("dead", True) == 3
         assert await controller.lease("dead", 3, WorkerReport("dead")) == []
         late, answer = await asyncio.to_thread(put_sample, client, stale[0])
         await controller.publish("dead", late, answer)

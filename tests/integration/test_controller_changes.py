@@ -215,7 +215,7 @@ def test_a_dead_controller_goes_on_from_the_newest_checkpoint_with_the_newest_si
         plan = await controller.open_group()
         assert plan.training.dp_size == 2 and plan.resume.name == "step_000002"
         assert controller.pool.wanted == 2
-        assert await controller.worker_lost("w2") == 1
+        assert await controller.worker_lost("w2", True) == 1
         return await drive(controller, client, 2, 2)
 
     async def both() -> dict:
@@ -300,7 +300,7 @@ def test_a_poison_prompt_is_rejected_and_its_neighbours_are_not(endpoint, client
             while leases := await controller.lease(name, 4, WorkerReport(name)):
                 if any(lease.sample == poison for lease in leases):
                     deaths.append(len(leases))
-                    await controller.worker_lost(name)
+                    await controller.worker_lost(name, True)
                     return True
                 for lease in leases:
                     await controller.publish(name, *await asyncio.to_thread(put_sample, client, lease))

@@ -32,7 +32,7 @@ async def monitored(controller: Controller, client: HiddenStateStore) -> None:
     leases = await controller.lease("dying", 2, WorkerReport("dying"))
     await controller.worker_report(WorkerReport("dying", seconds=1.0, busy_seconds=1.0, leases=2))
     await asyncio.sleep(0.15)
-    assert len(leases) == 2 and await controller.worker_lost("dying") == 2
+    assert len(leases) == 2 and await controller.worker_lost("dying", True) == 2
     await controller.worker_report(WorkerReport("dying", seconds=2.0))  # its last words come late
     for number in range(2):
         await controller.worker_report(WorkerReport(f"w{number}", seconds=3.0, busy_seconds=2.0, put_bytes=5))
@@ -169,9 +169,9 @@ def test_what_dies_is_written_down_at_once(endpoint, tmp_path) -> None:
             await controller.lease(name, 1, WorkerReport(name))
             await controller.worker_report(WorkerReport(name))
         await asyncio.sleep(0.5)
-        await controller.worker_lost("w0")
+        await controller.worker_lost("w0", True)
         await asyncio.sleep(0.1)
-        await controller.worker_lost("w1")
+        await controller.worker_lost("w1", True)
         async with asyncio.timeout(60):
             while gone() != {"w0", "w1"}:
                 await asyncio.sleep(0.05)

@@ -203,10 +203,18 @@ class SampleBuffer:
             for record in [r for r in ledger.leased_to(worker) if r.key not in held]:
                 ledger.put_back(record)
 
-    def worker_lost(self, worker: str) -> int:
-        """A worker died: its leases go back. Returns how many."""
+    def worker_lost(self, worker: str, crashed: bool) -> int:
+        """A worker is gone: its leases go back. Returns how many.
+
+        Args:
+            crashed: by itself, so one of them may be to blame.
+        """
         keys = [record.key for ledger in self.ledgers for record in ledger.leased_to(worker)]
         self._objects.remove_twice(keys)
+        if not crashed:
+            self.take_back(worker, ())
+            self._changed()
+            return len(keys)
         for ledger in self.ledgers:
             records = ledger.worker_lost(worker, alone=len(keys) == 1)
             self._settle(ledger, [r.sample for r in records])

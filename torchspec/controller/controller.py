@@ -88,8 +88,7 @@ class Controller:
         self._begun = asyncio.Event()
         self._stopping = self._finished = False
         self._work = Signal()
-        self._asked: dict[str, int] = {}
-        """Calls for leases, by worker."""
+        self._asked: dict[str, int] = {}  # calls for leases, by worker
 
     async def begin(self, running: int | None = None) -> None:
         """Take up the run where its newest checkpoint is. No rank may be at work; workers that call before wait.
@@ -154,11 +153,13 @@ class Controller:
         await self.buffer.fail(worker, sample, key, reason, kind)
 
     @after_begin
-    async def worker_lost(self, worker: str) -> int:
-        """A worker died or was taken away: its leases go back. Returns how many."""
-        lost = self.buffer.worker_lost(worker)
+    async def worker_lost(self, worker: str, crashed: bool, hopeless: str = "") -> int:
+        """A worker died or was taken away: its leases go back. Returns how many. ``hopeless``: why none follows it."""
+        lost = self.buffer.worker_lost(worker, crashed)
         self.pool.drain(worker)
         self.observer.worker_lost(worker, lost)
+        if hopeless:
+            self.observer.scaled(self.pool.give_up(), hopeless)
         return lost
 
     @after_begin
@@ -372,8 +373,7 @@ class Controller:
             self.buffer.unpark()  # others than our own steps may have made room in the store
             self._advance()
             if move := self.pool.autoscale(self.buffer.ledger.trained_step):
-                message = f"inference workers: {move.workers}, because {move.reason}"
-                self.observer.note(message, "scaled", workers=move.workers)
+                self.observer.scaled(move.workers, move.reason)
 
     def _observe_pools(self) -> None:
         """While ranks start, evaluate or save, nobody waits for samples and the store fills: that says nothing."""

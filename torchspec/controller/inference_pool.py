@@ -68,6 +68,11 @@ class InferencePool:
         self.auto = workers == "auto"
         self._resize(self._within_limits(self.wanted) if workers == "auto" else workers)
 
+    def give_up(self) -> int:
+        """Have one worker fewer from now on; the size then."""
+        self._resize(self.wanted - 1)
+        return self.wanted
+
     def joined(self, worker: str) -> None:
         """``worker`` asks for leases. One that has left is no part of the pool any more, whatever call comes late."""
         if worker not in self._active and worker not in self._gone:

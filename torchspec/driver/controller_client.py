@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import ray
 
 from torchspec.controller.controller import NotBegun
 from torchspec.driver.cluster import require_node
-from torchspec.driver.supervise import AwakeClock, RunFailed, root_cause
+from torchspec.driver.supervise import AwakeClock, Pulse, RunFailed, is_final, root_cause
+from torchspec.store.errors import StoreUnavailable
 
 _PAUSE_SECONDS = 0.5
 
@@ -54,17 +56,18 @@ class ControllerClient:
         """Call ``method``; :meth:`result` has what comes of it."""
         return getattr(self.actor, method).remote(*args)
 
-    def result(self, ref: ray.ObjectRef, patience: float | None = None) -> Any:
-        """Wait for the result of a call, for ``patience`` seconds if it may take longer than others.
+    def result(self, ref: ray.ObjectRef) -> Any:
+        """Wait for the result of a call.
 
         Raises:
             ControllerLost: there is none.
+            StoreUnavailable: the controller did not find the store.
             RunFailed: the controller could not do it.
         """
         clock, silence = AwakeClock(), 0.0
         while not ray.wait([ref], timeout=_PAUSE_SECONDS)[0]:
             silence += clock.elapsed()
-            if silence >= (patience or self._patience):
+            if silence >= self._patience:
                 raise ControllerLost("hangs", hung=True)
         try:
             return ray.get(ref)
@@ -73,13 +76,16 @@ class ControllerClient:
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, NotBegun):
                 raise ControllerLost("died") from None
+            if isinstance(error.cause, StoreUnavailable):
+                raise error.cause from None
             raise RunFailed(f"the controller failed: {root_cause(error)}") from None
 
-    def revive(self, lost: ControllerLost, running: int) -> None:
-        """Wait until the actor has started anew, and let it take up the run.
+    def revive(self, lost: ControllerLost, ready: Callable[[], bool], running: Callable[[], int]) -> Iterator[None]:
+        """Let the actor, which starts anew by itself, take up the run. Goes on each time it is asked to.
 
         Args:
-            running: inference workers that are at work.
+            ready: whether all that it needs to begin is there.
+            running: inference workers that are at work then.
 
         Raises:
             RunFailed: it does not come back.
@@ -87,15 +93,21 @@ class ControllerClient:
         """
         if lost.hung:
             ray.kill(self.actor, no_restart=False)
-        deadline = time.monotonic() + self._start
-        while True:
-            try:
-                ray.get(self.actor.ping.remote(), timeout=self._patience)
-                break
-            except ray.exceptions.ActorDiedError as error:
-                raise RunFailed(f"the controller does not start again: {root_cause(error)}") from None
-            except (ray.exceptions.RayActorError, ray.exceptions.GetTimeoutError):
-                if time.monotonic() > deadline:
-                    raise RunFailed(f"the controller has not started again in {self._start:.0f} s") from None
-                time.sleep(_PAUSE_SECONDS)
-        self.result(self.send("begin", running), self._start)
+        clock, waited = AwakeClock(), 0.0
+        pulse = Pulse(lambda: self.send("ping").future(), self._start)
+        while pulse.answer is None or not ready():
+            if pulse.hangs(clock.elapsed()):
+                raise RunFailed(f"the controller has not started again in {self._start:.0f} s")
+            if pulse.error is not None and is_final(pulse.error):
+                raise RunFailed(f"the controller does not start again: {root_cause(pulse.error)}")
+            yield
+        begun = self.send("begin", running())
+        while not ray.wait([begun], timeout=0)[0]:
+            waited += clock.elapsed()
+            if waited > self._start:
+                raise ControllerLost("hangs", hung=True)
+            yield
+        try:
+            self.result(begun)
+        except StoreUnavailable:  # it went away meanwhile
+            raise ControllerLost("lost the store as it began", hung=True) from None

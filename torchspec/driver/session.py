@@ -6,11 +6,14 @@ trainer rank       the group starts anew from the last checkpoint (trainers.py) 
 controller         it starts anew from the last checkpoint, and so does the group the steps since
 store              it starts anew, empty (store.py)                               what was stored is captured again
 driver             the janitor ends the rest; ``torchspec resume``                the steps since
+
+A repair that has to wait for somebody does so from one look to the next: meanwhile all others are watched.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -55,11 +58,15 @@ class Session:
         self._patience = recovery.hang_seconds
         self._restarts = Restarts(recovery.max_restarts)
         self._clock = AwakeClock()
+        self._revival: Iterator[None] | None = None
+        """While the controller is away."""
         self._messages_seen: list[str] = []
         self._status: RunStatus | None = None
         self._vocabulary: ray.ObjectRef | None
         self._wanted: ray.ObjectRef
         self._pulse: Pulse
+        self._store_away: bool
+        """As the controller knows."""
         self._listen()
         self.workers.resize(prepared.config.inference.first_workers)
 
@@ -82,6 +89,9 @@ class Session:
 
     def _turn(self) -> bool:
         """One look at everybody; whether training has ended."""
+        if self._revival is not None:
+            self._await_controller(self._revival)
+            return False
         if self.stopping and not self.trainers.at_work:  # all that counts is in the last checkpoint
             return True
         polls = [ref for ref in (self._vocabulary, self._wanted) if ref is not None]
@@ -115,22 +125,42 @@ class Session:
         self.trainers.vocabulary = vocabulary
         self.trainers.start()
 
+    def _await_controller(self, revival: Iterator[None]) -> None:
+        """One look at everybody but the ranks, of whom there are none then, while the controller is away."""
+        elapsed = self._clock.elapsed()
+        require_node()
+        self._watch_store(elapsed)
+        self.workers.check(elapsed)
+        self.stopping = self.interrupts.heard() or self.stopping
+        if next(revival, self) is not self:
+            time.sleep(WATCH_SECONDS)
+            return
+        self._revival, self._messages_seen, self.trackers.steps_seen = None, [], 0
+        self._listen()
+        self.workers.reconnect()
+        if self.stopping:
+            self.controller.ask("request_stop", "it was asked for before the controller had started again")
+
     def _check(self, elapsed: float) -> None:
         """Look for those that are silent, and for a wish to stop."""
         require_node()
         if self._pulse.hangs(elapsed):
             raise ControllerLost("hangs", hung=True)
-        fault = self.store.fault(elapsed)
-        if fault is not None:
-            self.view.message(f"{fault}; starting it again")
-            self.controller.ask("store_away")
-            self.store.repair()
-            self.controller.ask("store_back")
+        self._watch_store(elapsed)
+        if bool(self.store.fault) != self._store_away:
+            self.controller.ask("store_away" if self.store.fault else "store_back")
+            self._store_away = bool(self.store.fault)
         self.workers.check(elapsed)
-        if self.interrupts.count and not self.stopping:
+        if self.interrupts.heard() and not self.stopping:
             self.stopping = True
             self.controller.ask("request_stop", "interrupted")
         self.trainers.check(elapsed)
+
+    def _watch_store(self, elapsed: float) -> None:
+        before = self.store.fault
+        self.store.check(elapsed)
+        if self.store.fault and not before:
+            self.view.message(f"{self.store.fault}; starting it again")
 
     def _show(self) -> None:
         """Refresh the view with the controller's last answer."""
@@ -157,20 +187,14 @@ class Session:
         self.trainers.kill()
         self._restarts.count(self._step(), f"the controller {lost}")
         self.view.message(f"the controller {lost}; it starts again from the last checkpoint")
-        if self.store.fault(0.0) is not None:
-            self.store.repair()
-        self.controller.revive(lost, len(self.workers))
-        self._messages_seen, self.trackers.steps_seen = [], 0
-        self._listen()
-        self.workers.reconnect()
-        if self.stopping:
-            self.controller.ask("request_stop", "it was asked for before the controller died")
+        self._revival = self.controller.revive(lost, lambda: not self.store.fault, lambda: len(self.workers))
 
     def _listen(self) -> None:
         """Ask the controller what it may take a while to answer."""
         self._vocabulary = self.controller.send("draft_vocab")
         self._wanted = self.controller.send("wanted", None)
         self._pulse = Pulse(lambda: self.controller.send("status").future(), self._patience)
+        self._store_away = False  # so it takes the store to be there
 
     def _step(self) -> int:
         return 0 if self._status is None else self._status.step

@@ -9,8 +9,6 @@ from typing import Any
 
 import ray
 
-from torchspec.config.schema import RecoveryConfig
-
 LONGEST_TURN = 2.0
 """Seconds that pass between two looks count up to here; of a longer gap, who knows who has slept."""
 
@@ -44,21 +42,24 @@ class Pulse:
         self._silence = 0.0
         self.answer: Any = None
         """The last one."""
+        self.error: BaseException | None = None
+        """What came instead of an answer the last time; None: an answer."""
 
     def hangs(self, elapsed: float) -> bool:
         """Whether it has been silent for too long, ``elapsed`` seconds after the last look."""
         self._silence += elapsed
         if self._question.done():
-            if self._question.exception() is None:
+            self.error = self._question.exception()
+            if self.error is None:
                 self.answer = self._question.result()
                 self._silence, self._limit = 0.0, self._patience
             self._question = self._ask()
         return self._silence >= self._limit
 
 
-def actor_pulse(actor: Any, recovery: RecoveryConfig) -> Pulse:
-    """Of an actor that has a ``ping``, and is being started."""
-    return Pulse(lambda: actor.ping.remote().future(), recovery.hang_seconds, recovery.start_seconds)
+def actor_pulse(actor: Any, patience: float, first: float) -> Pulse:
+    """Of an actor that has a ``ping``; ``first``: seconds until its first answer, while it starts."""
+    return Pulse(lambda: actor.ping.remote().future(), patience, first)
 
 
 class RunFailed(Exception):
@@ -84,9 +85,20 @@ class Restarts:
             raise RunFailed(f"{reason}; {self._limit} restarts (recovery.max_restarts) did not help")
 
 
+def is_final(error: BaseException) -> bool:
+    """Whether an actor that is started anew when it dies will not be, after what has come instead of an answer.
+
+    A call that was under way when its process died fails with ActorDiedError, as one to an actor that is no more does,
+    though another process is being started (Ray 2.60). Only a constructor that fails is the end.
+    """
+    return isinstance(error, ray.exceptions.ActorDiedError) and error.actor_init_failed
+
+
 def root_cause(error: BaseException) -> str:
     """One line for a person: the remote exception itself, or how its process ended."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, BaseException):
         return " ".join(f"{type(cause).__name__}: {cause}".split())[:400]
+    if is_final(error):  # Ray hands on its constructor's exception as text, a traceback
+        return str(error).rstrip().splitlines()[-1][:400]
     return "its process ended" if isinstance(error, ray.exceptions.RayActorError) else type(error).__name__

@@ -123,7 +123,7 @@ class Trainers:
         except ray.exceptions.RayError as error:  # the node that had them has just been lost
             raise RankLost(f"{slots.wanted} found no place: {root_cause(error)}") from None
         for number, actor in enumerate(actors):
-            pulse = actor_pulse(actor, self._recovery)
+            pulse = actor_pulse(actor, self._recovery.hang_seconds, self._recovery.start_seconds)
             self._ranks[actor.run.remote(self._controller.actor)] = Rank(number, actor, pulse)
 
     def check(self, elapsed: float) -> None:

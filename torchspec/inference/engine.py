@@ -17,6 +17,7 @@ import asyncio
 import json
 import os
 import shutil
+import signal
 import socket
 import tempfile
 import time
@@ -27,7 +28,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import numpy as np
-import psutil
 
 from torchspec.contracts import Answer, Lease, SampleRef, SampleTiming
 from torchspec.data.masks import pack_mask
@@ -37,12 +37,13 @@ from torchspec.inference.sglang_process import (
     await_hello,
     end_engine,
     ignore_sigquit,
-    is_stopped,
+    killed_by,
     start_capturing_engine,
 )
 from torchspec.inference.source import Produced, SourceFailed
 from torchspec.instruments import Stopwatch
 from torchspec.knobs import found
+from torchspec.processes.janitor import is_stopped
 from torchspec.processes.leftovers import remove_shared_memory_leftovers
 from torchspec.shards import ShardFormula
 from torchspec.store.geometry import SampleGeometry
@@ -57,10 +58,18 @@ CAPTURES_WHILE_ANSWERING = 2
 the front of the order waits for."""
 
 _LOOK_SECONDS = 1.0
+_END_SECONDS = 5.0
+"""What a process has to end after its sockets are closed."""
+_FROM_OUTSIDE = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+"""Signals that no process sends itself for what it was given; the kernel's for a broken program are others."""
 
 
 class EngineDied(RuntimeError):
     """A process of SGLang ended or hangs; the engine is of no more use."""
+
+
+class EngineKilled(EngineDied):
+    """Somebody outside has ended or stopped a process of SGLang, which says nothing about what it was working on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,22 +240,25 @@ class TargetEngine:
 
     async def _watch_for_stops(self, pids: Sequence[int]) -> None:
         """A process that somebody has stopped (SIGSTOP) does not end, and would be waited for without end."""
-        processes = [psutil.Process(pid) for pid in pids]
         looks, hang_seconds = 0, self._config.recovery.hang_seconds
         while looks < hang_seconds / _LOOK_SECONDS:
             await asyncio.sleep(_LOOK_SECONDS)
-            looks = looks + 1 if any(is_stopped(process) for process in processes) else 0
-        self._declare_dead(f"an SGLang process has been stopped for {hang_seconds:.0f} s")
+            looks = looks + 1 if any(map(is_stopped, pids)) else 0
+        self._declare_dead(EngineKilled(f"an SGLang process has been stopped for {hang_seconds:.0f} s"))
 
     def _on_death(self, pid: int, descriptor: int) -> None:
         asyncio.get_running_loop().remove_reader(descriptor)
+        killer = killed_by(descriptor)
         os.close(descriptor)
-        self._declare_dead(f"SGLang process {pid} ended")
+        if killer in _FROM_OUTSIDE:
+            self._declare_dead(EngineKilled(f"SGLang process {pid} ended by {killer.name}"))
+        else:
+            self._declare_dead(EngineDied(f"SGLang process {pid} ended"))
 
-    def _declare_dead(self, reason: str) -> None:
+    def _declare_dead(self, death: EngineDied) -> None:
         assert self._death is not None
         if not self._death.done():
-            self._death.set_exception(EngineDied(reason))
+            self._death.set_exception(death)
             self._death.exception()  # retrieved: nobody may be waiting
 
     async def _or_death(self, work: Awaitable[T]) -> T:
@@ -273,7 +285,8 @@ class TargetEngine:
                 future.set_result(decode_captured(message))
             else:
                 future.set_exception(SourceFailed(message["kind"], message["reason"]))
-        self._declare_dead("SGLang's scheduler process ended: the capture plugin closed its socket")
+        await asyncio.sleep(_END_SECONDS)  # how it has ended is known as soon as it has
+        self._declare_dead(EngineDied("SGLang's scheduler process closed the capture plugin's socket"))
 
     def _shut_down(self) -> None:
         if self._engine is not None:

@@ -198,12 +198,13 @@ def ignore_sigquit() -> None:
         signal.signal(signal.SIGQUIT, signal.SIG_IGN)
 
 
-def is_stopped(process: psutil.Process) -> bool:
-    """Whether somebody has stopped it (SIGSTOP), so that it neither works nor ends."""
+def killed_by(pidfd: int) -> signal.Signals | None:
+    """The signal that has ended a child of this process; None: it ended by itself, or was waited for already."""
     try:
-        return process.status() == psutil.STATUS_STOPPED
-    except psutil.NoSuchProcess:
-        return False
+        end = os.waitid(os.P_PIDFD, pidfd, os.WEXITED | os.WNOWAIT)
+    except ChildProcessError:
+        return None
+    return signal.Signals(end.si_status) if end is not None and end.si_code == os.CLD_KILLED else None
 
 
 def end_engine(engine: Any) -> None:

@@ -58,9 +58,17 @@ class ChildProcess:
         return self.returncode is None
 
     def stop(self) -> None:
-        """SIGTERM, then SIGKILL after GRACE_SECONDS, to the command's process group. Returns when all is gone."""
+        """SIGTERM, then SIGKILL after GRACE_SECONDS, to the command's process group. Returns when all is gone.
+
+        That a guard or a command was stopped (SIGSTOP) makes no difference.
+        """
         self._guard.terminate()
-        self._guard.wait()
+        self._guard.send_signal(signal.SIGCONT)
+        try:
+            self._guard.wait(2 * GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._guard.kill()  # and so the kernel the command
+            self._guard.wait()
 
     def log_tail(self, lines: int = 10) -> str:
         with self.log_path.open(errors="replace") as log:

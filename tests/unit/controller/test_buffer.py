@@ -160,9 +160,22 @@ def test_a_lost_sample_keeps_its_step_and_its_credits(play) -> None:
 def test_the_leases_of_a_dead_worker_go_back_and_what_it_has_stored_is_removed(play) -> None:
     async def script(scene: Scene) -> None:
         leases = [scene.lease("w0"), scene.lease("w0"), scene.lease("w1")]
-        assert scene.buffer.worker_lost("w0") == 2
+        assert scene.buffer.worker_lost("w0", True) == 2
         assert [scene.state(lease) for lease in leases] == ["pending", "pending", "leased"]
         await scene.until(lambda: Store.removed == {lease.key for lease in leases[:2]})
+
+    play(script)
+
+
+def test_a_worker_that_somebody_else_has_ended_says_nothing_about_its_samples(play) -> None:
+    """However often: a healthy prompt was rejected because its workers were killed at random."""
+
+    async def script(scene: Scene) -> None:
+        for number in range(5):
+            lease = scene.lease(f"w{number}")
+            assert scene.buffer.worker_lost(f"w{number}", False) == 1
+            assert scene.state(lease) == "pending"
+        assert not scene.ledger.rejected and not any(r.deaths for r in scene.ledger.records.values())
 
     play(script)
 

@@ -81,4 +81,4 @@ def test_ranks_of_a_size_that_is_not_wanted_any_more_wait_no_longer(monkeypatch)
 
 
 def test_a_run_that_is_stopped_while_no_rank_is_at_work_is_over():
-    assert Session._turn(SimpleNamespace(stopping=True, trainers=SimpleNamespace(at_work=False))) is True
+    assert Session._turn(SimpleNamespace(stopping=True, trainers=SimpleNamespace(at_work=False), _revival=None)) is True

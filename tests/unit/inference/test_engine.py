@@ -15,7 +15,7 @@ from torchspec.inference.capture.protocol import Captured
 from torchspec.inference.engine import (
     CAPTURES_WHILE_ANSWERING,
     Answered,
-    EngineDied,
+    EngineKilled,
     Sampling,
     TargetEngine,
     _Budget,
@@ -126,8 +126,8 @@ def test_who_waits_for_an_engine_hears_of_its_death_and_leaves_nothing_behind(ho
         if how == "answers":
             assert await waiting == "answered"
         elif how == "dies":
-            engine._declare_dead("killed")
-            with pytest.raises(EngineDied, match="killed"):
+            engine._declare_dead(EngineKilled("killed"))
+            with pytest.raises(EngineKilled, match="killed"):
                 await waiting
         else:
             waiting.cancel()

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from torchspec.config.schema import Config
 from torchspec.inference import sglang_process
-from torchspec.inference.sglang_process import EngineError, EngineSpec, await_hello, check_engine_args
+from torchspec.inference.sglang_process import EngineError, EngineSpec, await_hello, check_engine_args, killed_by
 from torchspec.store.endpoint import StoreEndpoint
 
 
@@ -61,3 +64,17 @@ def test_a_plugin_that_connects_and_says_nothing_is_not_waited_for_without_end(
         silent.connect(str(tmp_path / "socket"))
         with pytest.raises(EngineError, match="the capture plugin did not load"):
             await_hello(listener)
+
+
+@pytest.mark.parametrize(
+    ("end", "expected"), [("kill -9 $$", signal.SIGKILL), ("kill -6 $$", signal.SIGABRT), ("exit 3", None)]
+)
+def test_how_a_child_has_ended_is_told_and_left_for_its_parent_to_ask(
+    end: str, expected: signal.Signals | None
+) -> None:
+    child = subprocess.Popen(["sh", "-c", end])
+    descriptor = os.pidfd_open(child.pid)
+    assert killed_by(descriptor) == expected
+    assert child.wait(10) == (3 if expected is None else -expected)
+    assert killed_by(descriptor) is None, "somebody has waited for it"
+    os.close(descriptor)

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 
 from torchspec.processes.child import ChildProcess
 
@@ -78,3 +79,25 @@ def test_the_group_dies_with_a_killed_parent(tmp_path: Path) -> None:
     parent.kill()
     parent.wait()
     assert psutil.wait_procs(family, timeout=10)[1] == []
+
+
+def test_a_guard_that_was_stopped_is_no_end_of_the_wait(tmp_path: Path) -> None:
+    child = ChildProcess(["sh", "-c", FAMILY], tmp_path / "log")
+    family = family_of(child, tmp_path / "log")
+    for process in family:
+        process.suspend()
+    child.stop()
+    assert psutil.wait_procs(family, timeout=10)[1] == []
+
+
+def test_a_guard_that_is_stopped_again_and_again_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchspec.processes.child.GRACE_SECONDS", 0.2)
+    child = ChildProcess(["sleep", "600"], tmp_path / "log")
+    while not (command := psutil.Process(child.pid).children()) or command[0].name() != "sleep":
+        pass
+    os.kill(child.pid, signal.SIGSTOP)
+    send = child._guard.send_signal
+    monkeypatch.setattr(child._guard, "send_signal", lambda n: send(signal.SIGSTOP if n == signal.SIGCONT else n))
+    child.stop()
+    assert child.returncode == -signal.SIGKILL
+    assert psutil.wait_procs(command, timeout=10)[1] == []

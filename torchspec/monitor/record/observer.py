@@ -96,6 +96,9 @@ class Observer:
         message = f"{worker} is gone; {leases} of its leases are pending again"
         self.note(message, "worker_lost", worker=worker, leases=leases)
 
+    def scaled(self, workers: int, reason: str) -> None:
+        self.note(f"inference workers: {workers}, because {reason}", "scaled", workers=workers)
+
     def blocked(self, by_credits: bool = False, by_window: bool = False) -> None:
         """A worker asked for leases and was refused some for want of credits, or because the window is full."""
         self._telemetry.credit_blocked.set(by_credits)
