@@ -368,16 +368,22 @@ def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
     return call | {"function": call["function"] | {"arguments": arguments}}
 
 
+def template_file(chat_template: str | None) -> Path | None:
+    """The file that ``data.chat_template`` names; None where it is Jinja text itself."""
+    if chat_template is None or "{%" in chat_template or "{{" in chat_template:
+        return None
+    return Path(chat_template)
+
+
 def read_template(chat_template: str | None) -> str | None:
     """The text of ``data.chat_template``, which is Jinja text itself or the path of a file.
 
     Raises:
         ValueError: neither.
     """
-    if chat_template is None or "{%" in chat_template or "{{" in chat_template:
-        return chat_template
+    file = template_file(chat_template)
     try:
-        return Path(chat_template).expanduser().read_text(encoding="utf-8")
+        return chat_template if file is None else file.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"data.chat_template {chat_template} is neither Jinja text nor a readable file: {error}"
