@@ -24,7 +24,7 @@ def runs_in(folder: Path = Path("runs")) -> list[RunFolder]:
     return [run for run in map(RunFolder, sorted(folder.glob("*"))) if run.exists()]
 
 
-def _complete_run(incomplete: str) -> list[str]:
+def complete_run(incomplete: str) -> list[str]:
     """For the shell: names under ``runs/``, and paths of runs."""
     names = [run.path.name for run in runs_in()]
     return [word for word in (*names, *(f"runs/{name}" for name in names)) if word.startswith(incomplete)]
@@ -32,7 +32,7 @@ def _complete_run(incomplete: str) -> list[str]:
 
 Run = Annotated[
     str,
-    typer.Argument(metavar="RUN", help="The run's folder, or its name under runs/.", autocompletion=_complete_run),
+    typer.Argument(metavar="RUN", help="The run's folder, or its name under runs/.", autocompletion=complete_run),
 ]
 OptionalRun = Annotated[
     str | None,
@@ -40,7 +40,7 @@ OptionalRun = Annotated[
         metavar="[RUN]",
         help="The run's folder, or its name under runs/. Default: the one that was started last, of those that run.",
         show_default=False,
-        autocompletion=_complete_run,
+        autocompletion=complete_run,
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print everything that is known, as JSON.")]
@@ -51,17 +51,21 @@ def print_json(tree: Any) -> None:
     print(json.dumps(tree, indent=2, default=str))
 
 
+def run_called(name: str | Path) -> RunFolder | None:
+    """The run in that folder, or of that name under ``runs/``, if there is one."""
+    return next((run for run in map(RunFolder, (Path(name), Path("runs", name))) if run.exists()), None)
+
+
 def find_run(run: str) -> Path:
     """The folder of a run, given by path or by its name under ``runs/``.
 
     Raises:
         ValueError: neither is a run.
     """
-    places = [Path(run), Path("runs", run)]
-    for folder in places:
-        if RunFolder(folder).exists():
-            return folder
-    raise ValueError(f"no run {run}: neither {places[0]} nor {places[1]} has a config.yaml that can be read")
+    found = run_called(run)
+    if found is None:
+        raise ValueError(f"no run {run}: neither {Path(run)} nor {Path('runs', run)} has a config.yaml that can be read")
+    return found.path
 
 
 def newest_run(runs: Path = Path("runs")) -> Path:

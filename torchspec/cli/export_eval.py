@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from torchspec.cli.arguments import complete_run, run_called
 from torchspec.cli.units import human_seconds
 from torchspec.data.conversations import printable
 from torchspec.run_folder import RunFolder
@@ -18,7 +19,12 @@ if TYPE_CHECKING:
 
 
 def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A checkpoint's folder, or a run's.")],
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CHECKPOINT", help="A checkpoint's folder, or a run's or its name.", autocompletion=complete_run
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option(help="Where to write. Default: beside the run's checkpoints.", show_default=False)
     ] = None,
@@ -30,13 +36,19 @@ def export(
     from torchspec.cli.tables import shown
     from torchspec.training.weights import export_checkpoint
 
-    folder = RunFolder(checkpoint).newest_checkpoint() or checkpoint.resolve()
+    run = run_called(checkpoint)
+    folder = (run.newest_checkpoint() if run else None) or checkpoint.resolve()
     out = out or RunFolder(folder.parent.parent).exports / folder.name
     print(f"exported to {shown(export_checkpoint(folder, out, dtype))}")
 
 
 def evaluate(
-    draft: Annotated[Path, typer.Argument(metavar="DRAFT", help="An exported draft's folder.")],
+    draft: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DRAFT", help="An exported draft's folder, or a run's or its name.", autocompletion=complete_run
+        ),
+    ],
     target: Annotated[
         str | None,
         typer.Option(help="The target's folder, or its name on the Hub. Default: the run's.", show_default=False),
@@ -57,7 +69,7 @@ def evaluate(
     ] = None,
     max_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 100,
     concurrency: Annotated[int, typer.Option(help="Requests that the server answers at a time.")] = 32,
-    limit: Annotated[int | None, typer.Option(help="Use the first so many prompts.", show_default=False)] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use the first so many prompts.", show_default=False)] = None,
     dtype: Annotated[str, typer.Option(help="In float32, answers with and without the draft are the same.")] = "auto",
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.", show_default=False)
@@ -67,12 +79,13 @@ def evaluate(
     from torchspec.drafts.export import read_spec
     from torchspec.evaluation.result import EvaluationSettings
 
-    trained = config_around(draft)
+    draft = run.export if (run := run_called(draft)) else draft
+    spec, trained = read_spec(draft), config_around(draft)
     if target is None:
         if trained is None:
             raise ValueError(f"{draft} lies in no run, so name the target: torchspec eval {draft} --target FOLDER")
         target = trained.target.path
-    tokens = read_spec(draft).draft_tokens if tokens is None else tokens
+    tokens = spec.draft_tokens if tokens is None else tokens
     asked = {"chat_template": chat_template, "trust_remote_code": trust_remote_code}
     as_trained = settings_of(trained) if trained else {}
     settings = EvaluationSettings(
@@ -128,5 +141,6 @@ def settings_of(config: Config) -> dict[str, Any]:
     return {
         "chat_template": config.data.chat_template,
         "template_kwargs": config.data.template_kwargs,
+        "columns": dict(config.data.columns),
         "trust_remote_code": config.target.trust_remote_code,
     }

@@ -7,11 +7,15 @@ from collections.abc import Mapping
 
 from torchspec.data.conversations import Message
 
-MARK = re.compile("\ue000([0-9]+)([a-z]+)\ue001")
+MARK = re.compile("\ue000([0-9]+)([a-z]+[0-9]*)\ue001")
 """Private-use characters, at which no template trims or splits. Between them a turn's number, and where in the turn:
-``start`` and ``end`` of its content, in its ``thoughts``, in a ``call``."""
+``start`` and ``end`` of its content, in its ``thoughts``, in ``call0``, ``call1`` ..."""
 Marks = dict[tuple[int, str], int]
-"""By turn and place: where in the text. Of several calls, the last one's."""
+"""By turn and place: where in the text. A call's name may come again with the tool's reply: the first counts."""
+
+
+def mark(number: int, place: str) -> str:
+    return f"\ue000{number}{place}\ue001"
 
 
 def with_marks(turn: Message, number: int, with_start: bool) -> Message:
@@ -19,7 +23,7 @@ def with_marks(turn: Message, number: int, with_start: bool) -> Message:
 
     def ended(part: str, place: str) -> str:
         body = part.rstrip()
-        return f"{body}\ue000{number}{place}\ue001{part[len(body) :]}" if body else part
+        return f"{body}{mark(number, place)}{part[len(body) :]}" if body else part
 
     content = turn["content"]
     if content.strip():
@@ -28,13 +32,13 @@ def with_marks(turn: Message, number: int, with_start: bool) -> Message:
             content = ended(thoughts, "thoughts") + closed + answer
         content = ended(content, "end")
         if with_start:
-            content = f"\ue000{number}start\ue001{content}"
+            content = mark(number, "start") + content
     marked = turn | {"content": content}
     if "reasoning_content" in turn:
         marked["reasoning_content"] = ended(turn["reasoning_content"], "thoughts")
     if "tool_calls" in turn:
         functions = [call["function"] for call in turn["tool_calls"]]
-        functions = [function | {"name": ended(function["name"], "call")} for function in functions]
+        functions = [f | {"name": ended(f["name"], f"call{i}")} for i, f in enumerate(functions)]
         marked["tool_calls"] = [c | {"function": f} for c, f in zip(turn["tool_calls"], functions, strict=True)]
     return marked
 
@@ -43,12 +47,12 @@ def take_out(text: str) -> tuple[str, Marks | None]:
     """``text`` without its marks, and where they were; None if one is there twice, and so says nothing."""
     marks: Marks = {}
     pieces, at, taken, twice = [], 0, 0, False
-    for mark in MARK.finditer(text):
-        pieces.append(text[at : mark.start()])
-        place = int(mark[1]), mark[2]
-        twice |= place in marks and place[1] != "call"
-        marks[place] = mark.start() - taken
-        at, taken = mark.end(), taken + len(mark[0])
+    for found in MARK.finditer(text):
+        pieces.append(text[at : found.start()])
+        place = int(found[1]), found[2]
+        twice |= place in marks and not place[1].startswith("call")
+        marks.setdefault(place, found.start() - taken)
+        at, taken = found.end(), taken + len(found[0])
     return "".join([*pieces, text[at:]]), None if twice else marks
 
 
@@ -57,7 +61,7 @@ def is_whole(turn: Message, number: int, marks: Mapping[tuple[int, str], int]) -
     marked = with_marks(turn, number, with_start=False)
     parts = [marked["content"], marked.get("reasoning_content", "")]
     parts += [call["function"]["name"] for call in marked.get("tool_calls", ())]
-    return all((int(mark[1]), mark[2]) in marks for part in parts for mark in MARK.finditer(part))
+    return all((int(put[1]), put[2]) in marks for part in parts for put in MARK.finditer(part))
 
 
 def thinks(turn: Message) -> bool:

@@ -30,7 +30,7 @@ from torchspec.data.prompt_sources import find_files
 from torchspec.data.rows import Row, read_rows, short_names
 from torchspec.data.tokenize import ChatTokenizer, Refusal, Tokenized, read_template
 
-FORMAT = 2
+FORMAT = 3
 """Part of the cache's hash: raise it whenever the rows made from the same files change."""
 BATCH = 512
 """Rows tokenised at once."""

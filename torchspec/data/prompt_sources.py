@@ -43,6 +43,11 @@ HUMANEVAL = WheelFile(
 )
 
 
+def is_named(source: str) -> bool:
+    """Whether ``source`` is the name of a set, and no path."""
+    return source.startswith((PREFIX, HUB))
+
+
 def find_files(source: str, cache_dir: Path, knob: str = "data.train") -> list[Path]:
     """Files that ``source`` stands for, sorted by path; of a folder, all below it that hold rows.
 

@@ -9,10 +9,10 @@ rendered text, by marks that are put into its parts and come out again:
                                          [               )    on through a special token that follows at once
 
 The marks must leave the rest of the text as it was. Where none can stand in front (a template that looks into the
-content to part thoughts from the answer drops it), the turn starts where the prompt before it ends, generation prompt
-included; tool calls end as they do where the conversation ends with them. Where that fails too, the conversation is
-rejected with that reason: no mask is a guess. A turn of which the template cuts a part (thoughts of earlier turns)
-carries no loss: the target would not have written the rest by itself.
+content to part thoughts from the answer drops it), the turn starts behind what the generation prompt would put there.
+Tool calls without text start where text before them would, and end as they do where the conversation ends with them.
+Where that fails too, the conversation is rejected with that reason: no mask is a guess. A turn of which the template
+cuts a part (thoughts of earlier turns) carries no loss: the target would not have written the rest by itself.
 
 The text is tokenised once, as a server does it, and a token counts if it covers any character of a turn.
 """
@@ -33,7 +33,7 @@ from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from torchspec.data.conversations import Conversation, Message, printable
-from torchspec.data.marks import Marks, is_whole, take_out, thinks, with_marks
+from torchspec.data.marks import Marks, is_whole, mark, take_out, thinks, with_marks
 
 Messages = Sequence[Message]
 Tools = Sequence[dict[str, Any]]
@@ -271,34 +271,58 @@ class ChatTokenizer:
         spans: list[Span | None] = []
         for i, message in enumerate(messages):
             if message["role"] == "assistant":
-                whole = is_whole(message, i, marks)
-                spans.append(self._locate(messages[: i + 1], tools, text, marks) if whole else None)
+                spans.append(self._locate(messages, i, tools, text, marks) if is_whole(message, i, marks) else None)
         return spans
 
-    def _locate(self, messages: Messages, tools: Tools, text: str, marks: Marks) -> Span:
-        """Span of the last of ``messages``."""
-        number, turn = len(messages) - 1, messages[-1]
+    def _locate(self, messages: Messages, number: int, tools: Tools, text: str, marks: Marks) -> Span:
+        """Span of the turn of that ``number``."""
+        turn, calls = messages[number], len(messages[number].get("tool_calls", ()))
         start, end = marks.get((number, "start")), marks.get((number, "end"))
-        if start is None or "reasoning_content" in turn:
-            prompt = self.prompt_text(messages[:-1], tools)
-            if not text.startswith(prompt):
-                raise _CannotTell
-            start = len(prompt)
-        if end is None or "tool_calls" in turn:
-            tail = self._behind_calls(messages, tools)
-            called = marks[number, "call"]
+        if "reasoning_content" in turn:
+            start = self._behind_prompt(messages, number, tools, text)
+        elif start is None and calls:
+            start = self._before_calls(messages, number, tools, text, marks)
+        if start is None:
+            start = self._behind_prompt(messages, number, tools, text)
+        if end is None or calls:
+            place = number, f"call{calls - 1}"
+            tail, called = self._behind_calls(messages[: number + 1], tools, place), marks[place]
             if not text.startswith(tail, called):
                 raise _CannotTell
             last = next((token for token in self._special_texts if tail.endswith(token)), "")
             end = called + len(tail) - len(last)  # which counts as it follows at once
         return start, end
 
-    def _behind_calls(self, messages: Messages, tools: Tools) -> str:
+    def _before_calls(self, messages: Messages, number: int, tools: Tools, text: str, marks: Marks) -> int | None:
+        """Where text before the turn's calls would start; None where the template has no place for it."""
+        probe = messages[number] | {"content": mark(number, "start")}
+        probed, found = take_out(self._render([*messages[:number], probe, *messages[number + 1 :]], tools)[0])
+        start = (found or {}).get((number, "start"))
+        if start is None or start > marks[number, "call0"] or not text.startswith(probed[:start]):
+            return None
+        return start
+
+    def _behind_prompt(self, messages: Messages, number: int, tools: Tools, text: str) -> int:
+        """Where the prompt of the turn ends. Templates that put tools or the system's turn before the last question
+        write an earlier prompt otherwise than ``text`` begins, but not what stands between two turns."""
+        before = number - 1
+        asked, place = with_marks(messages[before], before, with_start=False), (before, "end")
+        prompt, in_prompt = take_out(self.prompt_text([*messages[:before], asked], tools))
+        whole, in_text = take_out(self._render([*messages[:before], asked, *messages[number:]], tools)[0])
+        at = 0
+        if whole == text and in_prompt and in_text and place in in_prompt and place in in_text:
+            prompt, at = prompt[in_prompt[place] :], in_text[place]
+        if not text.startswith(prompt, at):
+            raise _CannotTell
+        return at + len(prompt)
+
+    def _behind_calls(self, messages: Messages, tools: Tools, place: tuple[int, str]) -> str:
         """The end of the text of ``messages``, from where the last tool that is called has been named."""
-        number = len(messages) - 1
-        marked = [*messages[:-1], with_marks(messages[-1], number, with_start=False)]
+        marked = [*messages[:-1], with_marks(messages[-1], len(messages) - 1, with_start=False)]
         text, marks = take_out(self._render(marked, tools)[0])
-        return text[marks[number, "call"] :].rstrip() if marks else ""
+        if marks is None or place not in marks:
+            raise _CannotTell
+        return text[marks[place] :].rstrip()
 
     def _marks(self, messages: Messages, tools: Tools, text: str, with_starts: bool) -> Marks | None:
         """Where marks in the assistant's turns come out in ``text``; None if they change it, or come out twice."""
@@ -344,16 +368,22 @@ def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
     return call | {"function": call["function"] | {"arguments": arguments}}
 
 
+def template_file(chat_template: str | None) -> Path | None:
+    """The file that ``data.chat_template`` names; None where it is Jinja text itself."""
+    if chat_template is None or "{%" in chat_template or "{{" in chat_template:
+        return None
+    return Path(chat_template)
+
+
 def read_template(chat_template: str | None) -> str | None:
     """The text of ``data.chat_template``, which is Jinja text itself or the path of a file.
 
     Raises:
         ValueError: neither.
     """
-    if chat_template is None or "{%" in chat_template or "{{" in chat_template:
-        return chat_template
+    file = template_file(chat_template)
     try:
-        return Path(chat_template).expanduser().read_text(encoding="utf-8")
+        return chat_template if file is None else file.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"data.chat_template {chat_template} is neither Jinja text nor a readable file: {error}"

@@ -160,3 +160,14 @@ def check_gpus(config: Config, gpus: int) -> None:
             f"inference.tp_size ({inference.tp_size}) ask for {training.world_size} + {engines} GPUs; "
             f"this machine has {gpus}"
         )
+
+
+def check_memory(plan: Plan) -> None:
+    """Refuse a run that would take more memory than this machine has. Raises ValueError: how much, and what to do."""
+    if plan.memory_bytes > plan.memory_available:
+        needed, there = (f"{size / 2**30:.1f} GiB" for size in (plan.memory_bytes, plan.memory_available))
+        raise ValueError(
+            f"the run would take about {needed} of memory, of {there} that this machine has, and be killed on the way: "
+            "lower data.max_seq_length, training.batch_size or inference.workers, or use a larger machine (torchspec "
+            "plan shows what takes how much)"
+        )

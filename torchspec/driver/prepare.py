@@ -19,7 +19,7 @@ from torchspec.controller.prompts import Writer, check_reuse
 from torchspec.data.prompt_builder import load_or_build
 from torchspec.data.prompt_set import PromptSet, TokenizeOptions, count_reasons
 from torchspec.data.survey import Survey, survey
-from torchspec.driver.plan import Plan, check_gpus, make_plan, total_steps
+from torchspec.driver.plan import Plan, check_gpus, check_memory, make_plan, total_steps
 from torchspec.driver.resolve import Resolved, resolve
 from torchspec.driver.sizes import check_sizes
 from torchspec.inference.sglang_patch import check_patched
@@ -27,6 +27,7 @@ from torchspec.monitor.trackers import check_trackers
 from torchspec.run_folder import LEDGER_FILE, RunFolder
 from torchspec.target.checkpoint import find_checkpoint
 from torchspec.training.checkpoint import read_info
+from torchspec.training.weights import check_start
 
 T = TypeVar("T", PromptSet, Survey)
 
@@ -72,12 +73,15 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None], start:
     resume_from = folder.find_checkpoint(start) if resume else None
     message("reading and tokenising the prompts")
     read = partial(load_or_build, progress=_told(message))
-    train, heldout = _check_and_read(resolved, read, lambda data: (len(data), data.fully_answered))
+    start_weights = config.training.init_from if resume_from is None else None
+    train, heldout = _check_and_read(resolved, read, lambda data: (len(data), data.fully_answered), start_weights)
     _tell_changes(train, message)
     if resume_from is not None:
         LedgerSnapshot.from_json((resume_from / LEDGER_FILE).read_text(), ledger_shape(config, train))
         _tell_schedule(resume_from, total_steps(config.training, len(train)), config, message)
     plan = make_plan(resolved, len(heldout) if heldout else 0)
+    if config.cluster.address is None:
+        check_memory(plan)
     folder.make()
     if not resume:
         _list_rejected(folder, train, heldout)
@@ -88,7 +92,8 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None], start:
 def make_plan_for(config: Config) -> tuple[Plan, Survey]:
     """The figures of a run and of its data, of which a sample is tokenised. Raises ValueError: it could not run."""
     resolved = resolve(config)
-    train, heldout = _check_and_read(resolved, survey, lambda data: (data.rows, not data.answer_tokens))
+    start_weights = resolved.config.training.init_from
+    train, heldout = _check_and_read(resolved, survey, lambda data: (data.rows, not data.answer_tokens), start_weights)
     return make_plan(resolved, heldout.rows if heldout else 0), train
 
 
@@ -117,9 +122,15 @@ def read_prompts(config: Config, knob: str, read: Callable[..., T]) -> T:
 
 
 def _check_and_read(
-    resolved: Resolved, read: Callable[..., T], rows_and_answered: Callable[[T], tuple[int, bool]]
+    resolved: Resolved,
+    read: Callable[..., T],
+    rows_and_answered: Callable[[T], tuple[int, bool]],
+    start_weights: Path | None,
 ) -> tuple[T, T | None]:
     """The training and the held-out data.
+
+    Args:
+        start_weights: a draft that this one is to start from.
 
     Raises:
         ValueError: a line for each thing, in the data or elsewhere, that cannot work.
@@ -139,6 +150,9 @@ def _check_and_read(
     if resolved.on_gpu:
         with noted():
             check_gpus(config, torch.cuda.device_count())
+    if start_weights is not None:
+        with noted():
+            check_start(start_weights, resolved.draft)
     with noted():
         train = read_prompts(config, "data.train", read)
         wrong += _complaints(resolved, *rows_and_answered(train), train.rejected)

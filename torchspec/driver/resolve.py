@@ -11,6 +11,8 @@ from pathlib import Path
 
 from torchspec.config.load import with_values
 from torchspec.config.schema import Config
+from torchspec.data.prompt_sources import is_named
+from torchspec.data.tokenize import template_file
 from torchspec.drafts.registry import KINDS
 from torchspec.drafts.spec import DraftSpec
 from torchspec.driver.sizes import find_sizes
@@ -65,10 +67,14 @@ def computes_on_gpu(config: Config) -> bool:
 
 
 def _absolute_paths(config: Config, target: TargetCheckpoint) -> dict[str, str]:
-    """Actors have another working directory, so every path they see is absolute."""
+    """Actors have another working directory, and a resume may have: every path is absolute."""
+    data, heldout = config.data, config.evaluation.heldout
     paths = {
         "run.dir": config.run.dir,
-        "data.cache_dir": config.data.cache_dir,
+        "data.cache_dir": data.cache_dir,
+        "data.train": None if is_named(data.train) else Path(data.train),
+        "data.chat_template": template_file(data.chat_template),
+        "evaluation.heldout": None if heldout is None or is_named(heldout) else Path(heldout),
         "target.path": target.path,
         "draft.config": config.draft.config,
         "training.init_from": config.training.init_from,

@@ -38,7 +38,7 @@ def run_evaluation(
         target_path: a folder, or a model's name on the Hugging Face Hub.
         prompt_set: path, glob, or a set by name (``builtin:heldout``, ``builtin:mtbench``, ``builtin:humaneval``).
         limit: use the first so many prompts.
-        progress: told what is about to happen.
+        progress: told what is about to happen, and which prompts cannot be used.
 
     Raises:
         ValueError: the draft, the target or the prompt set cannot be used; one clear line.
@@ -52,7 +52,7 @@ def run_evaluation(
         raise ValueError(f"the draft {export.folder} cannot be tried: {gap}")
     trusted, arguments = settings.trust_remote_code, settings.template_kwargs
     chat = ChatTokenizer(target.path, settings.chat_template, trusted, arguments)
-    prompts = load_prompts(prompt_set, chat, CACHE, limit)
+    prompts = load_prompts(prompt_set, chat, CACHE, limit, settings.columns, progress)
     _require_room(prompts, target.shape, settings)
     plain_job = Job(
         target=str(target.path),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torchspec.data.conversations import Pretokenized, Rejected, read_conversations
+from torchspec.data.conversations import Conversation, Pretokenized, read_conversations
+from torchspec.data.prompt_set import count_reasons
 from torchspec.data.prompt_sources import find_files
 from torchspec.data.tokenize import ChatTokenizer, Refusal
 
@@ -19,28 +21,43 @@ class EvaluationPrompt:
     input_ids: tuple[int, ...]
 
 
-def load_prompts(source: str, chat: ChatTokenizer, cache_dir: Path, limit: int | None = None) -> list[EvaluationPrompt]:
+def load_prompts(
+    source: str,
+    chat: ChatTokenizer,
+    cache_dir: Path,
+    limit: int | None = None,
+    columns: Mapping[str, str] | None = None,
+    told: Callable[[str], None] = lambda message: None,
+) -> list[EvaluationPrompt]:
     """Tokenise the first ``limit`` conversations of ``source`` as a chat server does; a given last answer is left out.
 
     Args:
         source: as ``data.train``: also ``builtin:heldout``, ``builtin:mtbench``, ``builtin:humaneval``.
+        columns: as ``data.columns``.
+        told: of each reason for which conversations cannot be used, and how many.
 
     Raises:
-        ValueError: nothing at ``source``, a bad line, or a conversation that the chat template refuses.
+        ValueError: nothing at ``source``, a malformed row, or no conversation that can be used.
     """
-    files = find_files(source, cache_dir, "the prompt set")
-    questions = []
-    for one in read_conversations(files, limit):
-        if isinstance(one, Rejected):
+    questions, rejected = [], list[tuple[str, str]]()
+    for one in read_conversations(find_files(source, cache_dir, "the prompt set"), limit, columns):
+        if isinstance(one, Conversation):
+            questions.append(replace(one, messages=one.messages[:-1]) if one.answered else one)
+        elif isinstance(one, Pretokenized):
+            rejected.append((one.id, "tokenised already: an evaluation needs messages"))
+        elif one.malformed:
             raise ValueError(f"{one.where}: {one.reason}")
-        if isinstance(one, Pretokenized):
-            raise ValueError(f"prompt {one.id} is tokenised already: an evaluation needs messages")
-        questions.append(replace(one, messages=one.messages[:-1]) if one.answered else one)
-    if not questions:
-        raise ValueError(f"the prompt set {source} holds no conversation")
+        else:
+            rejected.append((one.id, one.reason))
     prompts = []
     for question, tokens in zip(questions, chat.encode(questions), strict=True):
         if isinstance(tokens, Refusal):
-            raise ValueError(f"prompt {question.id}: {tokens.reason}")
-        prompts.append(EvaluationPrompt(question.id, question.category, tuple(tokens.input_ids.tolist())))
+            rejected.append((question.id, tokens.reason))
+        else:
+            prompts.append(EvaluationPrompt(question.id, question.category, tuple(tokens.input_ids.tolist())))
+    reasons = [f"{count:,} left out: {reason}" for reason, count in count_reasons(rejected).items()]
+    if not prompts:
+        raise ValueError(f"the prompt set {source} holds no conversation to ask; {'; '.join(reasons) or 'it is empty'}")
+    for reason in reasons:
+        told(f"prompts {source}: {reason}")
     return prompts

@@ -114,6 +114,8 @@ class EvaluationSettings:
     """A Jinja chat template (text or path) instead of the tokenizer's own."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     """More arguments of the chat template."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """What prompts call the keys of their rows, as ``data.columns``."""
     trust_remote_code: bool = False
     """Run Python code that ships with the target."""
     engine_args: dict[str, Any] = field(default_factory=dict)

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from torchspec.config.load import load_config
-from torchspec.drafts.export import export_draft, read_weights, validate_export
+from torchspec.drafts.export import export_draft, read_spec, read_weights, validate_export
+from torchspec.drafts.spec import DraftSpec
 from torchspec.training.checkpoint import CONFIG_FILE, checkpoint_kind, load_weights, read_info
 
 HEAD = "lm_head.weight"
@@ -54,32 +55,44 @@ def load_draft(folder: Path) -> tuple[dict[str, Tensor], Tensor]:
     return weights, offsets + torch.arange(len(offsets))
 
 
-def warm_start(draft: nn.Module, draft_ids: Tensor, folder: Path) -> None:
-    """Copy the weights in ``folder`` into ``draft`` (whole, not yet sharded).
-
-    Output rows go by token: a token that the other vocabulary lacks keeps the row it has now (the target's).
+def check_start(folder: Path, spec: DraftSpec) -> None:
+    """Whether a draft can start from the weights in ``folder``, by the two drafts' figures alone.
 
     Raises:
         ValueError: the folder holds no draft, or one of another shape.
     """
-    weights, other_ids = load_draft(folder)
-    parameters = dict(draft.named_parameters())
-    if weights.keys() != parameters.keys():
-        wrong = ", ".join(sorted(weights.keys() ^ parameters.keys()))
+    try:
+        other = read_info(folder).draft if checkpoint_kind(folder) == "checkpoint" else read_spec(folder)
+    except ValueError as error:
+        raise ValueError(f"training.init_from: {error}") from None
+    there, here = other.hf_tensors(), spec.hf_tensors()
+    if there.keys() != here.keys():
+        wrong = ", ".join(sorted(there.keys() ^ here.keys()))
         raise ValueError(f"training.init_from {folder} is a draft of another kind: {wrong} on one side only")
+    for name, shape in here.items():
+        if there[name][1:] != shape[1:] or (name != HEAD and there[name] != shape):
+            raise ValueError(
+                f"training.init_from {folder} does not fit this draft: {name} is {list(there[name])} there and "
+                f"{list(shape)} here (draft.config={folder} gives a draft the shape of an exported one)"
+            )
+
+
+def warm_start(draft: nn.Module, draft_ids: Tensor, folder: Path) -> None:
+    """Copy the weights in ``folder`` (:func:`check_start`) into ``draft`` (whole, not yet sharded).
+
+    Output rows go by token: a token that the other vocabulary lacks keeps the row it has now (the target's).
+
+    Raises:
+        ValueError: the folder holds no sound draft.
+    """
+    weights, other_ids = load_draft(folder)
     with torch.no_grad():
-        for name, parameter in parameters.items():
-            stored = weights[name]
-            if stored.shape[1:] != parameter.shape[1:] or (name != HEAD and stored.shape != parameter.shape):
-                raise ValueError(
-                    f"training.init_from {folder} does not fit this draft: {name} is {list(stored.shape)} there and "
-                    f"{list(parameter.shape)} here (draft.config={folder} gives a draft the shape of an exported one)"
-                )
+        for name, parameter in draft.named_parameters():
             if name == HEAD:
                 here, there = _common_rows(draft_ids, other_ids)
-                parameter[here] = stored[there].to(parameter.dtype)
+                parameter[here] = weights[name][there].to(parameter.dtype)
             else:
-                parameter.copy_(stored)
+                parameter.copy_(weights[name])
 
 
 def _common_rows(ids: Tensor, other_ids: Tensor) -> tuple[Tensor, Tensor]:

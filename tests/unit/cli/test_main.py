@@ -85,9 +85,8 @@ def test_ctrl_c_is_exit_code_130(tmp_path: Path) -> None:
         (["scale", "absent", "--dp", "2"], "no run absent"),
         (["verify", "absent"], "no run absent"),
         (["export", "."], "neither a checkpoint"),
-        (["eval", "."], "name the target"),
-        (["eval", ".", "--target", "x", "--tokens", "0"], "num_draft_tokens is 0"),
-        (["eval", ".", "--target", "x"], "not an exported draft"),
+        (["eval", "."], "not an exported draft"),
+        (["eval", "absent", "--target", "x"], "not an exported draft"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

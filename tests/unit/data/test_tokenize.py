@@ -248,6 +248,46 @@ def test_a_system_prompt_that_the_template_moves_to_the_last_question(target_pat
     assert marked_runs(tokenizer, row) == ["Hello!<|im_end|>", "See you.<|im_end|>"]
 
 
+LATE_TOOLS = """
+{%- for message in messages %}{% if message.role == 'user' %}
+{%- set questions = messages | selectattr('role', 'equalto', 'user') | list %}
+{%- if message == questions[-1] %}{{ '[TOOLS]' + tools | tojson }}{% endif %}
+{{- '[INST] ' + message.content + '[/INST]' }}
+{%- elif message.role == 'tool' %}{{ '[' + ns.called + '] ' + message.content + '[/]' }}
+{%- elif message.tool_calls %}{% set ns.called = message.tool_calls[0].function.name %}
+{{- '<|im_start|>' + ns.called + message.tool_calls[0].function.arguments | tojson + '<|im_end|>' }}
+{%- else %}{{ ' ' + message.content + '<|im_end|>' }}{% endif %}{% endfor %}"""
+"""Tools stand before the last question, so no earlier prompt is how the text begins; a call has no room for words, is
+one alone, and is named again by the tool's reply: Mistral's and gpt-oss's habits."""
+
+
+@pytest.fixture(scope="module")
+def late_tools(target_path) -> ChatTokenizer:
+    return ChatTokenizer(target_path, "{% set ns = namespace() %}" + LATE_TOOLS)
+
+
+def test_calls_where_tools_stand_before_the_last_question(late_tools):
+    asked_again = ({"role": "user", "content": "And now?"}, *tool_use().messages[1:])
+    row = encode(late_tools, Conversation("c", (*tool_use().messages, *asked_again), (TOOL,)))
+    once = ['<|im_start|>weather{"town": "Oslo"}<|im_end|>', " Twelve degrees and rain.<|im_end|>"]
+    assert marked_runs(late_tools, row) == once * 2
+    assert not row.changes
+
+
+def test_a_turn_of_which_a_call_or_words_beside_it_are_left_out_is_not_learnt(late_tools):
+    for first in ({"tool_calls": [CALL, CALL]}, {"content": "I look."}):
+        row = encode(late_tools, tool_use(**first))
+        assert marked_runs(late_tools, row) == [" Twelve degrees and rain.<|im_end|>"]
+        assert row.changes == (CUT,)
+
+
+def test_calls_where_the_prompt_holds_thoughts_that_are_not_printed_again(target_path):
+    tokenizer = ChatTokenizer(target_path, str(TEMPLATES / "qwen3.jinja"), template_kwargs={"enable_thinking": False})
+    assert tokenizer.prompt_text(tool_use().messages[:1]).endswith("assistant\n<think>\n\n</think>\n\n")
+    row = encode(tokenizer, tool_use())
+    assert marked_runs(tokenizer, row) == [CALLED, "Twelve degrees and rain.<|im_end|>"]
+
+
 def test_a_template_that_rewrites_turns_is_refused_not_guessed(target_path):
     tokenizer = ChatTokenizer(target_path, str(TEMPLATES / "shouting.jinja"))
     answered, unanswered = tokenizer.encode([chat("Hi", "Hello!"), chat("Hi")])

@@ -101,13 +101,15 @@ def test_all_that_is_wrong_is_said_at_once(qwen: Path) -> None:
     tree |= {"store": {"segment_bytes": "1GiB"}, "inference": {"buffer_bytes": "200MiB", "max_total_tokens": 4096}}
     tree["controller"] = {"reorder_window": 64}
     tree["evaluation"]["heldout"] = "absent.jsonl"
+    tree["training"]["init_from"] = "nowhere"
     with pytest.raises(ValueError, match=r"\w") as caught:
         planned(tree, qwen)
     lines = str(caught.value).splitlines()
     knobs = ["inference.max_total_tokens", "store.segment_bytes", "inference.buffer_bytes"]
     assert [line.split()[0] for line in lines[:3]] == knobs
     assert any("controller.reorder_window (64) is smaller than data.vocab_prompts (128)" in line for line in lines)
-    assert any("evaluation.heldout absent.jsonl: no such file" in line for line in lines)
+    assert any(f"evaluation.heldout {qwen.parent / 'absent.jsonl'}: no such file" in line for line in lines)
+    assert any("training.init_from" in line and "nowhere is neither a checkpoint" in line for line in lines)
 
 
 def test_a_vocabulary_that_nobody_counts_needs_no_window(qwen: Path) -> None:
@@ -174,3 +176,24 @@ def test_tokenising_is_told_a_twentieth_at_a_time() -> None:
         progress(done, done / 1000)
     assert len(told) == 19
     assert told[0] == "tokenised 50 conversations, 5%" and told[-1] == "tokenised 950 conversations, 95%"
+
+
+def test_a_run_that_cannot_fit_into_the_memory_is_not_started(
+    target_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = [json.dumps({"prompt": f"What is {i}?"}) for i in range(8)]
+    (tmp_path / "train.jsonl").write_text("\n".join(lines))
+    tree = {
+        "run": {"dir": str(tmp_path)},
+        "target": {"path": str(target_path)},
+        "data": {"train": str(tmp_path / "train.jsonl"), "cache_dir": str(tmp_path)},
+        "training": {"batch_size": 4},
+    }
+    assert prepare.prepare(parse_config(tree), False, print).plan.store_samples >= 4
+    monkeypatch.setattr(planning, "usable_memory", lambda: 2 << 30)
+    with pytest.raises(ValueError, match=r"would take about [0-9.]+ GiB of memory, of 2\.0 GiB that this machine has"):
+        prepare.prepare(parse_config(tree), False, print)
+    joined = parse_config(tree | {"cluster": {"address": "auto"}})
+    assert prepare.prepare(joined, False, print).plan.memory_available == 2 << 30, (
+        "a cluster has more than this machine"
+    )

@@ -27,6 +27,22 @@ def test_what_is_open_is_filled_in_and_a_resolved_config_stays_as_it_is(
     assert again == resolved and not again.found
 
 
+def test_a_resume_from_another_folder_finds_every_file_again(
+    target_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = {"train": "data/*.jsonl", "chat_template": "mine.jinja"}
+    tree = {"target": {"path": str(target_path)}, "data": data, "evaluation": {"heldout": "~/heldout.jsonl"}}
+    config = resolve(parse_config(tree)).config
+    here = [config.data.train, config.data.chat_template]
+    assert here == [str(tmp_path / "data/*.jsonl"), str(tmp_path / "mine.jinja")]
+    assert config.evaluation.heldout == str(Path("~/heldout.jsonl").expanduser())
+    tree |= {"data": {"train": "hub:owner/name", "chat_template": "{{ messages }}"}, "evaluation": {"heldout": None}}
+    config = resolve(parse_config(tree)).config
+    assert (config.data.train, config.data.chat_template) == ("hub:owner/name", "{{ messages }}")
+    assert config.evaluation.heldout is None
+
+
 def test_what_was_said_stays(target_path: Path) -> None:
     tree = {
         "target": {"path": str(target_path), "dtype": "float32"},

@@ -187,8 +187,6 @@ def test_what_cannot_be_evaluated_is_refused_before_a_server_starts(
         run_evaluation(tmp_path, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no-such-file"):
         run_evaluation(tmp_path, target_path, "no-such-file.jsonl")
-    with pytest.raises(ValueError, match="holds no conversation"):
-        run_evaluation(tmp_path, target_path, limit=0)
     long = EvaluationPrompt("long", None, (1,) * 8100)
     monkeypatch.setattr(evaluate, "load_prompts", lambda *_: [long])
     with pytest.raises(ValueError, match=r"prompt long has 8100 tokens; with max_tokens=100 .* context of 8192"):
@@ -246,6 +244,7 @@ def test_the_command_evaluates_a_draft_as_its_run_was_trained(
         "target": {"path": "the/runs/target", "trust_remote_code": True},
         "data": {"chat_template": "{{ messages }}", "template_kwargs": {"enable_thinking": False}},
     }
+    tree["data"]["columns"] = {"prompt": "question"}
     draft = RunFolder(tmp_path).export
     export_draft_of(target_path, draft)
     with pytest.raises(ValueError, match=r"lies in no run, so name the target: torchspec eval .* --target FOLDER"):
@@ -256,7 +255,27 @@ def test_the_command_evaluates_a_draft_as_its_run_was_trained(
     (_, target, _, settings, *_), (_, other, _, changed, *_) = asked
     assert (target, settings.chat_template, settings.trust_remote_code) == ("the/runs/target", "{{ messages }}", True)
     assert settings.template_kwargs == {"enable_thinking": False}
+    assert settings.columns == {"prompt": "question"}
     assert (other, changed.chat_template, changed.trust_remote_code) == ("another", "{{ other }}", False)
+
+
+def test_the_command_takes_a_run_by_its_folder_or_name(
+    target_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Path] = []
+    monkeypatch.setattr(export_eval, "show_evaluation", lambda draft, *_: asked.append(draft))
+    monkeypatch.chdir(tmp_path)
+    run = RunFolder(Path("runs/mine"))
+    run.path.mkdir(parents=True)
+    save_config(parse_config({"target": {"path": "target"}}), run.config)
+    with pytest.raises(ValueError, match=r"runs/mine/export is not an exported draft: it has no config\.json"):
+        export_eval.evaluate(Path("mine"))
+    export_draft_of(target_path, run.export)
+    for name in ("mine", "runs/mine", "runs/mine/export"):
+        export_eval.evaluate(Path(name))
+    assert asked == [run.export] * 3
+    with pytest.raises(ValueError, match="nowhere is not an exported draft"):
+        export_eval.evaluate(Path("nowhere"))
 
 
 def test_an_engine_that_does_not_start_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

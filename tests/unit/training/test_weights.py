@@ -14,7 +14,7 @@ from torchspec.drafts.eagle3.spec import Eagle3Knobs, Eagle3Spec
 from torchspec.drafts.export import export_draft, validate_export
 from torchspec.target.checkpoint import TargetCheckpoint
 from torchspec.training.trainer import Trainer
-from torchspec.training.weights import warm_start
+from torchspec.training.weights import check_start, warm_start
 
 OTHER_IDS, IDS = torch.arange(0, 64, 2), torch.arange(0, 64, 3)
 
@@ -35,8 +35,13 @@ def test_a_draft_of_another_shape_is_a_start_where_its_config_gives_that_shape(t
     other = draft_for(target, vocab_size=len(OTHER_IDS), num_heads=2, num_kv_heads=1, intermediate_size=96)
     folder = export_draft(other.spec, other.state_dict(), OTHER_IDS, tmp_path / "draft", "float32")
     with pytest.raises(ValueError, match=r"does not fit this draft: .*\(draft\.config=.* gives a draft the shape"):
-        warm_start(draft_for(target, vocab_size=len(IDS)), IDS, folder)
+        check_start(folder, draft_for(target, vocab_size=len(IDS)).spec)
+    with pytest.raises(ValueError, match=r"training\.init_from .*another kind: input_norm\.weight on one side only"):
+        check_start(folder, draft_for(target, vocab_size=len(IDS), norm_before_fc=True).spec)
+    with pytest.raises(ValueError, match=r"training\.init_from: .*nowhere is neither a checkpoint"):
+        check_start(tmp_path / "nowhere", other.spec)
     draft = draft_for(target, vocab_size=len(IDS), config=folder)
+    check_start(folder, draft.spec)
     head = draft.lm_head.weight.detach().clone()
     warm_start(draft, IDS, folder)
     for name, weight in draft.state_dict().items():
