@@ -53,7 +53,7 @@ setup: .venv/.complete
 	  || { echo "error: TorchSpec needs Python 3.11 or 3.12: make PYTHON=python3.11 ..." >&2; rm -rf .venv; exit 1; }
 	@$(BIN)/pip install --quiet $(UV)
 	@$(BIN)/pip install --quiet $(TORCH) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
-	@VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --compile-bytecode --constraint requirements.txt --editable '.[cpu,dev]'
+	@VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --compile-bytecode --constraint requirements.txt --editable '.[cpu,dev,wandb,mlflow]'
 	@VIRTUAL_ENV=.venv $(BIN)/uv pip install --quiet --compile-bytecode --no-deps $(SGLANG)
 	@touch $@
 

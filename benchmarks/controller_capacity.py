@@ -128,7 +128,7 @@ class Ranks:
 
     async def _rank(self, controller: Any, rank: RankId, step_seconds: float) -> list[Got]:
         steps = list[Got]()
-        ahead, telling = asyncio.create_task(self._fetch(controller, rank)), asyncio.create_task(asyncio.sleep(0))
+        ahead, telling = asyncio.create_task(self._fetch(controller, rank, 1)), asyncio.create_task(asyncio.sleep(0))
         wanted = time.time()
         while True:
             asked, received, batch = await ahead
@@ -136,26 +136,26 @@ class Ranks:
                 await telling
                 return steps
             steps.append(Got(batch.step, asked, received, wanted, time.time()))
-            ahead = asyncio.create_task(self._fetch(controller, rank))
+            ahead = asyncio.create_task(self._fetch(controller, rank, batch.step + 1))
             await _busy(step_seconds)
             wanted = time.time()
             await telling
             telling = asyncio.create_task(self._tell(controller, rank, batch.step))
             if batch.checkpoint and rank.rank == 0:
                 await controller.ledger_snapshot.remote(rank, batch.step)
-                await controller.committed.remote(rank, batch.step, "folder", False)
+                await controller.committed.remote(rank, batch.step, "folder", False, "")
 
     async def _tell(self, controller: Any, rank: RankId, step: int) -> None:
         made = time.time()
         await controller.step_done.remote(rank, step, None)
         self._told.append((made, time.time() - made))
 
-    async def _fetch(self, controller: Any, rank: RankId) -> tuple[float, float, RankBatch | None]:
+    async def _fetch(self, controller: Any, rank: RankId, step: int) -> tuple[float, float, RankBatch | None]:
         asked = time.time()
-        batch = await controller.next_batch.remote(rank)
+        batch = await controller.next_batch.remote(rank, step)
         received = time.time()
         if batch is not None:
-            assert await controller.fetched.remote(rank, batch.step, ()) is None
+            assert await controller.fetched.remote(rank, batch.step, 0, ()) is None
         return asked, received, batch
 
 

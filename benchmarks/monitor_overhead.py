@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import statistics
 import tempfile
@@ -92,13 +93,13 @@ async def work(controller: Controller, name: str) -> None:
 
 async def train(controller: Controller, rank: int) -> None:
     """A rank that needs no time."""
-    me = RankId(1, rank)
-    while (batch := await controller.next_batch(me)) is not None:
-        await controller.fetched(me, batch.step, ())
+    me, steps = RankId(1, rank), itertools.count(1)
+    while (batch := await controller.next_batch(me, next(steps))) is not None:
+        await controller.fetched(me, batch.step, 0, ())
         await controller.step_done(me, batch.step, None)
         if batch.checkpoint and rank == 0:
             await controller.ledger_snapshot(me, batch.step)
-            await controller.committed(me, batch.step, f"step_{batch.step}", False)
+            await controller.committed(me, batch.step, f"step_{batch.step}", False, "")
 
 
 async def report(controller: Controller, workers: int, ranks: int) -> None:

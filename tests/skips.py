@@ -15,8 +15,6 @@ ALLOWED = (
     "network namespaces need root",
     "network namespaces are not permitted here",
     "this machine has no address but loopback",
-    "the extra torchspec[wandb] is not installed",
-    "the extra torchspec[mlflow] is not installed",
     "benchmarks/vllm_accept.py has made no environment",
 )
 """What a machine may lack, in the words with which tests skip."""

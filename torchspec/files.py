@@ -1,7 +1,7 @@
 """Files that are complete or absent, secrets among them, and files of JSON lines that are appended to.
 
-The first stay so whoever else writes them at the same time and however the machine ends. Lines are flushed at every
-write, so that a ``kill -9`` costs at most a torn last one, which readers skip.
+The first stay so whoever else writes them at the same time and however the machine ends. Each line is handed to the
+system by itself, so that a ``kill -9`` costs at most a torn last one, which readers skip.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 import secrets
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import IO, Any
@@ -21,11 +21,14 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any], durable: boo
 
     Args:
         durable: it is on the disk when this returns, and outlives the machine's sudden end.
+
+    Raises:
+        OSError: names a file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}-{secrets.token_hex(8)}")
     try:
-        with scratch.open("wb") as file:
+        with naming(path), scratch.open("wb") as file:
             write(file)
             if durable:
                 file.flush()
@@ -35,6 +38,17 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], Any], durable: boo
             sync_folder(path.parent)
     finally:
         scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Whatever the system has to say about a file that is open says of which: of itself it says so of names only."""
+    try:
+        yield
+    except OSError as error:
+        if error.strerror and not error.filename:
+            error.filename = str(path)
+        raise
 
 
 def sync_folder(folder: Path) -> None:
@@ -62,25 +76,68 @@ def ensure_secret(path: Path) -> str:
     return path.read_text()
 
 
-class JsonLines:
-    """Appends objects to a file."""
+class LineFile:
+    """A file that whole lines are appended to; it stays open. A last line that a crash has torn goes."""
 
     def __init__(self, path: Path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_torn_line(path)
-        self._file = path.open("a")
+        self._path = path
+        self._file = path.open("ab", buffering=0)
         sync_folder(path.parent)
 
-    def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self._file.flush()
+    def append(self, line: bytes) -> None:
+        """Add a line, with its line feed.
+
+        Raises:
+            OSError: names the file; no part of the line is in it.
+        """
+        end, written = os.fstat(self._file.fileno()).st_size, 0
+        try:
+            with naming(self._path):
+                while written < len(line):
+                    written += self._file.write(line[written:])
+        except OSError:
+            with suppress(OSError):
+                self._file.truncate(end)
+            raise
 
     def sync(self) -> None:
-        """Returns when all that has been written is on the disk. Any thread may call it."""
-        os.fsync(self._file.fileno())
+        """Returns when all that has been written is on the disk. Raises OSError: names the file."""
+        with naming(self._path):
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
         self._file.close()
+
+
+def at_once(call: Callable[..., Any], *args: Any) -> None:
+    """What :class:`JsonLines` does with its calls by itself."""
+    call(*args)
+
+
+class JsonLines:
+    """Appends objects to a file.
+
+    Args:
+        put: makes the calls that touch the disk, in order, now or later; default: now.
+    """
+
+    def __init__(self, path: Path, put: Callable[..., Any] = at_once):
+        self._file, self._put = LineFile(path), put
+
+    def write(self, record: dict[str, Any]) -> int:
+        """Append ``record``. Returns the bytes of its line."""
+        line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+        self._put(self._file.append, line)
+        return len(line)
+
+    def sync(self) -> None:
+        """All that has been written so far is on the disk, once this call has been made."""
+        self._put(self._file.sync)
+
+    def close(self) -> None:
+        self._put(self._file.close)
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

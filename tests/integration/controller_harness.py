@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import random
 from pathlib import Path
 from typing import Any
@@ -129,12 +130,14 @@ def stored(client: HiddenStateStore, ref: SampleRef) -> bool:
 async def rank(controller: Controller, client: HiddenStateStore, number: int, seen: dict) -> None:
     """Fetches for real; reports what is missing; keeps every step's samples."""
     me = member(number, (await controller.status()).generation)
-    while (batch := await controller.next_batch(me)) is not None:
+    steps = itertools.count(controller._group._next_step[number])
+    while (batch := await controller.next_batch(me, next(steps))) is not None:
+        attempts = itertools.count()
         while batch is not None:
             current = batch
             refs = [ref for micro in batch.micro_batches for ref in micro]
             missing = [r.sample for r in refs if not await asyncio.to_thread(stored, client, r)]
-            batch = await controller.fetched(me, batch.step, missing)
+            batch = await controller.fetched(me, batch.step, next(attempts), missing)
         seen.setdefault(current.step, []).extend(refs)
         await controller.step_done(me, current.step, None)
         if current.checkpoint and number == 0:
@@ -148,7 +151,7 @@ async def save(controller: Controller, me: RankId, step: int, tell: bool = True)
     (folder / "ledger.json").write_text(await controller.ledger_snapshot(me, step))
     point(folder.parent, "latest", folder)
     if tell:
-        await controller.committed(me, step, str(folder), False)
+        await controller.committed(me, step, str(folder), False, "")
 
 
 def batch_is_saved(run_dir: Path, step: int) -> bool:

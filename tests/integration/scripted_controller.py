@@ -29,7 +29,6 @@ class ScriptedController:
     def __init__(self, steps: Sequence[Step], world: int, first_step: int, heldout: Sequence[SampleRef], sp: int = 1):
         self.world, self.sp, self.heldout = world, sp, heldout
         self.steps = dict(enumerate(steps, start=first_step))
-        self.next_step = [first_step] * world
         self.with_heldout: set[int] = set()
         self.rounds: dict[int, list[set[SampleId]]] = {}
         self.decisions: dict[int, asyncio.Event] = {}
@@ -42,13 +41,10 @@ class ScriptedController:
         micro_batches = split_batch(refs, self.world // self.sp, micro_batch_size=2)[rank // self.sp]
         return RankBatch(number, micro_batches, step.checkpoint, step.evaluate)
 
-    async def next_batch(self, member: RankId) -> RankBatch | None:
-        rank = member.rank
-        number = self.next_step[rank]
-        self.next_step[rank] += 1
-        return self._batch(rank, number, self.steps[number].refs) if number in self.steps else None
+    async def next_batch(self, member: RankId, number: int) -> RankBatch | None:
+        return self._batch(member.rank, number, self.steps[number].refs) if number in self.steps else None
 
-    async def fetched(self, member: RankId, step: int, missing: tuple[SampleId, ...]) -> RankBatch | None:
+    async def fetched(self, member: RankId, step: int, attempt: int, missing: tuple[SampleId, ...]) -> RankBatch | None:
         rank = member.rank
         self.log.append(("fetched", rank, step, missing))
         reports = self.rounds.setdefault(step, [])
@@ -68,19 +64,22 @@ class ScriptedController:
     async def ledger_snapshot(self, _: RankId, step: int) -> str:
         return f'{{"step": {step}}}'
 
-    async def committed(self, _: RankId, step: int, folder: str, best: bool) -> None:
+    async def require_current(self, _: RankId) -> None:
+        pass
+
+    async def committed(self, _: RankId, step: int, folder: str, best: bool, failure: str) -> None:
         self.log.append(("committed", step, Path(folder).name, best))
 
     async def exported(self, _: RankId, step: int, failure: str) -> None:
         self.log.append(("exported", step, failure))
 
-    async def heldout_batches(self, member: RankId) -> tuple[tuple[SampleRef, ...], ...]:
+    async def heldout_batches(self, member: RankId, part: int) -> tuple[tuple[SampleRef, ...], ...]:
         rank = member.rank
         if rank in self.with_heldout:
             return ()
         return split_batch(self.heldout, self.world // self.sp, micro_batch_size=2)[rank // self.sp]
 
-    async def heldout_fetched(self, member: RankId, missing: tuple[SampleId, ...]) -> bool:
+    async def heldout_fetched(self, member: RankId, part: int, attempt: int, missing: tuple[SampleId, ...]) -> bool:
         self.log.append(("heldout", member.rank, missing))
         if not missing:
             self.with_heldout.add(member.rank)

@@ -238,6 +238,8 @@ def test_resume_takes_dtypes_from_the_data(one_rank: None, bench: Bench, tmp_pat
         state,
         CheckpointInfo(1, Schedule(((0, 1),)), spec_of(make_config(bench.target, tmp_path / "run")), None),
         {},
+        generation=1,
+        fence=lambda: None,
     )
     fresh = nn.Parameter(torch.zeros(4, 3))
     other = build_optimizer([fresh], OptimizerConfig())

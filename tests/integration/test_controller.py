@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -65,8 +66,8 @@ def test_the_journal_is_on_the_disk_before_a_checkpoint_has_its_ledger(endpoint,
         controller = await start(make(endpoint, tmp_path, training={"dp_size": 2}))
         pool = asyncio.create_task(worker(controller, client, "w0", random.Random(1)))
         for number in (0, 1):
-            assert (await controller.next_batch(member(number))).step == 1
-        await asyncio.gather(*(controller.fetched(member(number), 1, []) for number in (0, 1)))
+            assert (await controller.next_batch(member(number), 1)).step == 1
+        await asyncio.gather(*(controller.fetched(member(number), 1, 0, []) for number in (0, 1)))
         await controller.step_done(member(0), 1, None)
         snapshot = asyncio.create_task(controller.ledger_snapshot(member(0), 1))
         await asyncio.sleep(0.05)
@@ -116,19 +117,19 @@ def test_a_lost_object_is_captured_again_for_the_same_step(endpoint, client, tmp
     async def scenario() -> None:
         controller = await start(make(endpoint, tmp_path, training={"dp_size": 2}))
         pool = asyncio.create_task(worker(controller, client, "w0", random.Random(1)))
-        first = await controller.next_batch(member(0))
+        first = await controller.next_batch(member(0), 1)
         refs = [ref for micro in first.micro_batches for ref in micro]
         victim = refs[0]
         client.remove(victim.key, victim.tensors)
         seen: dict = {}
 
         async def rank_zero() -> None:
-            replacement = await controller.fetched(member(0), 1, [victim.sample])
+            replacement = await controller.fetched(member(0), 1, 0, [victim.sample])
             again = [ref for micro in replacement.micro_batches for ref in micro]
             assert {r.sample for r in again} == {r.sample for r in refs}
             renewed = next(r for r in again if r.sample == victim.sample)
             assert renewed.key != victim.key and client.exists(renewed.key, renewed.tensors)
-            assert await controller.fetched(member(0), 1, []) is None
+            assert await controller.fetched(member(0), 1, 1, []) is None
             await controller.step_done(member(0), 1, None)
             await rank(controller, client, 0, seen)
 
@@ -172,9 +173,9 @@ def test_heldout_samples_come_first_and_never_enter_a_batch(endpoint, client, tm
     async def scenario() -> None:
         controller = await start(make(endpoint, tmp_path, heldout=3))
         pool = asyncio.create_task(worker(controller, client, "w0", random.Random(5)))
-        micro_batches = await controller.heldout_batches(member(0))
+        micro_batches = await controller.heldout_batches(member(0), 1)
         assert sorted(r.sample for m in micro_batches for r in m) == [SampleId(HELDOUT_EPOCH, i) for i in range(3)]
-        assert await controller.heldout_fetched(member(0), [])
+        assert await controller.heldout_fetched(member(0), 1, 0, [])
         seen: dict = {}
         await rank(controller, client, 0, seen)
         await controller.finish()
@@ -190,12 +191,14 @@ def test_held_out_samples_come_in_windows_where_the_store_does_not_hold_them_all
 
     async def take(controller, number: int, lost: set[SampleId]) -> list[SampleId]:
         taken: list[SampleId] = []
-        while micro_batches := await controller.heldout_batches(member(number)):
+        part, attempts = 1, itertools.count()
+        while micro_batches := await controller.heldout_batches(member(number), part):
             window = [ref.sample for micro in micro_batches for ref in micro]
             missing = [sample for sample in window if sample not in lost and sample.prompt == 4]
             lost.update(missing)
-            if await controller.heldout_fetched(member(number), missing):
+            if await controller.heldout_fetched(member(number), part, next(attempts), missing):
                 taken += window
+                part += 1
         assert micro_batches == ()
         return taken
 
@@ -238,8 +241,9 @@ def test_a_vocabulary_is_counted_over_more_than_the_store_holds(endpoint, client
             await controller.draft_vocab()
             assert len(list(read_lines(tmp_path / "answers.jsonl"))) >= 40
             assert controller.buffer.ledger.trained_step == 0
-            while micro_batches := await controller.heldout_batches(member(0, controller.buffer.generation)):
-                await controller.heldout_fetched(member(0, controller.buffer.generation), [])
+            me, parts = member(0, controller.buffer.generation), itertools.count(1)
+            while micro_batches := await controller.heldout_batches(me, part := next(parts)):
+                assert await controller.heldout_fetched(me, part, 0, [])
             assert micro_batches == ()
             seen: dict = {}
             await rank(controller, client, 0, seen)
@@ -258,12 +262,12 @@ def test_a_stop_gives_held_out_batches_to_all_ranks_or_to_none(endpoint, client,
     async def scenario() -> None:
         controller = await start(make(endpoint, tmp_path, heldout=2, training={"dp_size": 2}))
         leases = await controller.lease("w0", 2, WorkerReport("w0"))
-        waiting = asyncio.create_task(controller.heldout_batches(member(0)))
+        waiting = asyncio.create_task(controller.heldout_batches(member(0), 1))
         await controller.publish("w0", *await asyncio.to_thread(put_sample, client, leases[0]))
         await controller.request_stop("test")
         assert await waiting is None
         await controller.publish("w0", *await asyncio.to_thread(put_sample, client, leases[1]))
-        assert await controller.heldout_batches(member(1)) is None
+        assert await controller.heldout_batches(member(1), 1) is None
 
     asyncio.run(scenario())
 
@@ -273,9 +277,9 @@ def test_every_scheduled_checkpoint_is_evaluated(endpoint, client, tmp_path):
         controller = await start(make(endpoint, tmp_path, heldout=1, evaluation={"every_steps": 3}))
         pool = asyncio.create_task(worker(controller, client, "w0", random.Random(7)))
         flags = {}
-        while (batch := await controller.next_batch(member(0))) is not None:
+        while (batch := await controller.next_batch(member(0), len(flags) + 1)) is not None:
             flags[batch.step] = batch.checkpoint, batch.evaluate
-            assert await controller.fetched(member(0), batch.step, []) is None
+            assert await controller.fetched(member(0), batch.step, 0, []) is None
             await controller.step_done(member(0), batch.step, None)
         scheduled, evaluated = (True, True), (False, True)
         assert flags == {1: (False, False), 2: scheduled, 3: evaluated, 4: scheduled, 5: scheduled}
@@ -291,8 +295,8 @@ def test_a_stop_ends_all_ranks_at_the_same_step_and_a_resume_goes_on_from_there(
         seen: dict = {}
         pool = asyncio.create_task(worker(controller, client, "w0", random.Random(2)))
         await controller.draft_vocab()
-        batch = await controller.next_batch(member(0))
-        await controller.fetched(member(0), batch.step, [])
+        batch = await controller.next_batch(member(0), 1)
+        await controller.fetched(member(0), batch.step, 0, [])
         await controller.request_stop("test")
         seen[batch.step] = [r for m in batch.micro_batches for r in m]
         await controller.step_done(member(0), batch.step, None)

@@ -43,9 +43,9 @@ async def steps(controller, client, count: int, tell: bool = True) -> list:
     """Let rank 0 make ``count`` steps, each with a checkpoint where it says so; the samples of all of them."""
     me, refs = member(0, controller.buffer.generation), []
     for _ in range(count):
-        batch = await controller.next_batch(me)
+        batch = await controller.next_batch(me, controller._group._next_step[0])
         refs += [ref for micro in batch.micro_batches for ref in micro]
-        assert await controller.fetched(me, batch.step, []) is None
+        assert await controller.fetched(me, batch.step, 0, []) is None
         await controller.step_done(me, batch.step, None)
         if batch.checkpoint:
             await save(controller, me, batch.step, tell)
@@ -57,17 +57,17 @@ def test_a_lost_rank_costs_the_steps_since_the_checkpoint_and_no_batch_changes(e
         controller = await start(make(endpoint, tmp_path, heldout=2, training={"dp_size": 2}))
         pool = asyncio.create_task(worker(controller, client, "w0", random.Random(3)))
         for number in range(2):
-            await controller.heldout_batches(member(number))
-        assert all(await asyncio.gather(*(controller.heldout_fetched(member(n), []) for n in range(2))))
+            await controller.heldout_batches(member(number), 1)
+        assert all(await asyncio.gather(*(controller.heldout_fetched(member(n), 1, 0, []) for n in range(2))))
         for step in (1, 2, 3):
             for number in range(2):
-                assert (await controller.next_batch(member(number))).step == step
-            await asyncio.gather(*(controller.fetched(member(n), step, []) for n in range(2)))
+                assert (await controller.next_batch(member(number), step)).step == step
+            await asyncio.gather(*(controller.fetched(member(n), step, 0, []) for n in range(2)))
             await asyncio.gather(*(controller.step_done(member(n), step, None) for n in range(2)))
             if step == 2:
                 await save(controller, member(0), step)
-        await controller.next_batch(member(0))  # rank 1 dies here
-        waiting = [asyncio.create_task(controller.fetched(member(0), 4, []))]
+        await controller.next_batch(member(0), 4)  # rank 1 dies here
+        waiting = [asyncio.create_task(controller.fetched(member(0), 4, 0, []))]
         await asyncio.sleep(0)
         plan = await controller.open_group()
         assert (plan.generation, plan.training.dp_size, plan.resume.name) == (2, 2, "step_000002")
@@ -76,8 +76,8 @@ def test_a_lost_rank_costs_the_steps_since_the_checkpoint_and_no_batch_changes(e
         with pytest.raises(GroupEnded):
             await controller.step_done(member(1), 4, None)
         for number in range(2):  # captured once more for the new ranks
-            assert await controller.heldout_batches(member(number, 2))
-        assert all(await asyncio.gather(*(controller.heldout_fetched(member(n, 2), []) for n in range(2))))
+            assert await controller.heldout_batches(member(number, 2), 1)
+        assert all(await asyncio.gather(*(controller.heldout_fetched(member(n, 2), 1, 0, []) for n in range(2))))
         seen: dict = {}
         await asyncio.gather(*(rank(controller, client, n, seen) for n in range(2)))
         assert sorted(seen) == [3, 4, 5]
@@ -131,7 +131,7 @@ def test_another_size_trains_the_same_batches_in_the_new_layout(endpoint, client
         plan = await controller.open_group()
         assert plan.resume.name == f"step_{last:06d}" and plan.training.world_size == 2
         for number in range(2):
-            assert (await controller.next_batch(member(number, 2))).step == last + 1
+            assert (await controller.next_batch(member(number, 2), last + 1)).step == last + 1
         refs = [ref for micro in controller._group._batches[last + 1][0].micro_batches for ref in micro]
         assert all(ref.sharding == formula and stored(client, ref) for ref in refs)
         for _ in range(500):
@@ -193,9 +193,9 @@ def test_a_dead_controller_goes_on_from_the_newest_checkpoint_with_the_newest_si
         controller = await start(make(endpoint, tmp_path))
         pool = asyncio.create_task(worker(controller, client, "w0", random.Random(3)))
         await steps(controller, client, 3)
+        pool.cancel()
         await controller.scale_inference(2)
         await controller.scale_training({"dp_size": 2})
-        pool.cancel()
         leases = await controller.lease("w1", 2, WorkerReport("w1"))
         old = [r.ref for r in controller.buffer.ledger.records.values() if r.ref and r.state in ("stored", "assigned")]
         assert old and leases and all(stored(client, ref) for ref in old)
@@ -233,7 +233,7 @@ def test_a_store_that_was_away_is_held_against_nobody(endpoint, client, tmp_path
         leases = await controller.lease("w0", 8, WorkerReport("w0"))
         for lease in leases[:4]:
             await controller.publish("w0", *await asyncio.to_thread(put_sample, client, lease))
-        batch = await controller.next_batch(member(0))  # formed before, fetched after
+        batch = await controller.next_batch(member(0), 1)  # formed before, fetched after
         refs = [ref for micro in batch.micro_batches for ref in micro]
         await controller.publish("w0", *await asyncio.to_thread(put_sample, client, leases[4]))
         await controller.store_away()
@@ -252,9 +252,9 @@ def test_a_store_that_was_away_is_held_against_nobody(endpoint, client, tmp_path
             await controller.publish("w1", *await asyncio.to_thread(put_sample, client, lease))
         seen: dict = {}
         pool = asyncio.create_task(worker(controller, client, "w2", random.Random(8)))
-        replacement = await controller.fetched(member(0), 1, [ref.sample for ref in refs])
+        replacement = await controller.fetched(member(0), 1, 0, [ref.sample for ref in refs])
         assert {r.sample for m in replacement.micro_batches for r in m} == {ref.sample for ref in refs}
-        assert await controller.fetched(member(0), 1, []) is None
+        assert await controller.fetched(member(0), 1, 1, []) is None
         await controller.step_done(member(0), 1, None)
         await rank(controller, client, 0, seen)
         await controller.finish()
@@ -268,18 +268,18 @@ def test_a_step_whose_sample_is_lost_after_a_stop_is_still_made(endpoint, client
     async def scenario() -> None:
         controller = await start(make(endpoint, tmp_path, heldout=1))
         pool = asyncio.create_task(worker(controller, client, "w0", random.Random(9)))
-        (held,) = [ref for micro in await controller.heldout_batches(member(0)) for ref in micro]
-        batch = await controller.next_batch(member(0))
+        (held,) = [ref for micro in await controller.heldout_batches(member(0), 1) for ref in micro]
+        batch = await controller.next_batch(member(0), 1)
         await controller.request_stop("test")
         samples_before = controller.buffer.ledger.counts()["pending"]
-        assert not await controller.heldout_fetched(member(0), [held.sample])
-        assert await controller.heldout_batches(member(0))
-        assert await controller.heldout_fetched(member(0), [])
+        assert not await controller.heldout_fetched(member(0), 1, 0, [held.sample])
+        assert await controller.heldout_batches(member(0), 1)
+        assert await controller.heldout_fetched(member(0), 1, 1, [])
         lost = batch.micro_batches[0][0]
         client.remove(lost.key, lost.tensors)
-        replacement = await controller.fetched(member(0), batch.step, [lost.sample])
+        replacement = await controller.fetched(member(0), batch.step, 0, [lost.sample])
         assert all(stored(client, ref) for micro in replacement.micro_batches for ref in micro)
-        assert await controller.fetched(member(0), batch.step, []) is None
+        assert await controller.fetched(member(0), batch.step, 1, []) is None
         await controller.step_done(member(0), batch.step, None)
         assert controller.buffer.ledger.counts()["pending"] == samples_before  # and no new sample was begun
         await controller.finish()

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
+import signal
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import pytest
 
-from torchspec.files import JsonLines, ensure_secret, read_lines, write_atomically
+from torchspec.files import JsonLines, LineFile, ensure_secret, read_lines, write_atomically
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
@@ -71,3 +75,45 @@ def test_a_secret_is_its_owners_and_stays_the_same(tmp_path):
     assert ensure_secret(path) in secrets and path.stat().st_mode & 0o777 == 0o600
     path.write_text("")
     assert len(ensure_secret(path)) == 64
+
+
+def test_what_a_full_disk_does_not_take_names_the_file_and_leaves_no_part_of_a_line(tmp_path):
+    path = tmp_path / "x.jsonl"
+    file = JsonLines(path)
+    file.write({"a": 1})
+    with full_disk(path.stat().st_size + 3), pytest.raises(OSError, match="File too large") as caught:
+        file.write({"a": 2})
+    assert caught.value.filename == str(path)
+    file.write({"a": 3})
+    assert path.read_text() == '{"a": 1}\n{"a": 3}\n'
+    full = tmp_path / "full"
+    full.symlink_to("/dev/full")
+    with pytest.raises(OSError, match=str(full)) as caught:
+        LineFile(full).append(b"{}\n")
+    assert caught.value.errno == errno.ENOSPC
+    with full_disk(3), pytest.raises(OSError, match=r"whole\.json"):
+        write_atomically(tmp_path / "whole.json", lambda file: file.write(b"12345"))
+
+
+@contextmanager
+def full_disk(size):
+    """No file of this process may grow beyond ``size``."""
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+def test_the_calls_that_touch_the_disk_can_be_made_later(tmp_path):
+    calls = []
+    file = JsonLines(tmp_path / "x.jsonl", lambda *call: calls.append(call))
+    size = file.write({"ä": 1})
+    file.sync()
+    file.close()
+    assert (tmp_path / "x.jsonl").read_bytes() == b""
+    for call, *args in calls:
+        call(*args)
+    assert (tmp_path / "x.jsonl").read_text() == '{"ä": 1}\n' and (tmp_path / "x.jsonl").stat().st_size == size == 10

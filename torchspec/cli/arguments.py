@@ -64,7 +64,9 @@ def find_run(run: str) -> Path:
     """
     found = run_called(run)
     if found is None:
-        raise ValueError(f"no run {run}: neither {Path(run)} nor {Path('runs', run)} has a config.yaml that can be read")
+        raise ValueError(
+            f"no run {run}: neither {Path(run)} nor {Path('runs', run)} has a config.yaml that can be read"
+        )
     return found.path
 
 

@@ -23,7 +23,6 @@ the credits promise. ``changed`` is told after every change that lets somebody g
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable
@@ -87,9 +86,10 @@ class SampleBuffer:
             shape, shape.batch_size, max_failures, first_epoch=HELDOUT_EPOCH, moved=observer.timelines.moved
         )
         self.ledgers = self.heldout, self.ledger  # held-out samples come first
-        self._journal, self._rejections = JsonLines(self._folder.journal), JsonLines(self._folder.rejected)
+        put = observer.files.put
+        self._journal, self._rejections = JsonLines(self._folder.journal, put), JsonLines(self._folder.rejected, put)
         answers, writer = self._folder.answers, Writer.of(config.answer, spec.target_fingerprint)
-        self.prompts = Prompts(spec.train, spec.heldout, answers, writer, config.answer.reuse, config.run.seed)
+        self.prompts = Prompts(spec.train, spec.heldout, answers, writer, config.answer.reuse, config.run.seed, put)
         self.credits, self._objects = Credits(spec.credit_bytes), StoredObjects(spec.endpoint)
         self._making_room = False
         self.store_away = False
@@ -293,7 +293,8 @@ class SampleBuffer:
     async def snapshot(self, step: int) -> str:
         """The ledger as of ``step``. The journal is on the disk up to there."""
         snapshot = self.ledger.snapshot(step)
-        await asyncio.to_thread(self._journal.sync)
+        self._journal.sync()
+        await self._observer.files.written()
         return snapshot
 
     def commit(self, step: int, folder: str) -> None:

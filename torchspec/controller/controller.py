@@ -17,7 +17,6 @@ and starts one, at first, at another size, or after a rank was lost.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from functools import wraps
 from typing import Concatenate, Literal, ParamSpec, TypeVar
@@ -45,15 +44,14 @@ from torchspec.controller.status import run_status
 from torchspec.controller.steps import GroupEnded, GroupPlan, TrainingGroup
 from torchspec.controller.sync import Signal
 from torchspec.controller.token_counts import TokenCounts
+from torchspec.controller.upkeep import Upkeep
 from torchspec.data.vocabulary import DraftVocab
 from torchspec.monitor.record.observer import Observer
+from torchspec.monitor.record.write_queue import WriteFailed
 from torchspec.run_folder import RunFolder
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-AUTOSCALE_SECONDS, OBSERVATIONS = 10.0, 20
-"""How often the size of the inference pool is thought about, and how many observations that rests on."""
 
 
 class NotBegun(RuntimeError):
@@ -80,10 +78,11 @@ class Controller:
     def __init__(self, spec: ControllerSpec):
         self.config, self._folder = spec.config, RunFolder(spec.run_dir)
         self.observer = Observer(spec.run_dir, spec.config.monitor.history_seconds)
-        self.buffer = SampleBuffer(spec, self.observer, self._advance)
+        self.buffer = SampleBuffer(spec, self.observer, self.advance)
         self.leases = Leases(self.buffer, self.observer)
-        self.counts = TokenCounts(spec, self.buffer)
+        self.counts = TokenCounts(spec, self.buffer, self.observer.files.put)
         self.pool = InferencePool(spec.config, running=0)
+        self._upkeep = Upkeep(self)
         self._group: TrainingGroup | None = None
         self._begun = asyncio.Event()
         self._stopping = self._finished = False
@@ -105,12 +104,12 @@ class Controller:
             self.config = load_config(self._folder.config)
             self.pool = InferencePool(self.config, running)
         await self.buffer.open(self.config)
-        self._advance()
+        self.advance()
         if running is not None:
             self.observer.note("the controller was lost; it has started again", "controller_lost")
-        self._observing = asyncio.create_task(self._follow_pools())
-        self._recording = asyncio.create_task(self._record())
+        await self.observer.files.written()  # which incarnation this is, before anybody gets a key of it
         self._begun.set()
+        self._upkeep.start()
 
     async def ping(self) -> bool:
         """A sign of life."""
@@ -127,6 +126,7 @@ class Controller:
             held: keys of the leases that the worker has, if it cannot know whether it got all that it was given.
         """
         await self._begun.wait()
+        await self.observer.files.room()
         if held is not None:
             self.buffer.take_back(worker, held)
         self.observer.workers[worker] = report
@@ -176,22 +176,25 @@ class Controller:
         """What a worker says about itself every now and then, whether or not it has anything to do."""
         self.observer.worker_reported(report)
 
-    # ---- training ranks ----
+    # ---- training ranks: whose calls may come twice, where an answer was lost ----
 
-    async def next_batch(self, rank: RankId) -> RankBatch | None:
-        """The next step's work for ``rank``, as soon as it is complete. None: no step follows in its generation.
+    async def next_batch(self, rank: RankId, step: int) -> RankBatch | None:
+        """The work of ``step`` for ``rank``, as soon as it is complete. None: no step follows in its generation.
 
         Raises:
             GroupEnded: ``rank`` is of an earlier generation (so do all methods that ranks call).
+            ValueError: the ledger goes on with another step than ``rank``.
         """
-        return await self._group_of(rank).next_batch(rank.rank)
+        await self.observer.files.room()
+        return await self._group_of(rank).next_batch(rank.rank, step)
 
-    async def fetched(self, rank: RankId, step: int, missing: Iterable[SampleId]) -> RankBatch | None:
+    async def fetched(self, rank: RankId, step: int, attempt: int, missing: Iterable[SampleId]) -> RankBatch | None:
         """``rank`` has fetched what it could of ``step``. None: all ranks have everything, go.
 
-        Otherwise the step again with new references: what was missing has been captured once more.
+        Otherwise the step again with new references: what was missing has been captured once more, and the next
+        ``attempt`` follows.
         """
-        again = await self._group_of(rank).fetched(rank.rank, step, missing)
+        again = await self._group_of(rank).fetched(rank.rank, step, attempt, missing)
         if again is None and rank.rank == 0:
             self.observer.timelines.mark((r.sample for r in self.buffer.ledger.step_records(step)), "fetched")
         return again
@@ -209,27 +212,35 @@ class Controller:
         await self._group_of(rank).trained(step)  # another rank's step_done may still be on its way
         return await self.buffer.snapshot(step)
 
-    async def committed(self, rank: RankId, step: int, folder: str, best: bool) -> None:
-        """A checkpoint of ``step`` is safely in ``folder``."""
+    async def require_current(self, rank: RankId) -> None:
+        """A rank asks before it puts anything in place in the run's folder: it may have been given up long ago."""
         self._group_of(rank)
-        self.buffer.commit(step, folder)
-        self.observer.committed(step, folder, best)
+
+    async def committed(self, rank: RankId, step: int, folder: str, best: bool, failure: str) -> None:
+        """A checkpoint of ``step`` is safely in ``folder``; a ``failure`` is of what comes after, and does no harm."""
+        self._group_of(rank)
+        if step > self.buffer.ledger.committed_step:
+            self.buffer.commit(step, folder)
+            self.observer.committed(step, folder, best, failure)
 
     async def exported(self, rank: RankId, step: int, failure: str) -> None:
         """The draft of the checkpoint of ``step`` was written; or, with a ``failure``, was not."""
         self._group_of(rank)
         self.observer.exported(step, failure)
 
-    async def heldout_batches(self, rank: RankId) -> MicroBatches | None:
-        """This rank's next held-out micro-batches, as many as the store holds at a time, as soon as all are captured.
+    async def heldout_batches(self, rank: RankId, part: int) -> MicroBatches | None:
+        """This rank's held-out micro-batches, as many as the store holds at a time, as soon as all are captured.
 
         Empty tuples where it has fewer, nothing once it has had all of them; None: they will not all be captured.
-        """
-        return await self._group_of(rank).heldout_batches(rank.rank)
 
-    async def heldout_fetched(self, rank: RankId, missing: Iterable[SampleId]) -> bool:
+        Args:
+            part: counts from 1; another one follows once all ranks hold it.
+        """
+        return await self._group_of(rank).heldout_batches(rank.rank, part)
+
+    async def heldout_fetched(self, rank: RankId, part: int, attempt: int, missing: Iterable[SampleId]) -> bool:
         """``rank`` holds these held-out samples now. False: some rank missed one, and all fetch them again."""
-        return await self._group_of(rank).heldout_fetched(rank.rank, missing)
+        return await self._group_of(rank).heldout_fetched(rank.rank, part, attempt, missing)
 
     async def heldout_done(self, rank: RankId, report: StepReport) -> None:
         self._group_of(rank)
@@ -249,8 +260,10 @@ class Controller:
 
     @after_begin
     async def draft_vocab(self) -> DraftVocab:
-        """The draft's vocabulary, as soon as enough answers have been counted."""
-        return await self.counts.vocabulary()
+        """The draft's vocabulary, as soon as enough answers have been counted, and it is written down."""
+        vocabulary = await self.counts.vocabulary()
+        await self.observer.files.written()
+        return vocabulary
 
     @after_begin
     async def open_group(self) -> GroupPlan:
@@ -263,7 +276,8 @@ class Controller:
         buffer.open_group(training)
         self._group = TrainingGroup(buffer, self.config, self._stopping)
         self.observer.trainer_started(buffer.generation, training.dp_size, training.sp_size)
-        self._advance()
+        self.advance()
+        await self.observer.files.written()  # which generation this is, before it begins
         return GroupPlan(buffer.generation, training, self._folder.newest_checkpoint())
 
     @after_begin
@@ -274,7 +288,7 @@ class Controller:
     @after_begin
     async def scale_inference(self, workers: int | Literal["auto"]) -> None:
         """Have so many inference workers; ``auto``: as many as training needs."""
-        self._decide({"inference.workers": workers})
+        await self._decide({"inference.workers": workers})
         message = f"inference workers: {workers} asked for, {len(self.observer.workers)} there"
         self.observer.note(message, "scaled", workers=workers)
         self.pool.ask_for(workers)
@@ -286,7 +300,7 @@ class Controller:
         Raises:
             ValueError: the config does not allow them.
         """
-        self._decide({f"training.{knob}": value for knob, value in sizes.items()})
+        await self._decide({f"training.{knob}": value for knob, value in sizes.items()})
         training = self.config.training
         message = f"training goes on with dp_size {training.dp_size} and sp_size {training.sp_size}"
         self.observer.note(message, "scaled", dp_size=training.dp_size, sp_size=training.sp_size)
@@ -294,16 +308,23 @@ class Controller:
         if self._group is not None:
             self._group.close()
 
-    def _decide(self, values: Mapping[str, int | str]) -> None:
+    async def _decide(self, values: Mapping[str, int | str]) -> None:
         """What is asked for is kept before it is acted on: a controller or a resume after this one goes on with it."""
         self.config = with_values(self.config, values)
-        save_config(self.config, self._folder.config)
+        self.observer.files.put(save_config, self.config, self._folder.config)
+        await self.observer.files.written()
 
     @after_begin
     async def wanted(self, seen: int | None) -> int:
-        """How many inference workers there should be, as soon as that is not ``seen``."""
-        while self.pool.wanted == seen:
+        """How many inference workers there should be, as soon as that is not ``seen``.
+
+        Raises:
+            WriteFailed: the run cannot go on. The driver always has a call of this open.
+        """
+        while self.pool.wanted == seen and not self._upkeep.failure:
             await self.pool.changed.wait()
+        if self._upkeep.failure:
+            raise WriteFailed(self._upkeep.failure)
         return self.pool.wanted
 
     @after_begin
@@ -341,12 +362,11 @@ class Controller:
         """Training has ended: workers may go, files are closed."""
         self._finished = True
         self._work.fire()
-        self._observing.cancel()
-        self.observer.news.set()
         await self.buffer.close()
+        self._upkeep.end()
         self.observer.ended(self._phase(), self.buffer.ledger.trained_step)
         await self.observer.record(await self.status())
-        self.observer.close()
+        await self.observer.close()
 
     @after_begin
     async def steps_since(self, count: int) -> list[StepReport]:
@@ -364,34 +384,14 @@ class Controller:
             return "stopping"
         return "training" if self.counts.vocab is not None else "counting-vocabulary"
 
-    async def _follow_pools(self) -> None:
-        """See now and then which pool waits for the other, let the inference pool follow, and try the store again."""
-        while True:
-            for _ in range(OBSERVATIONS):
-                await asyncio.sleep(AUTOSCALE_SECONDS / OBSERVATIONS)
-                self._observe_pools()
-            self.buffer.unpark()  # others than our own steps may have made room in the store
-            self._advance()
-            if move := self.pool.autoscale(self.buffer.ledger.trained_step):
-                self.observer.scaled(move.workers, move.reason)
-
-    def _observe_pools(self) -> None:
+    def observe_pools(self) -> None:
         """While ranks start, evaluate or save, nobody waits for samples and the store fills: that says nothing."""
         if self._group is None or not self._group.at_work:
             self.pool.begin_stretch(self.buffer.ledger.trained_step)
         elif not self.observer.ranks_pause:
             self.pool.observe(self._group.starved, self.leases.busy)
 
-    async def _record(self) -> None:
-        """Write a snapshot each ``monitor.history_seconds``, and when there is news, until the run has ended."""
-        observer = self.observer
-        while observer.interval and not self._finished:
-            observer.news.clear()
-            await observer.record(await self.status())
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(observer.news.wait(), observer.interval)
-
-    def _advance(self) -> None:
+    def advance(self) -> None:
         """Something has changed: let ranks, workers and who waits for the vocabulary see."""
         self.counts.update()
         if self._group is not None:

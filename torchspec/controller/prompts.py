@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ from torchspec.contracts import HELDOUT_EPOCH, Answer, Lease, SampleId
 from torchspec.data.masks import pack_mask
 from torchspec.data.order import sample_seed
 from torchspec.data.prompt_set import PromptSet
-from torchspec.files import JsonLines, read_lines
+from torchspec.files import JsonLines, at_once, read_lines
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +45,7 @@ class Prompts:
         answers: the run's ``answers.jsonl``.
         reuse: that of an earlier run.
         seed: the run's.
+        put: makes the calls that touch the disk, in order, now or later.
     """
 
     def __init__(
@@ -56,9 +56,10 @@ class Prompts:
         writer: Writer,
         reuse: Path | None,
         seed: int,
+        put: Callable[..., None] = at_once,
     ):
         self._train, self._heldout, self._seed = train, heldout, seed
-        self._answers = AnswerBook(answers, writer, reuse)
+        self._answers = AnswerBook(answers, writer, reuse, put)
 
     def name(self, sample: SampleId) -> str:
         return f"{self._prompts(sample).ids[sample.prompt]} (epoch {sample.epoch})"
@@ -122,12 +123,14 @@ class AnswerBook:
     Answers stay on the disk; a million of them would fill the controller's memory.
     """
 
-    def __init__(self, path: Path, writer: Writer, reuse: Path | None = None):
-        self._writer = asdict(writer)
+    def __init__(self, path: Path, writer: Writer, reuse: Path | None = None, put: Callable[..., None] = at_once):
+        self._writer, self._put = asdict(writer), put
         self._lines: dict[bytes, tuple[BinaryIO, int]] = {}
         """By prompt: the file and where in it the answer's line begins."""
-        self._file = JsonLines(path)
-        self._own = path.open("rb")
+        self._unwritten: dict[bytes, np.ndarray] = {}
+        """Answers that are on their way to the disk."""
+        self._file = JsonLines(path, put)
+        self._own, self._end = path.open("rb"), path.stat().st_size
         for file in (*([reuse.open("rb")] if reuse else []), self._own):
             begin = 0
             for line in file:
@@ -137,8 +140,10 @@ class AnswerBook:
 
     def get(self, prompt_ids: np.ndarray) -> np.ndarray | None:
         """int32 token ids, or None where there is no answer."""
-        line = self._lines.get(_digest(prompt_ids))
-        if line is None:
+        digest = _digest(prompt_ids)
+        if (unwritten := self._unwritten.get(digest)) is not None:
+            return unwritten
+        if (line := self._lines.get(digest)) is None:
             return None
         file, begin = line
         file.seek(begin)
@@ -149,8 +154,10 @@ class AnswerBook:
         if self._lines.get(digest, (None, 0))[0] is self._own:
             return
         written = {key: value for key, value in asdict(answer).items() if key != "prompt"}
-        self._lines[digest] = self._own, self._own.seek(0, os.SEEK_END)
-        self._file.write({"id": prompt_id, "prompt_hash": digest.hex(), **written, "writer": self._writer})
+        self._lines[digest], self._unwritten[digest] = (self._own, self._end), np.array(answer.token_ids, np.int32)
+        line = {"id": prompt_id, "prompt_hash": digest.hex(), **written, "writer": self._writer}
+        self._end += self._file.write(line)
+        self._put(self._unwritten.pop, digest)
 
 
 def check_reuse(path: Path, writer: Writer) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from torchspec.config.schema import Config, TrainingConfig
-from torchspec.contracts import HELDOUT_EPOCH, MicroBatches, RankBatch, SampleId, SampleRef
+from torchspec.contracts import MicroBatches, RankBatch, SampleId, SampleRef
 from torchspec.controller.buffer import SampleBuffer
 from torchspec.controller.ledger import Ledger
 from torchspec.controller.sync import Signal
@@ -61,7 +61,8 @@ class TrainingGroup:
         self._buffer, self._config, self._ledger, self._heldout = buffer, config, buffer.ledger, buffer.heldout
         self._next_step = [self._ledger.trained_step + 1] * self.training.world_size
         self._batches: dict[int, list[RankBatch]] = {}
-        self._rounds: dict[int, FetchRound] = {}
+        self._rounds: dict[tuple[bool, int, int], FetchRound] = {}
+        """By whether it is of held-out samples, step and attempt: an answer that was lost is given again."""
         self._acks: defaultdict[int, set[int]] = defaultdict(set)
         self._asking = 0  # ranks that wait for a step
         self._over = False
@@ -109,10 +110,11 @@ class TrainingGroup:
                 break
             self._batches[step] = self._rank_batches(step)
             news = True
-        for step, round_ in list(self._rounds.items()):
-            ledger, number = (self._ledger, step) if step != HELDOUT_EPOCH else (self._heldout, self._next_heldout)
-            if not round_.silent and all(r.state == "assigned" for r in ledger.step_records(number)):
-                del self._rounds[step]
+        for (heldout, step, _), round_ in self._rounds.items():
+            if round_.decided or round_.silent:
+                continue
+            ledger = self._heldout if heldout else self._ledger
+            if all(r.state == "assigned" for r in ledger.step_records(step)):
                 if ledger is self._ledger:
                     self._batches[step] = self._rank_batches(step)
                 round_.decided, round_.outcome = True, self._batches.get(step, [])
@@ -120,9 +122,18 @@ class TrainingGroup:
         if news:
             self._changed.fire()
 
-    async def next_batch(self, rank: int) -> RankBatch | None:
-        """The next step's work for ``rank``, as soon as it is complete. None: no step follows in this generation."""
-        step = self._next_step[rank]
+    async def next_batch(self, rank: int, step: int) -> RankBatch | None:
+        """What ``rank`` has to do in ``step``, the one after its last, as soon as it is complete. None: it never will.
+
+        Raises:
+            ValueError: the ledger goes on with another step.
+        """
+        expected = self._next_step[rank]
+        if not self._first < step <= expected:
+            raise ValueError(
+                f"rank {rank} asks for step {step} where the ledger goes on with step {expected}: it has started from "
+                "another checkpoint"
+            )
         while step not in self._batches:
             if self.closing or self._ledger.exhausted:
                 return None
@@ -131,21 +142,24 @@ class TrainingGroup:
                 await self._wait()
             finally:
                 self._asking -= 1
-        self._next_step[rank] += 1
+        self._next_step[rank] = max(step + 1, self._next_step[rank])
         return self._batches[step][self._group(rank)]
 
-    async def fetched(self, rank: int, step: int, missing: Iterable[SampleId]) -> RankBatch | None:
+    async def fetched(self, rank: int, step: int, attempt: int, missing: Iterable[SampleId]) -> RankBatch | None:
         """See ``Controller.fetched``."""
-        outcome = await self._report(rank, step, self._ledger, step, missing)
+        outcome = await self._report(rank, self._ledger, step, attempt, missing)
         return None if outcome is None else outcome[self._group(rank)]
 
     def done(self, rank: int, step: int) -> bool:
-        """``rank`` has made ``step``; whether it was the last of them."""
+        """``rank`` has made ``step``; whether it was the last of them. Hearing of it twice does no harm."""
+        if step not in self._batches:
+            return False
         acks = self._acks[step]
         acks.add(rank)
         if len(acks) < self.training.world_size:
             return False
         del self._acks[step], self._batches[step]
+        self._rounds = {key: round_ for key, round_ in self._rounds.items() if key[:2] != (False, step)}
         return True
 
     async def trained(self, step: int) -> None:
@@ -153,40 +167,34 @@ class TrainingGroup:
         while self._ledger.trained_step < step:
             await self._wait()
 
-    async def heldout_batches(self, rank: int) -> MicroBatches | None:
+    async def heldout_batches(self, rank: int, part: int) -> MicroBatches | None:
         """See ``Controller.heldout_batches``."""
-        while (step := self._next_heldout) not in self._heldout.steps:
+        while part not in self._heldout.steps:
             if self._heldout.exhausted:
                 return ()
             if self.closing:
                 return None
             await self._wait()
-        return self._split(self._heldout, step)[self._group(rank)]
+        return self._split(self._heldout, part)[self._group(rank)]
 
-    async def heldout_fetched(self, rank: int, missing: Iterable[SampleId]) -> bool:
+    async def heldout_fetched(self, rank: int, part: int, attempt: int, missing: Iterable[SampleId]) -> bool:
         """Whether all ranks hold these held-out samples now."""
-        step = self._next_heldout
-        complete = await self._report(rank, HELDOUT_EPOCH, self._heldout, step, missing) is None
-        if complete and self._next_heldout == step:
-            self._buffer.hold_heldout(step)
+        complete = await self._report(rank, self._heldout, part, attempt, missing) is None
+        if complete and self._heldout.trained_step < part:
+            self._buffer.hold_heldout(part)
         return complete
 
-    @property
-    def _next_heldout(self) -> int:
-        """The step of held-out samples that the ranks are at."""
-        return self._heldout.trained_step + 1
-
     async def _report(
-        self, rank: int, name: int, ledger: Ledger, step: int, missing: Iterable[SampleId]
+        self, rank: int, ledger: Ledger, step: int, attempt: int, missing: Iterable[SampleId]
     ) -> list[RankBatch] | None:
-        round_ = self._rounds.setdefault(name, FetchRound(set(range(self.training.world_size))))
-        round_.silent.discard(rank)
-        round_.missing.update(missing)
-        if not round_.silent:
-            if round_.missing:
+        key = ledger is self._heldout, step, attempt
+        round_ = self._rounds.setdefault(key, FetchRound(set(range(self.training.world_size))))
+        if rank in round_.silent:
+            round_.silent.discard(rank)
+            round_.missing.update(missing)
+            if not round_.silent and round_.missing:
                 self._buffer.lose(ledger, step, round_.missing)  # sooner or later `advance` sees new references
-            else:
-                del self._rounds[name]
+            elif not round_.silent:
                 round_.decided = True
                 self._changed.fire()
         while not round_.decided:

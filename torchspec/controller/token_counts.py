@@ -9,6 +9,9 @@ room for all of them, those that are answered leave it again.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 from torchspec.controller.buffer import ControllerSpec, SampleBuffer
@@ -18,10 +21,15 @@ from torchspec.run_folder import RunFolder
 
 
 class TokenCounts:
-    """The vocabulary once it is known; it is kept in the run's folder and read back on a resume."""
+    """The vocabulary once it is known; it is kept in the run's folder and read back on a resume.
 
-    def __init__(self, spec: ControllerSpec, buffer: SampleBuffer):
+    Args:
+        put: makes the call that writes it.
+    """
+
+    def __init__(self, spec: ControllerSpec, buffer: SampleBuffer, put: Callable[..., Any]):
         self.vocab: DraftVocab | None = None
+        self._put = put
         self._buffer, self._prompts, self._always = buffer, spec.train, spec.end_token_ids
         self._path, data = RunFolder(spec.run_dir).draft_vocab, spec.config.data
         self._known = Signal()
@@ -63,6 +71,6 @@ class TokenCounts:
         # What the answers have not shown yet is taken from what the prompts talk about.
         prior = np.bincount(self._prompts.token_ids, minlength=len(self._counter.counts))
         self.vocab = self._counter.build(self._size, self._always, prior)
-        self.vocab.save(self._path)
+        self._put(self.vocab.save, self._path)
         self._buffer.all_counted()
         self._known.fire()

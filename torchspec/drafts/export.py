@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,12 @@ class DraftExport:
 
 
 def export_draft(
-    spec: DraftSpec, weights: Mapping[str, Tensor], draft_ids: Tensor, folder: str | Path, dtype: str = "bfloat16"
+    spec: DraftSpec,
+    weights: Mapping[str, Tensor],
+    draft_ids: Tensor,
+    folder: str | Path,
+    dtype: str = "bfloat16",
+    fence: Callable[[], None] = lambda: None,
 ) -> Path:
     """Write ``folder``, atomically; an older export there is replaced.
 
@@ -53,6 +58,7 @@ def export_draft(
             target's is not among them: servers take it from there.
         draft_ids: [D] int64, the draft vocabulary as increasing target ids.
         dtype: ``bfloat16``, ``float16`` or ``float32``.
+        fence: called before anything is put in place; raises where somebody else has taken over.
 
     Raises:
         ValueError: a tensor is missing, unknown, of the wrong shape, not finite (in ``dtype``) or all zero; or
@@ -62,7 +68,7 @@ def export_draft(
     tensors = {name: value.detach().to("cpu", torch_dtype(dtype)).contiguous() for name, value in weights.items()}
     tensors |= _vocabulary_tensors(draft_ids, spec)
     check_tensors(tensors, spec, dtype)
-    return _publish(Path(folder), spec.hf_config(dtype), tensors)
+    return _publish(Path(folder), spec.hf_config(dtype), tensors, fence)
 
 
 def validate_export(folder: str | Path) -> DraftExport:
@@ -174,7 +180,7 @@ def _vocabulary_tensors(draft_ids_D: Tensor, spec: DraftSpec) -> dict[str, Tenso
     return {"d2t": ids_D - torch.arange(len(ids_D)), "t2d": t2d_V}
 
 
-def _publish(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]) -> Path:
+def _publish(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor], fence: Callable[[], None]) -> Path:
     """Write beside ``folder``, then rename into place."""
     _require_replaceable(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -187,6 +193,7 @@ def _publish(folder: Path, config: Mapping[str, Any], tensors: dict[str, Tensor]
         except SafetensorError as error:  # how it says that a disk is full
             raise OSError(f"{complete / WEIGHTS} cannot be written: {error}") from None
         (complete / WEIGHTS).chmod((complete / CONFIG).stat().st_mode)  # safetensors lets nobody else read it
+        fence()
         if folder.exists():
             os.rename(folder, old)
         os.rename(complete, folder)

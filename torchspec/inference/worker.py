@@ -21,10 +21,9 @@ from torchspec.contracts import Lease, WorkerReport
 from torchspec.inference.engine import TargetEngine
 from torchspec.inference.sglang_process import EngineSpec
 from torchspec.inference.source import Produced, SampleSource, SourceFailed
+from torchspec.insist import insist
 from torchspec.instruments import Stopwatch, observe
 from torchspec.knobs import found
-
-_CONTROLLER_PAUSE_SECONDS = 0.5
 
 
 class InferenceWorker:
@@ -78,7 +77,7 @@ class InferenceWorker:
         try:
             leases: list[Lease] = await self._controller.lease.remote(self._name, count, self._report())
         except ray.exceptions.ActorUnavailableError:
-            leases = await self._insist("lease", count, self._report(), tuple(self._held))
+            leases = await insist(self._controller.lease, self._name, count, self._report(), tuple(self._held))
         self._held.update(lease.key for lease in leases)
         return leases
 
@@ -96,24 +95,12 @@ class InferenceWorker:
             try:
                 produced = await self._source.produce(lease)
                 self._count_sample(produced)
-                await self._insist("publish", produced.ref, produced.answer, produced.timing)
+                await insist(self._controller.publish, self._name, produced.ref, produced.answer, produced.timing)
             except SourceFailed as error:
                 self._counts = replace(self._counts, failures=self._counts.failures + 1)
-                await self._insist("fail", lease.sample, lease.key, str(error), error.kind)
+                await insist(self._controller.fail, self._name, lease.sample, lease.key, str(error), error.kind)
             finally:
                 self._held.discard(lease.key)
-
-    async def _insist(self, method: str, *args: Any) -> Any:
-        """Call the controller, again and again while it is being restarted.
-
-        Raises:
-            RayActorError: there is no controller any more.
-        """
-        while True:
-            try:
-                return await getattr(self._controller, method).remote(self._name, *args)
-            except ray.exceptions.ActorUnavailableError:
-                await asyncio.sleep(_CONTROLLER_PAUSE_SECONDS)
 
     def _count_sample(self, produced: Produced) -> None:
         ref, answer, put_seconds = produced.ref, produced.answer, produced.timing.put_seconds

@@ -90,6 +90,9 @@ def assess(
         return Health("warning", f"{lost} lost", f"{_words(now - newest['time'])} ago: {newest['message']}")
     if snapshot.status.export_failure:
         return Health("warning", "No export", snapshot.status.export_failure)
+    troubles = [event for event in events if event["kind"] == "trouble" and event["time"] > now - RECENT_SECONDS]
+    if troubles:
+        return Health("warning", "Trouble", troubles[-1]["message"])
     return Health("good", "Healthy", _calm(snapshot, len(alive)))
 
 

@@ -16,7 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from torchspec.files import write_atomically
+from torchspec.files import LineFile, write_atomically
 
 _TIME = re.compile(rb'{"time":\s*([-+.0-9eE]+)')
 _parsed = lru_cache(maxsize=2048)(json.loads)
@@ -28,19 +28,21 @@ class Series:
     def __init__(self, path: Path, max_lines: int, recent: int):
         assert recent < max_lines // 2
         self._path, self._max_lines, self._recent = path, max_lines, recent
-        self._replace(lines_of(path))  # without a line that a crash has torn
+        self._file = LineFile(path)
+        self._count = len(lines_of(path))
 
     def append(self, line: bytes) -> None:
-        """Add a line, with its line feed."""
-        with self._path.open("ab") as file:
-            file.write(line)
+        """Add a line, with its line feed. Raises OSError: names the file."""
+        self._file.append(line)
         self._count += 1
         if self._count >= self._max_lines:
-            self._replace(thin(lines_of(self._path), self._max_lines // 2, self._recent))
+            self._thin()
 
-    def _replace(self, lines: Sequence[bytes]) -> None:
+    def _thin(self) -> None:
+        lines = thin(lines_of(self._path), self._max_lines // 2, self._recent)
         write_atomically(self._path, lambda file: file.writelines(lines))
-        self._count = len(lines)
+        self._file.close()
+        self._file, self._count = LineFile(self._path), len(lines)
 
 
 def thin(lines: Sequence[bytes], most: int, recent: int) -> list[bytes]:

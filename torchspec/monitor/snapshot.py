@@ -35,6 +35,7 @@ EventKind = Literal[
     "rejected",
     "checkpoint",
     "export_failed",
+    "trouble",
     "scaled",
     "trainer_started",
     "trainer_lost",

@@ -6,7 +6,8 @@
       ledger.json           which samples those steps have consumed
       config.yaml           the resolved config
 
-A folder of that name is complete: it was written as ``step_000123.tmp`` and renamed. The pointers ``latest`` and
+A folder of that name is complete: it was written as ``step_000123.g4.tmp``, by the ranks of generation 4, and renamed;
+ranks of an earlier generation, which may only be cut off, put nothing in place any more. The pointers ``latest`` and
 ``best`` are relative symbolic links, replaced in one system call, so at every moment they name a complete folder; also
 after the machine's sudden end, if what is in the files was on the disk.
 
@@ -21,7 +22,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -100,15 +101,27 @@ def read_info(folder: Path) -> CheckpointInfo:
     return CheckpointInfo(**fields | {"draft": TypeAdapter(KINDS[kind]).validate_python(draft), "schedule": schedule})
 
 
-def save_checkpoint(folder: Path, state: dict[str, Tensor], info: CheckpointInfo, files: Mapping[str, str]) -> None:
-    """Save ``state`` (from :func:`training_state`) and the small files of rank 0 as ``folder``, atomically.
+def save_checkpoint(
+    folder: Path,
+    state: dict[str, Tensor],
+    info: CheckpointInfo,
+    files: Mapping[str, str],
+    generation: int,
+    fence: Callable[[], None],
+) -> None:
+    """Save ``state`` (from :func:`training_state`) and the small files of rank 0 as ``folder``, atomically; then
+    ``latest`` names it.
 
     Every rank calls it, and it raises on every rank or on none.
+
+    Args:
+        generation: of these ranks.
+        fence: called on rank 0 before anything is put in place; raises where another generation has taken over.
 
     Raises:
         CheckpointError: the disk is full, or will not be written to for another reason. The partial folder is gone.
     """
-    partial = partial_folder(folder)
+    partial = partial_folder(folder, generation)
     outcome: list[str | None] = [None]
     if dist.get_rank() == 0:
         draft = {"kind": info.draft.kind, "spec": asdict(info.draft)}
@@ -123,16 +136,30 @@ def save_checkpoint(folder: Path, state: dict[str, Tensor], info: CheckpointInfo
             failure = "; ".join(sorted({_reason(e) for e, _ in error.failures.values()}))
     if dist.get_rank() == 0:
         if failure is None:
-            publish(folder)
+            failure = _put_in_place(folder, generation, fence)
         else:
             shutil.rmtree(partial, ignore_errors=True)
-    dist.barrier()
+        outcome = [failure]
+    dist.broadcast_object_list(outcome)
+    failure = outcome[0]
     if failure is not None:
         free = shutil.disk_usage(folder.parent).free
         raise CheckpointError(
             f"cannot save {folder}: {failure} ({free / 2**20:.0f} MiB free on its disk). Checkpoints saved before it "
             "are intact: make room (or lower checkpoint.keep), then resume"
         )
+
+
+def _put_in_place(folder: Path, generation: int, fence: Callable[[], None]) -> str | None:
+    """What is complete gets its name, and ``latest`` names it. Returns what went wrong, if anything did."""
+    try:
+        fence()
+        publish(folder, generation)
+        fence()  # the disk may have let it wait for long
+        point(folder.parent, "latest", folder)
+    except OSError as error:
+        return _reason(error)
+    return None
 
 
 def training_state(parameters: Parameters, optimizer: Optimizer, draft_ids: Tensor) -> dict[str, Tensor]:
@@ -262,25 +289,25 @@ def _set_rng_states(states: Mapping[str, Tensor]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def partial_folder(folder: Path) -> Path:
-    """Where ``folder`` is written until it is complete."""
-    return folder.with_name(folder.name + PARTIAL)
+def partial_folder(folder: Path, generation: int) -> Path:
+    """Where ranks of ``generation`` write ``folder`` until it is complete: those of another may still be at work."""
+    return folder.with_name(f"{folder.name}.g{generation}{PARTIAL}")
 
 
-def publish(folder: Path) -> None:
+def publish(folder: Path, generation: int) -> None:
     """Turn the partial folder into ``folder``, replacing what an abandoned run left there."""
-    discard(folder)
-    partial = partial_folder(folder)
+    discard(folder, generation)
+    partial = partial_folder(folder, generation)
     for inside in (partial, *(path for path in partial.rglob("*") if path.is_dir())):
         sync_folder(inside)
     partial.rename(folder)
     sync_folder(folder.parent)
 
 
-def discard(folder: Path) -> None:
+def discard(folder: Path, generation: int) -> None:
     """Remove ``folder``; a crash in the middle leaves a partial name, never half of a complete one."""
     if folder.exists():
-        doomed = folder.with_name(f"{folder.name}.old{PARTIAL}")
+        doomed = partial_folder(folder.with_name(f"{folder.name}.old"), generation)
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
         shutil.rmtree(doomed)
@@ -295,15 +322,18 @@ def point(root: Path, pointer: str, folder: Path) -> None:
     sync_folder(root)
 
 
-def prune(root: Path, keep: int) -> None:
-    """Remove all complete folders but the ``keep`` newest and those that a pointer names, and every partial one.
+def prune(root: Path, keep: int, generation: int) -> None:
+    """Remove all complete folders but the ``keep`` newest and those that a pointer names, and every partial one that
+    ranks of ``generation`` or an earlier one have left.
 
     Newest by time of writing: after a resume from an older checkpoint, a higher step number may be an abandoned one.
     """
-    for partial in root.glob(f"step_*{PARTIAL}"):
-        shutil.rmtree(partial)
-    folders = sorted((f for f in root.glob("step_*")), key=lambda f: f.stat().st_mtime_ns, reverse=True)
+    for partial in root.glob(f"step_*.g*{PARTIAL}"):
+        if int(partial.stem.rpartition(".g")[2]) <= generation:
+            shutil.rmtree(partial)
+    folders = [folder for folder in root.glob("step_*") if not folder.suffix]
+    folders.sort(key=lambda folder: folder.stat().st_mtime_ns, reverse=True)
     pointed = {link.resolve().name for link in root.iterdir() if link.is_symlink()}
     for folder in folders[keep:]:
         if folder.name not in pointed:
-            discard(folder)
+            discard(folder, generation)

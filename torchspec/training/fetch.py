@@ -25,13 +25,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from torch import Tensor
 
 from torchspec.contracts import MicroBatches, RankBatch, RankId, SampleId, SampleRef
 from torchspec.data.order import sample_seed
 from torchspec.drafts.draft import Batch
+from torchspec.insist import insist_and_wait
 from torchspec.instruments import EMPTY, observe
 from torchspec.shards import Segment
 from torchspec.store.errors import MissingObject, SizeMismatch, StoreUnavailable
@@ -158,8 +158,16 @@ class SampleFetcher:
 class StepStream:
     """The steps of a run for one rank, in order, fetched ahead of the step loop."""
 
-    def __init__(self, controller: Any, rank: RankId, fetcher: SampleFetcher, prefetch_steps: int, heldout: bool):
-        self._controller, self._rank, self._fetcher = controller, rank, fetcher
+    def __init__(
+        self,
+        controller: Any,
+        rank: RankId,
+        fetcher: SampleFetcher,
+        first_step: int,
+        prefetch_steps: int,
+        heldout: bool,
+    ):
+        self._controller, self._rank, self._fetcher, self._step = controller, rank, fetcher, first_step
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="fetch")
         # held-out samples are captured before all others: taking them first frees the store for training
         self._heldout = self._thread.submit(self._fetch_heldout) if heldout else None
@@ -188,17 +196,19 @@ class StepStream:
         self._thread.shutdown(wait=False, cancel_futures=True)
 
     def _fetch_step(self) -> FetchedStep | None:
-        batch: RankBatch | None = ray.get(self._controller.next_batch.remote(self._rank))
+        batch: RankBatch | None = insist_and_wait(self._controller.next_batch, self._rank, self._step)
         if batch is None:
             return None
+        self._step += 1
         held: Rows = {}
         seconds = 0.0
         missing: set[SampleId] = set()
-        for _ in range(MAX_ROUNDS):
+        for attempt in range(MAX_ROUNDS):
             started = time.perf_counter()
             micro_batches, missing = self._fetcher.fetch(batch.micro_batches, held)
             seconds += time.perf_counter() - started
-            replacement = ray.get(self._controller.fetched.remote(self._rank, batch.step, tuple(missing)))
+            said = self._rank, batch.step, attempt, tuple(missing)
+            replacement: RankBatch | None = insist_and_wait(self._controller.fetched, *said)
             if replacement is None:
                 return FetchedStep(batch, micro_batches, seconds)
             batch = replacement
@@ -206,15 +216,24 @@ class StepStream:
         raise MissingObject(f"step {batch.step}: samples were lost {MAX_ROUNDS} times in a row, here {names or 'none'}")
 
     def _fetch_heldout(self) -> list[Batch]:
-        held: Rows = {}
         kept: list[Batch] = []
+        part = 1
+        while micro_batches := self._fetch_part(part):
+            kept += micro_batches
+            part += 1
+        return kept if micro_batches is not None else []  # a part's score could not be compared with the whole's
+
+    def _fetch_part(self, part: int) -> list[Batch] | None:
+        """Of the held-out samples; nothing where there are no more, None where they will not all be captured."""
+        held: Rows = {}
+        attempt = 0
         refs: MicroBatches | None
-        while refs := ray.get(self._controller.heldout_batches.remote(self._rank)):
+        while refs := insist_and_wait(self._controller.heldout_batches, self._rank, part):
             micro_batches, missing = self._fetcher.fetch(refs, held)
-            if ray.get(self._controller.heldout_fetched.remote(self._rank, tuple(missing))):
-                kept += micro_batches
-                held = {}
-        return [] if refs is None else kept  # the score of a part could not be compared with those of the whole
+            if insist_and_wait(self._controller.heldout_fetched, self._rank, part, attempt, tuple(missing)):
+                return micro_batches
+            attempt += 1
+        return None if refs is None else []
 
 
 def _mask(ref: SampleRef) -> Tensor:

@@ -14,17 +14,18 @@ seeded with ``run.seed + 1 + r``, whose state is part of the checkpoint.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import ray
 import torch
 from torch import Tensor
 
+from torchspec.call_thread import CallThread
 from torchspec.config.load import config_text
 from torchspec.config.schema import Config
 from torchspec.contracts import RankId, RankReport, StepReport
@@ -32,6 +33,7 @@ from torchspec.drafts.draft import Batch
 from torchspec.drafts.export import export_draft
 from torchspec.drafts.spec import DraftSpec
 from torchspec.hardware import peak_flops, pick_device
+from torchspec.insist import insist_and_wait
 from torchspec.knobs import found
 from torchspec.parallel.mesh import build_mesh, join_ranks
 from torchspec.run_folder import LEDGER_FILE, RunFolder
@@ -120,11 +122,12 @@ class Trainer:
         pin = self.device.type == "cuda"
         fetcher = SampleFetcher(self.store, self.spec.geometry, sp_rank, config.run.seed, pin_memory=pin)
         heldout = config.evaluation.heldout is not None
-        stream = StepStream(controller, rank, fetcher, config.controller.prefetch_steps, heldout)
+        stream = StepStream(controller, rank, fetcher, self.step + 1, config.controller.prefetch_steps, heldout)
         reports = reporting(controller, rank, lambda: self._report(fetcher, stream), config.monitor.history_seconds)
         path = RunFolder(self.spec.run_dir).profile(rank.rank)
         profiler = StepProfiler(config.monitor.profile_steps, path, self.device)
-        told = list[ray.ObjectRef]()
+        telling = CallThread("tell")
+        told = telling.submit(lambda: None)
         with closing(stream), reports as tell, closing(profiler):
             while True:
                 started = time.perf_counter()
@@ -136,8 +139,9 @@ class Trainer:
                 with self.clock.doing("paused"):
                     profiler.before(batch.step)
                 report = self._train(fetched, waited)
-                ray.get(told)  # of the step before: the step loop does not wait for the controller's answer
-                told = [controller.step_done.remote(rank, batch.step, report if rank.rank == 0 else None)]
+                told.result()  # of the step before: the step loop does not wait for the controller's answer
+                done = rank, batch.step, report if rank.rank == 0 else None
+                told = telling.submit(insist_and_wait, controller.step_done, *done)
                 with self.clock.doing("paused"):
                     profiler.after(batch.step)
                     if batch.evaluate or batch.checkpoint:
@@ -145,7 +149,7 @@ class Trainer:
                     score = self._evaluate(controller, stream.heldout()) if batch.evaluate else None
                     if batch.checkpoint:
                         self._save(controller, score)
-            ray.get(told)
+            told.result()
             if self.step > self.saved_step:  # stopped between two checkpoints
                 with self.clock.doing("paused"):
                     self._save(controller, None)
@@ -195,41 +199,53 @@ class Trainer:
         if report.tokens == 0:
             return None
         if self.spec.rank == 0:
-            ray.get(controller.heldout_done.remote(self.rank, report))
+            insist_and_wait(controller.heldout_done, self.rank, report)
         return report.accept_length
 
     def _save(self, controller: Any, score: float | None) -> None:
         """Checkpoint, pointers, rotation, export: in this order, so that each step only adds to what is safe.
 
-        An export that fails is told to the controller, and training goes on.
+        What fails once the checkpoint is safe is told to the controller, and training goes on. A rank of a generation
+        that has ended, which may be cut off and know nothing of it, puts nothing in place any more.
         """
         spec, config, run = self.spec, self.config, RunFolder(self.spec.run_dir)
-        root, folder = run.checkpoints, run.checkpoint(self.step)
+        folder = run.checkpoint(self.step)
+        fence = partial(insist_and_wait, controller.require_current, self.rank)
         files = {}
         if spec.rank == 0:
-            files[LEDGER_FILE] = ray.get(controller.ledger_snapshot.remote(self.rank, self.step))
+            files[LEDGER_FILE] = insist_and_wait(controller.ledger_snapshot, self.rank, self.step)
             files[CONFIG_FILE] = config_text(config)
         learner = self.learner
         state = training_state(learner.parameters, learner.optimizer, learner.draft_ids)
-        save_checkpoint(folder, state, CheckpointInfo(self.step, learner.schedule, spec.draft, score), files)
+        info = CheckpointInfo(self.step, learner.schedule, spec.draft, score)
+        save_checkpoint(folder, state, info, files, spec.generation, fence)
         self.saved_step = self.step
         if spec.rank == 0:
-            best = score is not None and score > _best_score(root)
-            for pointer in ("latest", *(["best"] if best else [])):
-                point(root, pointer, folder)
-            prune(root, config.checkpoint.keep)
-            ray.get(controller.committed.remote(self.rank, self.step, str(folder), best))
+            best, failure = self._tidy(folder, score)
+            insist_and_wait(controller.committed, self.rank, self.step, str(folder), best, failure)
         if config.checkpoint.export:
             weights = gather_weights(learner.parameters)
             if spec.rank == 0:
-                failure = self._export(weights, run.export)
-                ray.get(controller.exported.remote(self.rank, self.step, failure))
+                failure = self._export(weights, run.export, fence)
+                insist_and_wait(controller.exported, self.rank, self.step, failure)
 
-    def _export(self, weights: Mapping[str, Tensor], folder: Path) -> str:
+    def _tidy(self, folder: Path, score: float | None) -> tuple[bool, str]:
+        """Let ``best`` name the checkpoint in ``folder`` if it is, and remove old ones. What failed, if anything."""
+        root, best = folder.parent, False
+        try:
+            best = score is not None and score > _best_score(root)
+            if best:
+                point(root, "best", folder)
+            prune(root, self.config.checkpoint.keep, self.spec.generation)
+        except (ValueError, OSError) as error:
+            return best, str(error)
+        return best, ""
+
+    def _export(self, weights: Mapping[str, Tensor], folder: Path, fence: Callable[[], None]) -> str:
         """Why it failed, if so: the checkpoint is safe and holds the same draft, so training goes on."""
         try:
             dtype = self.config.checkpoint.export_dtype
-            export_draft(self.spec.draft, weights, self.learner.draft_ids, folder, dtype)
+            export_draft(self.spec.draft, weights, self.learner.draft_ids, folder, dtype, fence)
         except (ValueError, OSError) as error:
             return str(error)
         return ""

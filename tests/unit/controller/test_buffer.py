@@ -46,7 +46,8 @@ class Scene:
     def __init__(self, run_dir: Path):
         self.spec = make_spec(ENDPOINT, run_dir, training={"epochs": 1}, controller={"reorder_window": 10})
         self.changes = 0
-        self.buffer = SampleBuffer(self.spec, Observer(run_dir, 0), self.change)
+        self.observer = Observer(run_dir, 0)
+        self.buffer = SampleBuffer(self.spec, self.observer, self.change)
         self.ledger, self.credits = self.buffer.ledger, self.buffer.credits
 
     def change(self) -> None:
@@ -136,6 +137,7 @@ def test_a_failure_keeps_the_credits_and_a_rejection_gives_them_back_and_is_writ
         assert scene.state(again) == "leased"
         await scene.buffer.fail("w", again.sample, again.key, "too long", "final")
         assert scene.ledger.counts()["rejected"] == 1 and not scene.credits.used
+        await scene.observer.files.written()
         folder = RunFolder(scene.spec.run_dir)
         (rejected,) = read_lines(folder.rejected)
         assert rejected["reason"] == "too long (attempt 2)"

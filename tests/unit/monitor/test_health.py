@@ -61,6 +61,14 @@ def test_an_export_that_failed_is_told_while_the_run_goes_on_and_at_its_end(snap
     assert assess(ended, [], [], live=False, now=snapshot.time).headline == "Finished without an export"
 
 
+def test_trouble_beside_the_training_is_a_warning_for_a_while(snapshot: Snapshot) -> None:
+    trouble = fault("trouble", snapshot.time - 10, "cannot write x: No space left on device")
+    health = assess(snapshot, [trouble], [], live=True, now=snapshot.time)
+    assert (health.level, health.headline, health.text) == ("warning", "Trouble", trouble["message"])
+    old = trouble | {"time": snapshot.time - RECENT_SECONDS - 1}
+    assert assess(snapshot, [old], [], live=True, now=snapshot.time).level == "good"
+
+
 def test_silence_is_noticed(snapshot: Snapshot) -> None:
     workers = (snapshot.workers[0], replace(snapshot.workers[1], doing="silent", heard=snapshot.time - 8))
     health = assess(replace(snapshot, workers=workers), [], [], live=True, now=snapshot.time)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import struct
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +19,7 @@ from tests.reports import REPORT
 from torchspec.config.load import parse_config, save_config
 from torchspec.config.schema import MonitorConfig
 from torchspec.contracts import RunStatus, StepReport
+from torchspec.monitor import trackers as trackers_package
 from torchspec.monitor.trackers import Trackers, check_trackers, open_trackers
 
 
@@ -95,7 +99,7 @@ def test_switched_off_it_writes_nothing_and_imports_nothing(tmp_path: Path) -> N
 
 
 def test_reports_are_counted_without_any_tracker() -> None:
-    trackers = Trackers([], print)
+    trackers = Trackers({}, print)
     trackers.log(status(1), [REPORT, REPORT])
     assert trackers.steps_seen == 2
 
@@ -122,13 +126,45 @@ def test_a_tracker_that_fails_is_left_out_and_the_run_goes_on() -> None:
     warnings: list[str] = []
     broken, healthy = Broken(), Broken()
     healthy.step = healthy.told.append  # type: ignore[method-assign]
-    trackers = Trackers([broken, healthy], warnings.append)
+    trackers = Trackers({"broken": lambda: broken, "healthy": lambda: healthy}, warnings.append)
     for step in (1, 2, 3):
         trackers.log(status(step), [replace(REPORT, step=step)])
     trackers.close()
     assert len(broken.told) == 2 and len(healthy.told) == 7 and healthy.told[-1] == "closed"
-    assert warnings == ["Broken failed and is left out from here on: ConnectionError: no route to host"]
+    assert warnings == ["the tracker broken failed and is left out from here on: ConnectionError: no route to host"]
     assert trackers.steps_seen == 3
+
+
+def test_one_that_does_not_open_is_left_out() -> None:
+    warnings: list[str] = []
+
+    def opening() -> Broken:
+        raise ConnectionError("no such host")
+
+    trackers = Trackers({"far": opening}, warnings.append)
+    trackers.log(status(1), [REPORT])
+    trackers.close()
+    assert warnings == ["the tracker far failed and is left out from here on: ConnectionError: no such host"]
+
+
+def test_one_that_hangs_holds_up_neither_the_run_nor_its_end_nor_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trackers_package, "MOST_WAITING", 3)
+    monkeypatch.setattr(trackers_package, "CLOSE_SECONDS", 0.2)
+    warnings: list[str] = []
+    never, healthy = threading.Event(), Broken()
+    hanging, healthy.step = Broken(), healthy.told.append  # type: ignore[method-assign]
+    hanging.step = lambda report: never.wait()  # type: ignore[assignment, method-assign]
+    trackers = Trackers({"hanging": lambda: hanging, "healthy": lambda: healthy}, warnings.append)
+    started = time.monotonic()
+    for step in range(1, 11):
+        trackers.log(status(step), [replace(REPORT, step=step)])
+        while len(healthy.told) < 2 * step:
+            time.sleep(0.001)
+    trackers.close()
+    assert time.monotonic() - started < 10 and healthy.told[-1] == "closed" and len(healthy.told) == 21
+    assert warnings[0] == "the tracker hanging does not keep up: it misses steps until it does"
+    assert warnings[1].startswith("the tracker hanging has not taken all that it was told")
+    assert re.fullmatch("the tracker hanging has missed [67] reports of steps", warnings[2]) and len(warnings) == 3
 
 
 def test_a_tracker_without_its_package_is_refused_with_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,14 +199,18 @@ def wandb_rows(path: Path) -> list[dict]:
 def test_wandb_gets_every_figure_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb", reason="the extra torchspec[wandb] is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
+    warnings: list[str] = []
+    monkeypatch.setattr(trackers_package, "CLOSE_SECONDS", 120)
     for first in (1, 2):  # the second is a resume, which goes back one step
-        trackers = open_trackers(MonitorConfig(trackers=["wandb"]), run_folder(tmp_path), pytest.fail)
+        trackers = open_trackers(MonitorConfig(trackers=["wandb"]), run_folder(tmp_path), warnings.append)
         trackers.log(status(first), [replace(REPORT, step=first)])
         trackers.log(status(first + 1), [replace(REPORT, step=first + 1, loss=2.5)])
         trackers.close()
     logs = sorted(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
-    assert len(logs) == 2 and len({log.name for log in logs}) == 1, "one W&B run"
-    rows = wandb_rows(logs[1])
+    assert warnings == [] and len(logs) == 2 and len({log.name for log in logs}) == 1, "one W&B run"
+    deadline = time.monotonic() + 30  # it is another process that writes it, which lags behind a little
+    while len(rows := wandb_rows(logs[1])) < 4 and time.monotonic() < deadline:
+        time.sleep(0.05)
     losses = [(row["step"], row["train/loss"]) for row in rows if "train/loss" in row]
     assert losses == [(2, 3.5), (3, 2.5)]
     assert any(row.get("pools/queue_depth") == 7 for row in rows)
@@ -179,14 +219,16 @@ def test_wandb_gets_every_figure_by_step(tmp_path: Path, monkeypatch: pytest.Mon
 def test_mlflow_gets_every_figure_by_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow", reason="the extra torchspec[mlflow] is not installed")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    warnings: list[str] = []
     config = MonitorConfig(trackers=["mlflow"], project="drafts")
+    monkeypatch.setattr(trackers_package, "CLOSE_SECONDS", 120)
     for first in (1, 3):  # the second is a resume
-        trackers = open_trackers(config, run_folder(tmp_path), pytest.fail)
+        trackers = open_trackers(config, run_folder(tmp_path), warnings.append)
         trackers.log(status(first), [replace(REPORT, step=first, loss=float(first))])
         trackers.close()
     client = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
     (run,) = client.search_runs([client.get_experiment_by_name("drafts").experiment_id])
-    assert run.info.status == "FINISHED" and run.info.run_name == tmp_path.name
+    assert warnings == [] and run.info.status == "FINISHED" and run.info.run_name == tmp_path.name
     history = client.get_metric_history(run.info.run_id, "train/loss")
     assert sorted((metric.step, metric.value) for metric in history) == [(1, 1.0), (3, 3.0)]
     assert run.data.metrics["pools/queue_depth"] == 7

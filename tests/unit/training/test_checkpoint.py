@@ -10,11 +10,12 @@ import pytest
 from torchspec.training.checkpoint import partial_folder, point, prune, publish
 
 
-def save(root: Path, step: int, written_at: int | None = None, text: str = "") -> Path:
+def save(root: Path, step: int, written_at: int | None = None, text: str = "", generation: int = 1) -> Path:
     folder = root / f"step_{step:06d}"
-    partial_folder(folder).mkdir(parents=True)
-    (partial_folder(folder) / "content").write_text(text)
-    publish(folder)
+    partial = partial_folder(folder, generation)
+    partial.mkdir(parents=True)
+    (partial / "content").write_text(text)
+    publish(folder, generation)
     if written_at is not None:
         os.utime(folder, (written_at, written_at))
     point(root, "latest", folder)
@@ -30,7 +31,7 @@ def test_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
         folder = save(tmp_path, step, written_at=step)
         if step == 2:
             point(tmp_path, "best", folder)
-        prune(tmp_path, keep=2)
+        prune(tmp_path, keep=2, generation=1)
     assert names(tmp_path) == ["step_000002", "step_000004", "step_000005"]
     assert (tmp_path / "latest").resolve().name == "step_000005"
     assert (tmp_path / "best").resolve().name == "step_000002"
@@ -40,15 +41,17 @@ def test_newest_is_by_time_so_an_abandoned_later_step_goes_first(tmp_path: Path)
     save(tmp_path, 200, written_at=1)
     save(tmp_path, 100, written_at=2)
     save(tmp_path, 150, written_at=3)
-    prune(tmp_path, keep=2)
+    prune(tmp_path, keep=2, generation=1)
     assert names(tmp_path) == ["step_000100", "step_000150"]
 
 
 def test_leftovers_of_a_crash_are_removed(tmp_path: Path) -> None:
     save(tmp_path, 1)
-    (tmp_path / "step_000002.tmp").mkdir()
-    (tmp_path / "step_000001.old.tmp").mkdir()
-    prune(tmp_path, keep=1)
+    for partial in ("step_000002.g1.tmp", "step_000001.old.g1.tmp", "step_000003.g2.tmp"):
+        (tmp_path / partial).mkdir()
+    prune(tmp_path, keep=1, generation=1)
+    assert names(tmp_path) == ["step_000001", "step_000003.g2.tmp"], "who comes later is at work there"
+    prune(tmp_path, keep=1, generation=3)
     assert names(tmp_path) == ["step_000001"]
 
 
@@ -66,10 +69,10 @@ def test_names_are_on_the_disk_before_anything_points_at_them(tmp_path: Path, mo
     monkeypatch.setattr(Path, "rename", lambda a, b: (calls.append(f"rename {b}"), rename(a, b)))
     monkeypatch.setattr(os, "replace", lambda a, b: (calls.append(f"replace {b}"), replace(a, b)))
     folder = tmp_path / "step_000001"
-    (partial_folder(folder) / "state").mkdir(parents=True)
-    publish(folder)
+    partial = partial_folder(folder, 1)
+    (partial / "state").mkdir(parents=True)
+    publish(folder, 1)
     point(tmp_path, "latest", folder)
-    partial = partial_folder(folder)
     contents = [f"sync {partial}", f"sync {partial / 'state'}"]
     assert calls == [
         *contents,
@@ -82,4 +85,4 @@ def test_names_are_on_the_disk_before_anything_points_at_them(tmp_path: Path, mo
 
 def test_publishing_what_was_not_written_fails(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
-        publish(tmp_path / "step_000001")
+        publish(tmp_path / "step_000001", 1)

@@ -9,7 +9,7 @@ const GROUPS = {
     sign: "✕",
     kinds: [
       ...["failed", "worker_lost", "sample_failed", "sample_lost", "trainer_lost", "store_lost", "controller_lost"],
-      "export_failed",
+      ...["export_failed", "trouble"],
     ],
   },
   rejected: { title: "Rejections", sign: "⊘", kinds: ["rejected"] },

@@ -9,6 +9,7 @@ import asyncio
 import logging
 import time
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torchspec.monitor.metrics import METRICS, PREFIX, read
 from torchspec.monitor.record.recorder import EventLog, Recorder
 from torchspec.monitor.record.telemetry import Telemetry
 from torchspec.monitor.record.timeline import PER_SECOND, Timelines
+from torchspec.monitor.record.write_queue import WriteQueue
 from torchspec.monitor.snapshot import EventKind, Snapshot
 from torchspec.run_folder import RunFolder
 
@@ -49,10 +51,12 @@ class Observer:
         self.started = time.monotonic()
         self._steps: list[StepReport] = []
         self._steps_taken = 0  # before those
-        self.timelines = Timelines(run_dir, PER_SECOND if interval else 0)
+        self.files = WriteQueue(run_dir)
+        """Writes all that the controller writes."""
+        self.timelines = Timelines(run_dir, PER_SECOND if interval else 0, put=self.files.put_for_views)
         """Where each sample goes, which its movers tell at once."""
         self._telemetry = Telemetry()
-        self._metrics = JsonLines(RunFolder(run_dir).steps)
+        self._metrics = JsonLines(RunFolder(run_dir).steps, self.files.put_for_views)
         self._events = EventLog(run_dir)
         self._recorder, self._recording = Recorder(run_dir), asyncio.Lock()
         self._ray_metrics: RayMetrics | None = None
@@ -64,7 +68,7 @@ class Observer:
         """An event worth a person's attention; whatever a name or a reason holds, it stays one line of text."""
         message = printable(message)
         log.info(message)
-        self._events.write(time.time(), kind, message, **detail)
+        self.files.put_for_views(partial(self._events.write, time.time(), kind, message, **detail))
         self._telemetry.totals["faults"] += kind in FAULTS
         self.messages.append(message)
         del self.messages[:-RECENT_MESSAGES]
@@ -151,9 +155,11 @@ class Observer:
     def resumed(self, step: int) -> None:
         self.note(f"resumed after step {step}", "resumed", step=step)
 
-    def committed(self, step: int, folder: str, best: bool) -> None:
+    def committed(self, step: int, folder: str, best: bool, failure: str) -> None:
         message = f"checkpoint {folder}" + (" (best so far)" if best else "")
         self.note(message, "checkpoint", step=step, best=best)
+        if failure:
+            self.note(f"after the checkpoint of step {step}: {failure}", "trouble", step=step)
 
     def exported(self, step: int, failure: str) -> None:
         self.export_failure = failure
@@ -164,13 +170,11 @@ class Observer:
         self.note(f"{phase} after step {step}", "finished", step=step)
 
     async def record(self, status: RunStatus) -> None:
-        """Write a snapshot, if any are wanted. The event loop goes on meanwhile."""
+        """Write a snapshot, if any are wanted; one at a time, so a slow disk gets fewer of them."""
         if self.interval:
             async with self._recording:
-                try:
-                    await asyncio.to_thread(self._write, self._telemetry.snapshot(status))
-                except OSError as error:  # a disk that is full for a while must not end what watches it
-                    log.warning("no snapshot: %s", error)
+                written = self.files.put_for_views(self._write, self._telemetry.snapshot(status))
+                await asyncio.wrap_future(written)
 
     def _write(self, snapshot: Snapshot) -> None:
         self._recorder.write(snapshot)
@@ -179,7 +183,9 @@ class Observer:
             self._ray_metrics.update(snapshot)
 
     def report(self, report: StepReport) -> None:
-        """An optimizer step or a held-out evaluation."""
+        """An optimizer step or a held-out evaluation. Hearing of it twice does no harm."""
+        if report == self.last.get(report.split):
+            return
         self.last[report.split] = report
         self._steps.append(report)
         self._metrics.write({"time": time.time(), **asdict(report)})
@@ -194,8 +200,9 @@ class Observer:
         self._steps_taken = count
         return list(self._steps)
 
-    def close(self) -> None:
-        self._metrics.close()
+    async def close(self) -> None:
+        """Everything is written when this returns. Raises WriteFailed: it cannot be."""
+        await self.files.close()
 
 
 class RayMetrics:

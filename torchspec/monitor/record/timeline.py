@@ -13,9 +13,10 @@ from base64 import b64encode
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from torchspec.contracts import HELDOUT_EPOCH, SampleId, SampleRef, SampleTiming
+from torchspec.files import at_once
 from torchspec.monitor.series import Series
 from torchspec.monitor.snapshot import to_line
 from torchspec.run_folder import RunFolder
@@ -67,10 +68,20 @@ class SampleRecord:
 
 
 class Timelines:
-    """Follows ``per_second`` samples at most, and writes each down once it is freed. Times: seconds since the epoch."""
+    """Follows ``per_second`` samples at most, and writes each down once it is freed. Times: seconds since the epoch.
 
-    def __init__(self, run_dir: Path, per_second: float, clock: Callable[[], float] = time.time):
-        self._clock, self._spacing = clock, 1 / per_second if per_second else float("inf")
+    Args:
+        put: makes the calls that touch the disk.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        per_second: float,
+        clock: Callable[[], float] = time.time,
+        put: Callable[..., Any] = at_once,
+    ):
+        self._clock, self._spacing, self._put = clock, 1 / per_second if per_second else float("inf"), put
         self._file = Series(RunFolder(run_dir).samples, SAMPLE_LINES, SAMPLE_RECENT)
         self._open: dict[SampleId, list[Happening]] = {}
         self._due = clock() if per_second else float("inf")
@@ -128,7 +139,7 @@ class Timelines:
             token_ids=b64encode(token_ids[: 4 * TOKENS_KEPT]).decode(),
             loss_mask=b64encode(ref.loss_mask[: TOKENS_KEPT // 8]).decode(),
         )
-        self._file.append(to_line(record))
+        self._put(self._file.append, to_line(record))
 
     def _leased(self, sample: SampleId, worker: str) -> None:
         """Follow ``sample`` from here on, if it is time for another one. Held-out samples are not followed."""

@@ -8,12 +8,21 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
+from torchspec.call_thread import CallThread
 from torchspec.config.schema import MonitorConfig
 from torchspec.contracts import RunStatus, StepReport
+
+MOST_WAITING = 1000
+"""Batches of reports that a tracker may be behind."""
+CLOSE_SECONDS = 10.0
+"""So long the end of a run waits for its trackers."""
 
 TRACKERS = {"tensorboard": "TensorBoardTracker", "wandb": "WandbTracker", "mlflow": "MlflowTracker"}
 """Name in ``monitor.trackers``, of its package and of its module here, to its class: of (run_dir, project)."""
@@ -40,36 +49,88 @@ class Tracker(ABC):
 
 
 class Trackers:
-    """All trackers of a run. One that fails is left out from then on, which ``warn`` is told; the run goes on."""
+    """All trackers of a run, each on a thread of its own, where it may fail, be slow or hang: the run goes on.
 
-    def __init__(self, trackers: Sequence[Tracker], warn: Callable[[str], None]):
-        self._trackers, self._warn = list(trackers), warn
+    One that fails is left out from then on, and one that cannot keep up misses steps; ``warn`` is told of both.
+
+    Args:
+        kinds: what opens each, by its name in ``monitor.trackers``.
+    """
+
+    def __init__(self, kinds: Mapping[str, Callable[[], Tracker]], warn: Callable[[str], None]):
+        self._threads = [TrackerThread(name, kind, warn) for name, kind in kinds.items()]
         self.steps_seen = 0
         """Reports taken so far: the number to ask the controller for what comes after."""
 
     def log(self, status: RunStatus, reports: Sequence[StepReport]) -> None:
         """Pass on new reports, and with them the status; a status without a new report tells no tracker anything."""
         self.steps_seen += len(reports)
-
-        def pass_on(tracker: Tracker) -> None:
-            for report in reports:
-                tracker.step(report)
-            tracker.status(status)
-
-        if reports:
-            self._all(pass_on)
+        for thread in self._threads if reports else ():
+            thread.log(status, reports)
 
     def close(self) -> None:
-        self._all(lambda tracker: tracker.close())
+        """What the trackers have is on disk, or sent, when this returns; of one that is slow, not all."""
+        for thread in self._threads:
+            thread.close()
+        deadline = time.monotonic() + CLOSE_SECONDS
+        for thread in self._threads:
+            thread.wait(deadline)
 
-    def _all(self, action: Callable[[Tracker], None]) -> None:
-        for tracker in list(self._trackers):
-            try:
-                action(tracker)
-            except Exception as error:  # whatever a service or its package comes up with
-                self._trackers.remove(tracker)
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                self._warn(f"{type(tracker).__name__} failed and is left out from here on: {reason}")
+
+class TrackerThread:
+    """One tracker, which is opened here, too, and told everything in order."""
+
+    def __init__(self, name: str, kind: Callable[[], Tracker], warn: Callable[[str], None]):
+        self._name, self._warn, self._thread = name, warn, CallThread(name)
+        self._tracker: Tracker | None = None
+        self._failed, self._missed = False, 0
+        self._thread.submit(self._try, self._open, kind)
+
+    def log(self, status: RunStatus, reports: Sequence[StepReport]) -> None:
+        if self._failed:
+            return
+        if self._thread.waiting >= MOST_WAITING:
+            if not self._missed:
+                self._warn(f"the tracker {self._name} does not keep up: it misses steps until it does")
+            self._missed += len(reports)
+        else:
+            self._thread.submit(self._try, self._log, status, reports)
+
+    def close(self) -> None:
+        """Tell it that this is the end."""
+        self._thread.submit(self._try, self._close)
+        self._thread.close(0)
+
+    def wait(self, deadline: float) -> None:
+        """Until it has ended, or ``deadline``. What it has missed is said."""
+        ended = self._thread.close(max(0.0, deadline - time.monotonic()))
+        if not ended:
+            self._warn(f"the tracker {self._name} has not taken all that it was told, and is not waited for any longer")
+        if self._missed:
+            self._warn(f"the tracker {self._name} has missed {self._missed:,} reports of steps")
+
+    def _open(self, kind: Callable[[], Tracker]) -> None:
+        self._tracker = kind()
+
+    def _log(self, status: RunStatus, reports: Sequence[StepReport]) -> None:
+        assert self._tracker is not None
+        for report in reports:
+            self._tracker.step(report)
+        self._tracker.status(status)
+
+    def _close(self) -> None:
+        assert self._tracker is not None
+        self._tracker.close()
+
+    def _try(self, action: Callable[..., None], *args: Any) -> None:
+        if self._failed:
+            return
+        try:
+            action(*args)
+        except Exception as error:  # whatever a service or its package comes up with
+            self._failed = True
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            self._warn(f"the tracker {self._name} failed and is left out from here on: {reason}")
 
 
 def check_trackers(config: MonitorConfig) -> None:
@@ -88,11 +149,13 @@ def check_trackers(config: MonitorConfig) -> None:
 
 def open_trackers(config: MonitorConfig, run_dir: Path, warn: Callable[[str], None]) -> Trackers:
     """The trackers that ``config`` asks for, writing under ``run_dir``."""
-    opened = []
-    for name in config.trackers:
+
+    def opening(name: str) -> Tracker:
         kind = getattr(importlib.import_module(f"torchspec.monitor.trackers.{name}"), TRACKERS[name])
-        opened.append(kind(run_dir, config.project))
-    return Trackers(opened, warn)
+        tracker: Tracker = kind(run_dir, config.project)
+        return tracker
+
+    return Trackers({name: partial(opening, name) for name in config.trackers}, warn)
 
 
 def _of_report(report: StepReport) -> dict[str, float]:

@@ -30,7 +30,8 @@ def test_reports_that_the_driver_has_are_forgotten_and_their_numbers_stay(tmp_pa
     for count in (0, 0):  # it has lost touch, and counts anew
         assert [report.step for report in observer.steps_since(count)] == [7]
     assert observer.steps_since(1) == []
-    observer.close()
+    observer.report(replace(REPORT, step=7))
+    assert observer.steps_since(1) == [], "said twice, because the first answer was lost"
 
 
 def test_an_event_is_one_line_of_text_whatever_a_reason_holds(tmp_path: Path, caplog: pytest.LogCaptureFixture):
