@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter
+import secrets
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -33,12 +33,13 @@ from typing import Any
 
 from torchspec.config.schema import Config, TrainingConfig
 from torchspec.contracts import HELDOUT_EPOCH, Answer, FailureKind, Lease, SampleId, SampleRef, SampleTiming
+from torchspec.controller.journal import read_journal
 from torchspec.controller.ledger import Ledger, Record
 from torchspec.controller.ledger_snapshot import Rejection, heldout_shape, ledger_shape
 from torchspec.controller.objects import Credits, StoredObjects
-from torchspec.controller.prompts import Prompts, Writer
+from torchspec.controller.prompts import AnswerBook, Prompts, Writer
 from torchspec.data.prompt_set import PromptSet
-from torchspec.files import JsonLines, read_lines
+from torchspec.files import Damage, JsonLines
 from torchspec.monitor.record.observer import Observer
 from torchspec.run_folder import LEDGER_FILE, RunFolder
 from torchspec.shards import ShardFormula
@@ -89,7 +90,8 @@ class SampleBuffer:
         self.ledgers = self.heldout, self.ledger  # held-out samples come first
         self._journal, self._rejections = JsonLines(self._folder.journal), JsonLines(self._folder.rejected)
         answers, writer = self._folder.answers, Writer.of(config.answer, spec.target_fingerprint)
-        self.prompts = Prompts(spec.train, spec.heldout, answers, writer, config.answer.reuse, config.run.seed)
+        book = AnswerBook(answers, writer, config.answer.reuse, self._tell)
+        self.prompts = Prompts(spec.train, spec.heldout, book, config.run.seed)
         self.credits, self._objects = Credits(spec.credit_bytes), StoredObjects(spec.endpoint)
         self._making_room = False
         self.store_away = False
@@ -102,30 +104,32 @@ class SampleBuffer:
         """How samples of formed steps are split: as the present group of ranks reads them."""
         self.generation = 0
         """Of the training group; counted through the run."""
-        self._key_prefix = ""
+        self.checkpoint: Path | None = None
+        """That the ledger goes on from, and so the training group; None: the beginning."""
+        self._key_prefix = f"{self._run}/{secrets.token_hex(4)}"
         """Of this controller's keys; no other one of the run has the same."""
 
     # ---- opening and closing ----
 
-    async def open(self, config: Config) -> None:
-        """Take up the run where its newest checkpoint is.
+    async def open(self, config: Config, go_back_to: Path | None = None) -> None:
+        """Take up the run where its last checkpoint is, or at an older one.
 
         Raises:
-            ValueError: the checkpoint is of other data, another seed or another batch size.
+            ValueError: the checkpoint is gone, or of other data, another seed or another batch size.
         """
         self.geometry = replace(self.geometry, sharding=config.training.shard_formula(self._halo))
-        events = Counter(line["event"] for line in read_lines(self._folder.journal))
-        incarnation, self.generation = events["started"] + 1, events["group"]
-        self._key_prefix = f"{self._run}/{incarnation}"
-        self.ledger.rewind(self._newest_snapshot())
+        journal = read_journal(self._folder.journal, self._tell)
+        self.generation = journal.generation
+        self.checkpoint = go_back_to or self._folder.last_checkpoint(journal.committed_step)
+        self.ledger.rewind(self._saved())
         limits = {"max_steps": config.training.max_steps, "reorder_window": config.controller.reorder_window}
         self._journal.write({"event": "started", **asdict(self.ledger.shape), **limits})
-        if incarnation > 1:
+        if journal.started:
             self._journal.write({"event": "resumed", "step": self.ledger.committed_step})
             self._observer.resumed(self.ledger.committed_step)
         self._objects.expect(self.geometry.suffixes)
         await self._objects.connect()
-        if incarnation > 1:
+        if journal.started:
             await self._objects.remove_all(f"{self._run}/")
 
     async def close(self) -> None:
@@ -135,7 +139,7 @@ class SampleBuffer:
         self._rejections.close()
 
     def open_group(self, training: TrainingConfig) -> None:
-        """A new generation of ranks goes on from the newest checkpoint."""
+        """A new generation of ranks goes on from :attr:`checkpoint`."""
         self.generation += 1
         self._formed_sharding = training.shard_formula(self._halo)
         group = {"generation": self.generation, "step": self.ledger.committed_step}
@@ -315,9 +319,14 @@ class SampleBuffer:
             ledger.unpark()
 
     def rewind(self) -> None:
-        """Go to the newest checkpoint: what the ranks that have ended did after it is undone."""
+        """Go to the last checkpoint: what the ranks that have ended did after it is undone.
+
+        Raises:
+            ValueError: it is gone.
+        """
         known, trained = self.ledger.committed_step, self.ledger.trained_step
-        useless = self.ledger.rewind(self._newest_snapshot(), self._usable)
+        self.checkpoint = self._folder.last_checkpoint(known)
+        useless = self.ledger.rewind(self._saved(), self._usable)
         step = self.ledger.committed_step
         if step > known:  # its rank died before it could tell
             self._journal.write({"event": "committed", "step": step})
@@ -373,9 +382,11 @@ class SampleBuffer:
 
         self._objects.remove_soon([key for _, key in keys], gone)
 
-    def _newest_snapshot(self) -> str | None:
-        folder = self._folder.newest_checkpoint()
-        return None if folder is None else (folder / LEDGER_FILE).read_text()
+    def _saved(self) -> str | None:
+        return None if self.checkpoint is None else (self.checkpoint / LEDGER_FILE).read_text()
+
+    def _tell(self, damage: Damage) -> None:
+        self._observer.note(str(damage))
 
     def _journal_rejection(self, rejection: Rejection) -> dict[str, Any]:
         name = self.prompts.name(rejection.sample)

@@ -343,9 +343,12 @@ class Ledger:
             The samples whose objects are of no use any more, by their ``key``. Those of trained ones are gone anyway.
 
         Raises:
-            ValueError: the snapshot is of other data, another seed or another batch size.
+            ValueError: the snapshot is of other data, another seed or another batch size, or from before a commit:
+                what was committed since is forgotten, and could only be trained twice.
         """
         saved = LedgerSnapshot(self.shape) if text is None else LedgerSnapshot.from_json(text, self.shape)
+        if saved.step < self.committed_step:
+            raise ValueError(f"a checkpoint of step {saved.step} cannot follow that of step {self.committed_step}")
         later = {p: r for p, r in self.rejected.items() if p >= saved.cursor}
         self.rejected, self._rejected_ahead = dict(saved.rejected) | later, len(later)
         self.committed_step = self.trained_step = self._assign_step = saved.step

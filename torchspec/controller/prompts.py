@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -17,7 +18,9 @@ from torchspec.contracts import HELDOUT_EPOCH, Answer, Lease, SampleId
 from torchspec.data.masks import pack_mask
 from torchspec.data.order import sample_seed
 from torchspec.data.prompt_set import PromptSet
-from torchspec.files import JsonLines, read_lines
+from torchspec.files import Damage, JsonLines, read_lines, records
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,25 +43,10 @@ class Writer:
 
 
 class Prompts:
-    """Looks samples up in the prompt sets and in the book of answers.
+    """Looks samples up in the prompt sets and in the book of answers. ``seed``: the run's."""
 
-    Args:
-        answers: the run's ``answers.jsonl``.
-        reuse: that of an earlier run.
-        seed: the run's.
-    """
-
-    def __init__(
-        self,
-        train: PromptSet,
-        heldout: PromptSet | None,
-        answers: Path,
-        writer: Writer,
-        reuse: Path | None,
-        seed: int,
-    ):
-        self._train, self._heldout, self._seed = train, heldout, seed
-        self._answers = AnswerBook(answers, writer, reuse)
+    def __init__(self, train: PromptSet, heldout: PromptSet | None, answers: AnswerBook, seed: int):
+        self._train, self._heldout, self._answers, self._seed = train, heldout, answers, seed
 
     def name(self, sample: SampleId) -> str:
         return f"{self._prompts(sample).ids[sample.prompt]} (epoch {sample.epoch})"
@@ -120,20 +108,25 @@ class AnswerBook:
     An answer belongs to its writer and to the exact tokens of its prompt: those of another target or another
     temperature are passed over, and with another template or another prompt under the same id it is not found.
     Answers stay on the disk; a million of them would fill the controller's memory.
+
+    Args:
+        path: the run's ``answers.jsonl``.
+        reuse: that of an earlier run.
+        told: of damaged lines, whose answers are as if they had not been written.
     """
 
-    def __init__(self, path: Path, writer: Writer, reuse: Path | None = None):
+    def __init__(
+        self, path: Path, writer: Writer, reuse: Path | None = None, told: Callable[[Damage], None] = log.warning
+    ):
         self._writer = asdict(writer)
         self._lines: dict[bytes, tuple[BinaryIO, int]] = {}
         """By prompt: the file and where in it the answer's line begins."""
         self._file = JsonLines(path)
         self._own = path.open("rb")
         for file in (*([reuse.open("rb")] if reuse else []), self._own):
-            begin = 0
-            for line in file:
-                if line.endswith(b"\n") and writer.wrote(record := json.loads(line)):  # a last one may be torn
+            for begin, record in records(file, told):
+                if writer.wrote(record):
                     self._lines[bytes.fromhex(record["prompt_hash"])] = file, begin
-                begin += len(line)
 
     def get(self, prompt_ids: np.ndarray) -> np.ndarray | None:
         """int32 token ids, or None where there is no answer."""

@@ -14,6 +14,7 @@ from typing import TypeVar
 import torch
 
 from torchspec.config.schema import Config
+from torchspec.controller.journal import read_journal
 from torchspec.controller.ledger_snapshot import LedgerSnapshot, ledger_shape
 from torchspec.controller.prompts import Writer, check_reuse
 from torchspec.data.prompt_builder import load_or_build
@@ -69,7 +70,7 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None], start:
         check_reuse(config.answer.reuse, Writer.of(config.answer, resolved.target.fingerprint))
     folder = RunFolder(config.run_dir)
     folder.expect(resume)
-    resume_from = folder.find_checkpoint(start) if resume else None
+    resume_from = _checkpoint(folder, start) if resume else None
     message("reading and tokenising the prompts")
     read = partial(load_or_build, progress=_told(message))
     train, heldout = _check_and_read(resolved, read, lambda data: (len(data), data.fully_answered))
@@ -83,6 +84,13 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None], start:
         _list_rejected(folder, train, heldout)
     mark, go_back_to = f"{folder.path}#{secrets.token_hex(8)}", resume_from if start != "latest" else None
     return Prepared(resolved, train, heldout, plan, folder, mark, go_back_to)
+
+
+def _checkpoint(folder: RunFolder, start: str) -> Path | None:
+    """That a resume goes on from. None: the beginning, for there is none yet. Raises ValueError: it is not there."""
+    if start != "latest":
+        return folder.find_checkpoint(start)
+    return folder.last_checkpoint(read_journal(folder.journal).committed_step)
 
 
 def make_plan_for(config: Config) -> tuple[Plan, Survey]:

@@ -180,7 +180,7 @@ def test_resume_refuses_other_data():
         ledger(batch_size=2).rewind(book.snapshot(0))
 
 
-ACTIONS = [*("lease",) * 2, *("store",) * 3, "fail", "full", "die", "lose", *("step",) * 2, "save", "crash"]
+ACTIONS = [*("lease",) * 2, *("store",) * 3, "fail", "full", "die", "lose", *("step",) * 2, "save", "crash", "rewind"]
 
 
 @settings(max_examples=150, deadline=None)
@@ -192,7 +192,8 @@ ACTIONS = [*("lease",) * 2, *("store",) * 3, "fail", "full", "die", "lose", *("s
     extra=st.integers(0, 9),
 )
 def test_nothing_is_lost_and_nothing_comes_twice(seed: int, prompts: int, epochs: int, batch: int, extra: int):
-    """Random completion order, failures, dead workers, lost objects and restarts from checkpoints."""
+    """Random completion order, failures, dead workers, lost objects, restarts from checkpoints and rewinds in place: to
+    where the last commit was, to a checkpoint that nobody has told of, and, in vain, to one before the last commit."""
     chance = random.Random(seed)
     told: dict[SampleId, str] = {}
 
@@ -202,7 +203,7 @@ def test_nothing_is_lost_and_nothing_comes_twice(seed: int, prompts: int, epochs
 
     book = Ledger(shape(prompts, epochs, batch, seed % 1000), batch + extra, max_failures=10_000, moved=moved)
     trained: dict[int, list[SampleId]] = {}
-    saved = book.snapshot(0)
+    saves = {0: book.snapshot(0)}
     for _ in range(100_000):
         if book.exhausted and book.trained_step == max(book.steps, default=book.trained_step):
             break
@@ -236,12 +237,25 @@ def test_nothing_is_lost_and_nothing_comes_twice(seed: int, prompts: int, epochs
                 book.train(step)
                 book.unpark()
         elif action == "save":
-            saved = book.snapshot(book.trained_step)
-            book.commit(book.trained_step)
+            saves[book.trained_step] = book.snapshot(book.trained_step)
+            if chance.random() < 0.7:
+                book.commit(book.trained_step)
+        elif action == "rewind" and chance.random() < 0.1:
+            step = chance.choice(list(saves))
+            before = dict(told), book.counts(), book.trained_step
+            if step < book.committed_step:
+                with pytest.raises(ValueError, match=f"step {step} cannot follow that of step {book.committed_step}"):
+                    book.rewind(saves[step])
+                assert before == (told, book.counts(), book.trained_step)
+            else:
+                book.rewind(saves[step], keep=lambda _: chance.random() < 0.8)
+                saves = {s: save for s, save in saves.items() if s <= step}
+                trained = {s: b for s, b in trained.items() if s <= step}
+                assert book.trained_step == book.committed_step == step
         elif action == "crash" and chance.random() < 0.05:
             told.clear()
             book = Ledger(book.shape, book.reorder_window, 10_000, moved=moved)
-            book.rewind(saved)
+            book.rewind(saves[max(saves)])
             trained = {s: b for s, b in trained.items() if s <= book.committed_step}
     assert [sample for step in sorted(trained) for sample in trained[step]] == seeded_line(book.shape)
     assert all(len(trained[s]) == batch for s in sorted(trained)[:-1])

@@ -104,6 +104,6 @@ def test_an_answer_is_cut_to_the_room_that_this_run_has(tmp_path):
             rejected=[],
             content_hash="one",
         )
-        prompts = Prompts(train, None, tmp_path / f"{room}.jsonl", WRITER, path, 0)
+        prompts = Prompts(train, None, AnswerBook(tmp_path / f"{room}.jsonl", WRITER, path), 0)
         lease = prompts.describe(SampleId(0, 0))
         assert np.frombuffer(lease.input_ids, dtype="<i4").tolist() == [1, 2, 3, *read] and lease.max_new_tokens == 0
