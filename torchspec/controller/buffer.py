@@ -26,7 +26,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,15 @@ from typing import Any
 from torchspec.config.schema import Config, TrainingConfig
 from torchspec.contracts import HELDOUT_EPOCH, Answer, FailureKind, Lease, SampleId, SampleRef, SampleTiming
 from torchspec.controller.journal import read_journal
-from torchspec.controller.ledger import Ledger, Record
+from torchspec.controller.ledger import Ledger
 from torchspec.controller.ledger_snapshot import Rejection, heldout_shape, ledger_shape
 from torchspec.controller.objects import Credits, StoredObjects
 from torchspec.controller.prompts import AnswerBook, Prompts, Writer
+from torchspec.controller.records import Record
 from torchspec.data.prompt_set import PromptSet
 from torchspec.files import Damage, JsonLines
 from torchspec.monitor.record.observer import Observer
 from torchspec.run_folder import LEDGER_FILE, RunFolder
-from torchspec.shards import ShardFormula
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
 
@@ -100,8 +100,8 @@ class SampleBuffer:
         """Positions before this are all answered before any is trained; 0 once they are."""
         self.geometry = spec.geometry
         """Of the samples that are leased from now on, but for those of steps that are formed."""
-        self._formed_sharding: ShardFormula | None = spec.geometry.sharding
-        """How samples of formed steps are split: as the present group of ranks reads them."""
+        self._formed_geometry = spec.geometry
+        """Of samples of formed steps: as the present group of ranks reads them."""
         self.generation = 0
         """Of the training group; counted through the run."""
         self.checkpoint: Path | None = None
@@ -141,26 +141,25 @@ class SampleBuffer:
     def open_group(self, training: TrainingConfig) -> None:
         """A new generation of ranks goes on from :attr:`checkpoint`."""
         self.generation += 1
-        self._formed_sharding = training.shard_formula(self._halo)
+        self._formed_geometry = replace(self.geometry, sharding=training.shard_formula(self._halo))
         group = {"generation": self.generation, "step": self.ledger.committed_step}
         sizes = {"dp_size": training.dp_size, "sp_size": training.sp_size}
         self._journal.write({"event": "group", **group, **sizes})
 
     # ---- pending -> leased -> stored ----
 
-    def offer(self, record: Record) -> Lease:
-        """The lease that a sample would have, without a key."""
-        geometry = replace(self.geometry, sharding=self._sharding(record))
-        lease = self.prompts.describe(record.sample)
-        return replace(lease, credit_bytes=geometry.stored_bytes(lease.max_tokens), sharding=geometry.sharding)
+    def lease_bytes(self, record: Record) -> int:
+        """Credits that a lease of this sample takes: what it may come to in the store."""
+        return self._geometry(record).stored_bytes(self.prompts.max_tokens(record.sample))
 
     def lease(self, ledger: Ledger, record: Record, worker: str) -> Lease | None:
         """Lease a sample, if the credits reach."""
-        offer = self.offer(record)
-        if not self.credits.reserve(record.sample, offer.credit_bytes):
+        size = self.lease_bytes(record)
+        if not self.credits.reserve(record.sample, size):
             return None
         ledger.lease(record, worker, self._key_prefix)
-        return replace(offer, key=record.key)
+        lease = self.prompts.describe(record.sample)
+        return replace(lease, key=record.key, credit_bytes=size, sharding=self._geometry(record).sharding)
 
     async def publish(self, ref: SampleRef, answer: Answer | None, timing: SampleTiming | None) -> None:
         """A sample is in the store. Hearing of it twice does no harm."""
@@ -170,7 +169,7 @@ class SampleBuffer:
         record = ledger.leased(ref.sample, ref.key)
         if answer is not None:
             self.prompts.add_answer(ref.sample, answer)
-        if record is None or ref.sharding != self._sharding(record):
+        if record is None or ref.sharding != self._geometry(record).sharding:
             log.info("discarding %s: its lease had been given to somebody else, or the layout has changed", ref.key)
             await self._objects.remove([ref.key])
             if (record := ledger.leased(ref.sample, ref.key)) is not None:
@@ -178,8 +177,7 @@ class SampleBuffer:
         else:
             ledger.store(record, ref)
             self._observer.stored(ref, timing)
-            geometry = replace(self.geometry, sharding=ref.sharding)
-            fits = self.credits.reserve(ref.sample, geometry.stored_bytes(ref.num_tokens))
+            fits = self.credits.reserve(ref.sample, self._geometry(record).stored_bytes(ref.num_tokens))
             assert fits, f"{ref.key} is larger than its lease allowed"
         self._changed()
 
@@ -199,7 +197,7 @@ class SampleBuffer:
         else:
             ledger.fail(record, reason, final=kind == "final")
             self._observer.failed(worker, sample, self.prompts.name(sample), reason)
-        self._settle(ledger, [sample])
+        self._settle(ledger, [record])
 
     def take_back(self, worker: str, held: Iterable[str]) -> None:
         """Leases that ``worker`` was given and never got are pending again. ``held``: the keys of the others."""
@@ -212,8 +210,7 @@ class SampleBuffer:
         keys = [record.key for ledger in self.ledgers for record in ledger.leased_to(worker)]
         self._objects.remove_twice(keys)
         for ledger in self.ledgers:
-            records = ledger.worker_lost(worker, alone=len(keys) == 1)
-            self._settle(ledger, [r.sample for r in records])
+            self._settle(ledger, ledger.worker_lost(worker, alone=len(keys) == 1))
         return len(keys)
 
     def displaces(self, ledger: Ledger, record: Record) -> bool:
@@ -230,8 +227,7 @@ class SampleBuffer:
         if self._making_room or not self.displaces(ledger, record):
             return
         behind = record.position if ledger is self.ledger and record.position >= self.counted_first else -1
-        holds = self.credits.held.__contains__
-        victim = self.ledger.furthest_behind(behind, lambda r: r.state in ("stored", "pending") and holds(r.sample))
+        victim = self.ledger.furthest_behind(behind, self.credits.held)
         if victim is None:
             return
 
@@ -240,15 +236,14 @@ class SampleBuffer:
 
         self._making_room = True
         if victim.state == "stored":
-            self.ledger.put_back(victim)
-            if self.counted_first:
-                self.ledger.passed_over.add(victim.position)
+            give_up = self.ledger.pass_over if self.counted_first else self.ledger.put_back
+            give_up(victim)
         self._drop([victim], made)
 
     def all_counted(self) -> None:
         """Training may begin: from now on, samples are made in its order."""
         self.counted_first = 0
-        self.ledger.passed_over.clear()
+        self.ledger.take_up()
 
     # ---- assigned -> trained -> committed ----
 
@@ -349,19 +344,21 @@ class SampleBuffer:
     def _ledger_of(self, sample: SampleId) -> Ledger:
         return self.heldout if sample.epoch == HELDOUT_EPOCH else self.ledger
 
-    def _sharding(self, record: Record) -> ShardFormula | None:
+    def _geometry(self, record: Record) -> SampleGeometry:
         """How a sample is to be split: for the group that has formed its step, or for those to come."""
-        return self._formed_sharding if record.step else self.geometry.sharding
+        return self._formed_geometry if record.step else self.geometry
 
     def _usable(self, ref: SampleRef) -> bool:
         return ref.sharding == self.geometry.sharding
 
-    def _settle(self, ledger: Ledger, samples: Collection[SampleId]) -> None:
-        """After failures: report what was rejected for good, and let the others go on."""
-        for rejection in [r for r in ledger.rejected.values() if r.sample in samples]:
-            self.credits.release(rejection.sample)
-            self._rejections.write(self._journal_rejection(rejection))
-            self._observer.rejected(rejection.sample, self.prompts.name(rejection.sample), rejection.reason)
+    def _settle(self, ledger: Ledger, failed: Iterable[Record]) -> None:
+        """Report those that were rejected for good, and let the others go on."""
+        for record in failed:
+            if record.state == "rejected":
+                rejection = ledger.rejected[record.position]
+                self.credits.release(record.sample)
+                self._rejections.write(self._journal_rejection(rejection))
+                self._observer.rejected(record.sample, self.prompts.name(record.sample), rejection.reason)
         self._changed()
 
     def _drop(self, records: Iterable[Record], then: Callable[[], None] = lambda: None) -> None:

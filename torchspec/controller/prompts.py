@@ -63,9 +63,23 @@ class Prompts:
 
     def being_answered(self, sample: SampleId, is_leased: Callable[[SampleId], bool]) -> bool:
         """Whether another epoch's sample of this prompt is getting the answer that this one will use."""
-        if self._prompts(sample).loss_mask(sample.prompt) is not None or self.answer(sample) is not None:
+        if not self.to_answer(sample):
             return False
         return any(is_leased(sample._replace(epoch=epoch)) for epoch in range(sample.epoch))
+
+    def to_answer(self, sample: SampleId) -> bool:
+        """Whether the target has yet to answer its prompt."""
+        prompts, row = self._prompts(sample), sample.prompt
+        return bool(prompts.max_answer_tokens[row]) and self._answers.length(prompts.input_ids(row)) is None
+
+    def max_tokens(self, sample: SampleId) -> int:
+        """That it can have."""
+        prompts, row = self._prompts(sample), sample.prompt
+        ids, room = prompts.input_ids(row), int(prompts.max_answer_tokens[row])
+        if not room:
+            return len(ids)
+        answered = self._answers.length(ids)
+        return len(ids) + (room if answered is None else min(answered, room) - 1)  # the last token is not read
 
     def describe(self, sample: SampleId) -> Lease:
         """Its lease, without key and credits yet."""
@@ -75,7 +89,7 @@ class Prompts:
             answer = self.answer(sample)
             if answer is not None:
                 read = answer[:-1]  # as when it was written: the last token is not read
-                mask = pack_mask([False] * len(ids) + [True] * len(read))
+                mask = pack_mask(np.arange(len(ids) + len(read)) >= len(ids))
                 ids = np.concatenate([ids, read])
         return Lease(
             sample=sample,
@@ -119,30 +133,35 @@ class AnswerBook:
         self, path: Path, writer: Writer, reuse: Path | None = None, told: Callable[[Damage], None] = log.warning
     ):
         self._writer = asdict(writer)
-        self._lines: dict[bytes, tuple[BinaryIO, int]] = {}
-        """By prompt: the file and where in it the answer's line begins."""
+        self._lines: dict[bytes, tuple[BinaryIO, int, int]] = {}
+        """By prompt: the file, where in it the answer's line begins, and the answer's tokens."""
         self._file = JsonLines(path)
         self._own = path.open("rb")
         for file in (*([reuse.open("rb")] if reuse else []), self._own):
             for begin, record in records(file, told):
                 if writer.wrote(record):
-                    self._lines[bytes.fromhex(record["prompt_hash"])] = file, begin
+                    self._lines[bytes.fromhex(record["prompt_hash"])] = file, begin, len(record["token_ids"])
 
     def get(self, prompt_ids: np.ndarray) -> np.ndarray | None:
         """int32 token ids, or None where there is no answer."""
         line = self._lines.get(_digest(prompt_ids))
         if line is None:
             return None
-        file, begin = line
+        file, begin, _ = line
         file.seek(begin)
         return np.array(json.loads(file.readline())["token_ids"], dtype=np.int32)
 
+    def length(self, prompt_ids: np.ndarray) -> int | None:
+        """Tokens of the answer, or None where there is none."""
+        line = self._lines.get(_digest(prompt_ids))
+        return None if line is None else line[2]
+
     def add(self, prompt_id: str, prompt_ids: np.ndarray, answer: Answer) -> None:
         digest = _digest(prompt_ids)
-        if self._lines.get(digest, (None, 0))[0] is self._own:
+        if digest in self._lines and self._lines[digest][0] is self._own:
             return
         written = {key: value for key, value in asdict(answer).items() if key != "prompt"}
-        self._lines[digest] = self._own, self._own.seek(0, os.SEEK_END)
+        self._lines[digest] = self._own, self._own.seek(0, os.SEEK_END), len(answer.token_ids)
         self._file.write({"id": prompt_id, "prompt_hash": digest.hex(), **written, "writer": self._writer})
 
 

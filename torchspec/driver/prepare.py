@@ -20,7 +20,7 @@ from torchspec.controller.prompts import Writer, check_reuse
 from torchspec.data.prompt_builder import load_or_build
 from torchspec.data.prompt_set import PromptSet, TokenizeOptions, count_reasons
 from torchspec.data.survey import Survey, survey
-from torchspec.driver.plan import Plan, check_gpus, make_plan, total_steps
+from torchspec.driver.plan import Plan, check_gpus, make_plan
 from torchspec.driver.resolve import Resolved, resolve
 from torchspec.driver.sizes import check_sizes
 from torchspec.inference.sglang_patch import check_patched
@@ -53,7 +53,7 @@ class Prepared:
     @property
     def total_steps(self) -> int:
         """Steps of the whole run, for the schedule."""
-        return total_steps(self.config.training, len(self.train))
+        return self.config.training.total_steps(len(self.train))
 
 
 def prepare(config: Config, resume: bool, message: Callable[[str], None], start: str = "latest") -> Prepared:
@@ -77,7 +77,7 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None], start:
     _tell_changes(train, message)
     if resume_from is not None:
         LedgerSnapshot.from_json((resume_from / LEDGER_FILE).read_text(), ledger_shape(config, train))
-        _tell_schedule(resume_from, total_steps(config.training, len(train)), config, message)
+        _tell_schedule(resume_from, config.training.total_steps(len(train)), config, message)
     plan = make_plan(resolved, len(heldout) if heldout else 0)
     folder.path.mkdir(parents=True, exist_ok=True)
     if not resume:
