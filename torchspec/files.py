@@ -1,19 +1,24 @@
 """Files that are complete or absent, secrets among them, and files of JSON lines that are appended to.
 
 The first stay so whoever else writes them at the same time and however the machine ends. Each line is handed to the
-system by itself, so that a ``kill -9`` costs at most a torn last one, which readers skip.
+system by itself, so that a ``kill -9`` costs at most a torn last one, which readers skip. What else may happen to a
+line (a power cut, a file server that has crashed) costs that line alone: readers pass it over, and say so.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
+
+log = logging.getLogger(__name__)
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], Any], durable: bool = False) -> None:
@@ -140,14 +145,52 @@ class JsonLines:
         self._put(self._file.close)
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The records of a :class:`JsonLines` file, without a torn last line. Nothing if there is no file."""
-    if not path.exists():
-        return
-    with path.open() as lines:
-        for line in lines:
-            if line.endswith("\n"):
-                yield json.loads(line)
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """Lines of a file, by number, that are no records any more and were passed over."""
+
+    file: str
+    lines: tuple[int, ...]
+
+    def __str__(self) -> str:
+        shown, others = ", ".join(map(str, self.lines[:5])), len(self.lines) - 5
+        more = f" and {others:,} others" if others > 0 else ""
+        return f"{self.file}: damaged and passed over: line {shown}{more}"
+
+
+def read_lines(path: Path, told: Callable[[Damage], None] = log.warning) -> Iterator[dict[str, Any]]:
+    """The records of a :class:`JsonLines` file, without a torn last line. Nothing if there is no file.
+
+    Args:
+        told: of damage, if there is any, once and at the end.
+    """
+    if path.exists():
+        with path.open("rb") as file:
+            yield from (record for _, record in records(file, told))
+
+
+def records(file: BinaryIO, told: Callable[[Damage], None] = log.warning) -> Iterator[tuple[int, dict[str, Any]]]:
+    """As :func:`read_lines`, of an open file and each with the offset of its line."""
+    damaged, begin = list[int](), 0
+    for number, line in enumerate(file, 1):
+        if line.endswith(b"\n"):  # a last one may be torn
+            record = _record(line)
+            if record is None:
+                damaged.append(number)
+            else:
+                yield begin, record
+        begin += len(line)
+    if damaged:
+        told(Damage(file.name, tuple(damaged)))
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    """None if the line is damaged."""
+    try:
+        record = json.loads(line.decode())
+    except (ValueError, RecursionError):
+        return None
+    return record if isinstance(record, dict) else None
 
 
 def _drop_torn_line(path: Path) -> None:

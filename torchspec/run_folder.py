@@ -104,21 +104,52 @@ class RunFolder:
         pointer = self.checkpoints / "latest"
         return pointer.resolve() if pointer.exists() else None
 
-    def find_checkpoint(self, which: str) -> Path | None:
-        """``latest``, ``best``, or that of a step. None: the latest, before there is one.
+    def last_checkpoint(self, committed_step: int) -> Path | None:
+        """Where a run goes on that has committed a step: its checkpoint, or a newer one that nobody has told of.
+
+        A shared file system may show another machine an older ``latest`` for a while.
+
+        Returns:
+            None: the beginning.
+
+        Raises:
+            ValueError: that checkpoint is gone. To train its steps again would be to train them twice.
+        """
+        newest = self.newest_checkpoint()
+        if newest is None or int(newest.name.removeprefix("step_")) < committed_step:
+            newest = self.checkpoint(committed_step) if committed_step else None
+        if newest is None or (newest / LEDGER_FILE).is_file():
+            return newest
+        there = self._checkpoint_names().items()
+        others = ", ".join(name for name, folder in there if name != "best" and (folder / LEDGER_FILE).is_file())
+        way_out = (
+            f"go on from an older one ({others}) with `torchspec resume {self.path} --from STEP`"
+            if others
+            else "there is no other: start a new run, with another run.name"
+        )
+        raise ValueError(
+            f"{newest} is gone or not complete, and {self.journal.name} says that step {committed_step} is committed: "
+            f"put it back, or {way_out}"
+        )
+
+    def find_checkpoint(self, which: str) -> Path:
+        """``best``, or that of a step.
 
         Raises:
             ValueError: there is no such checkpoint.
         """
-        if which == "latest":
-            return self.newest_checkpoint()
+        there = self._checkpoint_names()
+        if which not in there:
+            raise ValueError(f"{self.path} has no checkpoint {which}; it has {', '.join(there) or 'none'}")
+        return there[which]
+
+    def _checkpoint_names(self) -> dict[str, Path]:
+        """Those that there are, by step and as ``best``."""
         folders = [folder for folder in sorted(self.checkpoints.glob("step_*")) if not folder.suffix]
         there = {folder.name.removeprefix("step_").lstrip("0"): folder for folder in folders}
         if (best := self.checkpoints / "best").exists():
             there["best"] = best.resolve()
-        if which not in there:
-            raise ValueError(f"{self.path} has no checkpoint {which}; it has {', '.join(there) or 'none'}")
-        return there[which]
+        return there
 
     def hold(self) -> IO[str]:
         """The run's lock, of which there is one: closing it lets go, and so does the end of this process.

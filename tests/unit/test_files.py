@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from torchspec.files import JsonLines, LineFile, ensure_secret, read_lines, write_atomically
+from torchspec.files import Damage, JsonLines, LineFile, ensure_secret, read_lines, write_atomically
 
 
 def test_a_write_that_fails_leaves_what_was_there(tmp_path):
@@ -117,3 +117,14 @@ def test_the_calls_that_touch_the_disk_can_be_made_later(tmp_path):
     for call, *args in calls:
         call(*args)
     assert (tmp_path / "x.jsonl").read_text() == '{"ä": 1}\n' and (tmp_path / "x.jsonl").stat().st_size == size == 10
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 40, b'{"a": 1, "b"{"a": 2}', b"7", b'{"a": "\xff"}', b"", b"[" * 100_000])
+def test_a_damaged_line_costs_itself_alone_and_is_told_of_once(tmp_path, damage, caplog):
+    path, told = tmp_path / "x.jsonl", list[Damage]()
+    path.write_bytes(b'{"a": 1}\n' + damage + b'\n{"a": "\xc3\xa4"}\n' + damage + b'\n{"a": 3')
+    assert list(read_lines(path, told.append)) == [{"a": 1}, {"a": "ä"}]
+    assert told == [Damage(str(path), (2, 4))]
+    assert str(told[0]) == f"{path}: damaged and passed over: line 2, 4"
+    assert len(list(read_lines(path))) == 2 and caplog.messages == [str(told[0])], "or it is in the log"
+    assert str(Damage("x", tuple(range(1, 2000)))) == "x: damaged and passed over: line 1, 2, 3, 4, 5 and 1,994 others"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import stat
 from pathlib import Path
 
@@ -75,16 +76,37 @@ def test_a_run_has_one_driver(tmp_path: Path) -> None:
 
 def test_checkpoints_are_found_by_step_and_by_name(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
-    assert run.find_checkpoint("latest") is None
     with pytest.raises(ValueError, match="has no checkpoint best; it has none"):
         run.find_checkpoint("best")
     for name in ("step_000040", "step_000200", "step_000240.tmp"):
         (run.checkpoints / name).mkdir(parents=True)
-    (run.checkpoints / "latest").symlink_to("step_000200")
     (run.checkpoints / "best").symlink_to("step_000040")
-    assert [run.find_checkpoint(which) for which in ("latest", "200", "40", "best")] == [
-        *(run.checkpoint(step) for step in (200, 200, 40, 40))
+    assert [run.find_checkpoint(which) for which in ("200", "40", "best")] == [
+        *(run.checkpoint(step) for step in (200, 40, 40))
     ]
     for which in ("240", "2", "../checkpoints/step_000040", "worst"):
         with pytest.raises(ValueError, match=rf"has no checkpoint {which}; it has 40, 200, best"):
             run.find_checkpoint(which)
+
+
+def test_a_run_goes_on_from_what_is_committed_or_not_at_all(tmp_path: Path) -> None:
+    """Whoever makes room by deleting checkpoints, or sees an older ``latest``, must not train anything twice."""
+    run = RunFolder(tmp_path)
+    assert run.last_checkpoint(0) is None
+    for step in (40, 200):
+        run.checkpoint(step).mkdir(parents=True)
+        (run.checkpoint(step) / "ledger.json").touch()
+    latest = run.checkpoints / "latest"
+    latest.symlink_to("step_000200")
+    assert run.last_checkpoint(200) == run.checkpoint(200)
+    assert run.last_checkpoint(40) == run.checkpoint(200), "nobody has told of it yet"
+    latest.unlink()
+    latest.symlink_to("step_000040")
+    assert run.last_checkpoint(200) == run.checkpoint(200), "a file system that is behind"
+    (run.checkpoint(200) / "ledger.json").unlink()
+    gone = r"step_000200 is gone or not complete, and ledger.jsonl says that step 200 is committed: put it back, or "
+    with pytest.raises(ValueError, match=gone + rf"go on from an older one \(40\) with `torchspec resume {tmp_path} -"):
+        run.last_checkpoint(200)
+    shutil.rmtree(run.checkpoints)
+    with pytest.raises(ValueError, match=gone + "there is no other: start a new run, with another run.name"):
+        run.last_checkpoint(200)

@@ -37,8 +37,6 @@ def pairs_table(title: str, pairs: Mapping[str, str]) -> Table:
 
 def plan_table(plan: Plan, data: Survey, training: TrainingConfig) -> RenderableType:
     """What a run needs and does: the target as it was found, its actors, then its figures."""
-    from torchspec.driver.plan import total_steps
-
     actors = _framed("Actors", "role", _figure("count"), "each uses")
     for role, count, uses in plan.actors:
         actors.add_row(role, str(count), uses)
@@ -47,7 +45,7 @@ def plan_table(plan: Plan, data: Survey, training: TrainingConfig) -> Renderable
         "Figures",
         {
             "data": _data_text(data),
-            "steps": f"{total_steps(training, data.rows):,} of {training.batch_size} samples",
+            "steps": f"{training.total_steps(data.rows):,} of {training.batch_size} samples",
             "threads": f"{plan.threads.inference} an engine, {plan.threads.training} a rank, of {plan.cores} cores",
             "largest sample": f"{plan.tokens_per_sample:,} tokens, {human_bytes(plan.sample_bytes)} in the store",
             "store": f"{human_bytes(plan.credit_bytes)} of credits: {plan.store_samples:,} samples of the largest size",

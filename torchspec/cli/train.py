@@ -78,14 +78,12 @@ def plan(config: ConfigFile, overrides: Overrides = None, as_json: AsJson = Fals
 
     from torchspec.cli.tables import plan_table
     from torchspec.config.load import load_config
-    from torchspec.driver.plan import total_steps
     from torchspec.driver.prepare import make_plan_for
 
     checked = load_config(config, overrides or [])
     figures, data = make_plan_for(checked)
     if as_json:
-        steps = total_steps(checked.training, data.rows)
-        print_json({"steps": steps, **asdict(figures), "data": asdict(data)})
+        print_json({"steps": checked.training.total_steps(data.rows), **asdict(figures), "data": asdict(data)})
     else:
         Console().print(plan_table(figures, data, checked.training))
 

@@ -227,6 +227,11 @@ class TrainingConfig(Section):
         """All ranks."""
         return self.dp_size * self.sp_size
 
+    def total_steps(self, prompts: int, rejected: int = 0) -> int:
+        """Optimizer steps of a run over so many prompts, of whose samples so many are rejected."""
+        steps = -(-(prompts * self.epochs - rejected) // self.batch_size)
+        return min(steps, self.max_steps) if self.max_steps is not None else steps
+
     def shard_formula(self, halo: int | None) -> ShardFormula | None:
         """How samples are split among the ranks that share them; None where every rank holds them whole.
 

@@ -24,23 +24,24 @@ the credits promise. ``changed`` is told after every change that lets somebody g
 from __future__ import annotations
 
 import logging
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+import secrets
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torchspec.config.schema import Config, TrainingConfig
 from torchspec.contracts import HELDOUT_EPOCH, Answer, FailureKind, Lease, SampleId, SampleRef, SampleTiming
-from torchspec.controller.ledger import Ledger, Record
+from torchspec.controller.journal import read_journal
+from torchspec.controller.ledger import Ledger
 from torchspec.controller.ledger_snapshot import Rejection, heldout_shape, ledger_shape
 from torchspec.controller.objects import Credits, StoredObjects
-from torchspec.controller.prompts import Prompts, Writer
+from torchspec.controller.prompts import AnswerBook, Prompts, Writer
+from torchspec.controller.records import Record
 from torchspec.data.prompt_set import PromptSet
-from torchspec.files import JsonLines, read_lines
+from torchspec.files import Damage, JsonLines
 from torchspec.monitor.record.observer import Observer
 from torchspec.run_folder import LEDGER_FILE, RunFolder
-from torchspec.shards import ShardFormula
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
 
@@ -89,7 +90,8 @@ class SampleBuffer:
         put = observer.files.put
         self._journal, self._rejections = JsonLines(self._folder.journal, put), JsonLines(self._folder.rejected, put)
         answers, writer = self._folder.answers, Writer.of(config.answer, spec.target_fingerprint)
-        self.prompts = Prompts(spec.train, spec.heldout, answers, writer, config.answer.reuse, config.run.seed, put)
+        book = AnswerBook(answers, writer, config.answer.reuse, self._tell, put)
+        self.prompts = Prompts(spec.train, spec.heldout, book, config.run.seed)
         self.credits, self._objects = Credits(spec.credit_bytes), StoredObjects(spec.endpoint)
         self._making_room = False
         self.store_away = False
@@ -98,34 +100,36 @@ class SampleBuffer:
         """Positions before this are all answered before any is trained; 0 once they are."""
         self.geometry = spec.geometry
         """Of the samples that are leased from now on, but for those of steps that are formed."""
-        self._formed_sharding: ShardFormula | None = spec.geometry.sharding
-        """How samples of formed steps are split: as the present group of ranks reads them."""
+        self._formed_geometry = spec.geometry
+        """Of samples of formed steps: as the present group of ranks reads them."""
         self.generation = 0
         """Of the training group; counted through the run."""
-        self._key_prefix = ""
+        self.checkpoint: Path | None = None
+        """That the ledger goes on from, and so the training group; None: the beginning."""
+        self._key_prefix = f"{self._run}/{secrets.token_hex(4)}"
         """Of this controller's keys; no other one of the run has the same."""
 
     # ---- opening and closing ----
 
-    async def open(self, config: Config) -> None:
-        """Take up the run where its newest checkpoint is.
+    async def open(self, config: Config, go_back_to: Path | None = None) -> None:
+        """Take up the run where its last checkpoint is, or at an older one.
 
         Raises:
-            ValueError: the checkpoint is of other data, another seed or another batch size.
+            ValueError: the checkpoint is gone, or of other data, another seed or another batch size.
         """
         self.geometry = replace(self.geometry, sharding=config.training.shard_formula(self._halo))
-        events = Counter(line["event"] for line in read_lines(self._folder.journal))
-        incarnation, self.generation = events["started"] + 1, events["group"]
-        self._key_prefix = f"{self._run}/{incarnation}"
-        self.ledger.rewind(self._newest_snapshot())
+        journal = read_journal(self._folder.journal, self._tell)
+        self.generation = journal.generation
+        self.checkpoint = go_back_to or self._folder.last_checkpoint(journal.committed_step)
+        self.ledger.rewind(self._saved())
         limits = {"max_steps": config.training.max_steps, "reorder_window": config.controller.reorder_window}
         self._journal.write({"event": "started", **asdict(self.ledger.shape), **limits})
-        if incarnation > 1:
+        if journal.started:
             self._journal.write({"event": "resumed", "step": self.ledger.committed_step})
             self._observer.resumed(self.ledger.committed_step)
         self._objects.expect(self.geometry.suffixes)
         await self._objects.connect()
-        if incarnation > 1:
+        if journal.started:
             await self._objects.remove_all(f"{self._run}/")
 
     async def close(self) -> None:
@@ -135,28 +139,27 @@ class SampleBuffer:
         self._rejections.close()
 
     def open_group(self, training: TrainingConfig) -> None:
-        """A new generation of ranks goes on from the newest checkpoint."""
+        """A new generation of ranks goes on from :attr:`checkpoint`."""
         self.generation += 1
-        self._formed_sharding = training.shard_formula(self._halo)
+        self._formed_geometry = replace(self.geometry, sharding=training.shard_formula(self._halo))
         group = {"generation": self.generation, "step": self.ledger.committed_step}
         sizes = {"dp_size": training.dp_size, "sp_size": training.sp_size}
         self._journal.write({"event": "group", **group, **sizes})
 
     # ---- pending -> leased -> stored ----
 
-    def offer(self, record: Record) -> Lease:
-        """The lease that a sample would have, without a key."""
-        geometry = replace(self.geometry, sharding=self._sharding(record))
-        lease = self.prompts.describe(record.sample)
-        return replace(lease, credit_bytes=geometry.stored_bytes(lease.max_tokens), sharding=geometry.sharding)
+    def lease_bytes(self, record: Record) -> int:
+        """Credits that a lease of this sample takes: what it may come to in the store."""
+        return self._geometry(record).stored_bytes(self.prompts.max_tokens(record.sample))
 
     def lease(self, ledger: Ledger, record: Record, worker: str) -> Lease | None:
         """Lease a sample, if the credits reach."""
-        offer = self.offer(record)
-        if not self.credits.reserve(record.sample, offer.credit_bytes):
+        size = self.lease_bytes(record)
+        if not self.credits.reserve(record.sample, size):
             return None
         ledger.lease(record, worker, self._key_prefix)
-        return replace(offer, key=record.key)
+        lease = self.prompts.describe(record.sample)
+        return replace(lease, key=record.key, credit_bytes=size, sharding=self._geometry(record).sharding)
 
     async def publish(self, ref: SampleRef, answer: Answer | None, timing: SampleTiming | None) -> None:
         """A sample is in the store. Hearing of it twice does no harm."""
@@ -166,7 +169,7 @@ class SampleBuffer:
         record = ledger.leased(ref.sample, ref.key)
         if answer is not None:
             self.prompts.add_answer(ref.sample, answer)
-        if record is None or ref.sharding != self._sharding(record):
+        if record is None or ref.sharding != self._geometry(record).sharding:
             log.info("discarding %s: its lease had been given to somebody else, or the layout has changed", ref.key)
             await self._objects.remove([ref.key])
             if (record := ledger.leased(ref.sample, ref.key)) is not None:
@@ -174,8 +177,7 @@ class SampleBuffer:
         else:
             ledger.store(record, ref)
             self._observer.stored(ref, timing)
-            geometry = replace(self.geometry, sharding=ref.sharding)
-            fits = self.credits.reserve(ref.sample, geometry.stored_bytes(ref.num_tokens))
+            fits = self.credits.reserve(ref.sample, self._geometry(record).stored_bytes(ref.num_tokens))
             assert fits, f"{ref.key} is larger than its lease allowed"
         self._changed()
 
@@ -195,7 +197,7 @@ class SampleBuffer:
         else:
             ledger.fail(record, reason, final=kind == "final")
             self._observer.failed(worker, sample, self.prompts.name(sample), reason)
-        self._settle(ledger, [sample])
+        self._settle(ledger, [record])
 
     def take_back(self, worker: str, held: Iterable[str]) -> None:
         """Leases that ``worker`` was given and never got are pending again. ``held``: the keys of the others."""
@@ -216,8 +218,7 @@ class SampleBuffer:
             self._changed()
             return len(keys)
         for ledger in self.ledgers:
-            records = ledger.worker_lost(worker, alone=len(keys) == 1)
-            self._settle(ledger, [r.sample for r in records])
+            self._settle(ledger, ledger.worker_lost(worker, alone=len(keys) == 1))
         return len(keys)
 
     def displaces(self, ledger: Ledger, record: Record) -> bool:
@@ -234,8 +235,7 @@ class SampleBuffer:
         if self._making_room or not self.displaces(ledger, record):
             return
         behind = record.position if ledger is self.ledger and record.position >= self.counted_first else -1
-        holds = self.credits.held.__contains__
-        victim = self.ledger.furthest_behind(behind, lambda r: r.state in ("stored", "pending") and holds(r.sample))
+        victim = self.ledger.furthest_behind(behind, self.credits.held)
         if victim is None:
             return
 
@@ -244,15 +244,14 @@ class SampleBuffer:
 
         self._making_room = True
         if victim.state == "stored":
-            self.ledger.put_back(victim)
-            if self.counted_first:
-                self.ledger.passed_over.add(victim.position)
+            give_up = self.ledger.pass_over if self.counted_first else self.ledger.put_back
+            give_up(victim)
         self._drop([victim], made)
 
     def all_counted(self) -> None:
         """Training may begin: from now on, samples are made in its order."""
         self.counted_first = 0
-        self.ledger.passed_over.clear()
+        self.ledger.take_up()
 
     # ---- assigned -> trained -> committed ----
 
@@ -324,9 +323,14 @@ class SampleBuffer:
             ledger.unpark()
 
     def rewind(self) -> None:
-        """Go to the newest checkpoint: what the ranks that have ended did after it is undone."""
+        """Go to the last checkpoint: what the ranks that have ended did after it is undone.
+
+        Raises:
+            ValueError: it is gone.
+        """
         known, trained = self.ledger.committed_step, self.ledger.trained_step
-        useless = self.ledger.rewind(self._newest_snapshot(), self._usable)
+        self.checkpoint = self._folder.last_checkpoint(known)
+        useless = self.ledger.rewind(self._saved(), self._usable)
         step = self.ledger.committed_step
         if step > known:  # its rank died before it could tell
             self._journal.write({"event": "committed", "step": step})
@@ -349,19 +353,21 @@ class SampleBuffer:
     def _ledger_of(self, sample: SampleId) -> Ledger:
         return self.heldout if sample.epoch == HELDOUT_EPOCH else self.ledger
 
-    def _sharding(self, record: Record) -> ShardFormula | None:
+    def _geometry(self, record: Record) -> SampleGeometry:
         """How a sample is to be split: for the group that has formed its step, or for those to come."""
-        return self._formed_sharding if record.step else self.geometry.sharding
+        return self._formed_geometry if record.step else self.geometry
 
     def _usable(self, ref: SampleRef) -> bool:
         return ref.sharding == self.geometry.sharding
 
-    def _settle(self, ledger: Ledger, samples: Collection[SampleId]) -> None:
-        """After failures: report what was rejected for good, and let the others go on."""
-        for rejection in [r for r in ledger.rejected.values() if r.sample in samples]:
-            self.credits.release(rejection.sample)
-            self._rejections.write(self._journal_rejection(rejection))
-            self._observer.rejected(rejection.sample, self.prompts.name(rejection.sample), rejection.reason)
+    def _settle(self, ledger: Ledger, failed: Iterable[Record]) -> None:
+        """Report those that were rejected for good, and let the others go on."""
+        for record in failed:
+            if record.state == "rejected":
+                rejection = ledger.rejected[record.position]
+                self.credits.release(record.sample)
+                self._rejections.write(self._journal_rejection(rejection))
+                self._observer.rejected(record.sample, self.prompts.name(record.sample), rejection.reason)
         self._changed()
 
     def _drop(self, records: Iterable[Record], then: Callable[[], None] = lambda: None) -> None:
@@ -382,9 +388,11 @@ class SampleBuffer:
 
         self._objects.remove_soon([key for _, key in keys], gone)
 
-    def _newest_snapshot(self) -> str | None:
-        folder = self._folder.newest_checkpoint()
-        return None if folder is None else (folder / LEDGER_FILE).read_text()
+    def _saved(self) -> str | None:
+        return None if self.checkpoint is None else (self.checkpoint / LEDGER_FILE).read_text()
+
+    def _tell(self, damage: Damage) -> None:
+        self._observer.note(str(damage))
 
     def _journal_rejection(self, rejection: Rejection) -> dict[str, Any]:
         name = self.prompts.name(rejection.sample)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from functools import wraps
+from pathlib import Path
 from typing import Concatenate, Literal, ParamSpec, TypeVar
 
 from torchspec.config.load import load_config, save_config, with_values
@@ -89,24 +90,23 @@ class Controller:
         self._work = Signal()
         self._asked: dict[str, int] = {}  # calls for leases, by worker
 
-    async def begin(self, running: int | None = None) -> None:
-        """Take up the run where its newest checkpoint is. No rank may be at work; workers that call before wait.
+    async def begin(self, running: int | None = None, go_back_to: Path | None = None) -> None:
+        """Take up the run at its last checkpoint, or at an older one, ``go_back_to``. No rank is at work, workers wait.
 
         Args:
             running: inference workers that are at work already, after the controller has died.
 
         Raises:
-            ValueError: the checkpoint is of other data, another seed or another batch size.
+            ValueError: the checkpoint is gone, or of other data, another seed or another batch size.
         """
         if self._begun.is_set():  # it was only out of reach for a while
             return
         if running is not None:
             self.config = load_config(self._folder.config)
             self.pool = InferencePool(self.config, running)
-        await self.buffer.open(self.config)
-        self.advance()
-        if running is not None:
             self.observer.note("the controller was lost; it has started again", "controller_lost")
+        await self.buffer.open(self.config, go_back_to)
+        self.advance()
         await self.observer.files.written()  # which incarnation this is, before anybody gets a key of it
         self._begun.set()
         self._upkeep.start()
@@ -267,7 +267,7 @@ class Controller:
 
     @after_begin
     async def open_group(self) -> GroupPlan:
-        """Start a generation of ranks from the newest checkpoint. Those of the one before must be gone."""
+        """Start a generation of ranks from the last checkpoint; others are over. Raises ValueError: it is gone."""
         buffer, training = self.buffer, self.config.training
         if self._group is not None:
             self.observer.trainer_ended(broken=not self._group.closing)
@@ -278,7 +278,7 @@ class Controller:
         self.observer.trainer_started(buffer.generation, training.dp_size, training.sp_size)
         self.advance()
         await self.observer.files.written()  # which generation this is, before it begins
-        return GroupPlan(buffer.generation, training, self._folder.newest_checkpoint())
+        return GroupPlan(buffer.generation, training, buffer.checkpoint)
 
     @after_begin
     async def training_over(self) -> bool:

@@ -39,6 +39,9 @@ class Move:
     workers: int
     reason: str
 
+    def __str__(self) -> str:
+        return f"inference workers: {self.workers}, because {self.reason}"
+
 
 class InferencePool:
     """The workers that there are, and how many there should be.

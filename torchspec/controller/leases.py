@@ -29,7 +29,7 @@ class Leases:
         for ledger in buffer.ledgers:
             record = ledger.next_to_lease(self.of_steps_only)
             if record is not None:
-                fits = buffer.credits.fits(record.sample, buffer.offer(record).credit_bytes)
+                fits = buffer.credits.fits(record.sample, buffer.lease_bytes(record))
                 return fits or buffer.displaces(ledger, record)
         return False
 

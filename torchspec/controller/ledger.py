@@ -20,49 +20,20 @@ The class is plain Python without clocks, locks or I/O; the controller actor cal
 
 from __future__ import annotations
 
-from bisect import insort
+from bisect import bisect_left, insort
 from collections import Counter, defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
-
-import numpy as np
+from functools import lru_cache
+from heapq import heappop, heappush
+from typing import get_args
 
 from torchspec.contracts import SampleId, SampleRef
 from torchspec.controller.ledger_snapshot import LedgerShape, LedgerSnapshot, Rejection
+from torchspec.controller.records import IN_STORE, Moved, Record, State, Step
 from torchspec.data.order import epoch_order
 
-State = Literal["pending", "leased", "stored", "assigned", "trained", "committed", "rejected"]
-Moved = Callable[[SampleId, State, State, str], None]
-"""Told of a sample, the state before and after, and why: the worker's name, the step's, what went wrong, or nothing."""
-
-
-@dataclass(slots=True)
-class Record:
-    """A sample in the making: leased at least once, and neither committed nor rejected."""
-
-    position: int
-    sample: SampleId
-    state: State = "pending"
-    attempts: int = 0
-    """Leases given out; makes the key of each unique."""
-    failures: int = 0
-    """Leases that came to nothing, for which the prompt itself may be to blame."""
-    deaths: int = 0
-    """Workers that died while they held it."""
-    key: str = ""
-    worker: str = ""
-    ref: SampleRef | None = None
-    step: int = 0
-    """The step that consumes it, once assigned; kept when its object is lost and captured again."""
-
-
-@dataclass(slots=True)
-class Step:
-    """Positions that one optimizer step consumes; ``end`` is the cursor once it is trained."""
-
-    positions: list[int]
-    end: int
+_epoch_order = lru_cache(maxsize=4)(epoch_order)
 
 
 @dataclass
@@ -85,25 +56,26 @@ class Ledger:
         self.trained_step = self.committed_step = self._assign_step = 0
         self.committed_cursor = 0
         self._assign_cursor = 0  # first position not considered for a step
+        self._ready_end = 0  # first position from there on that is neither stored nor rejected
         self._frontier = 0  # first position never leased
+        self.stored_bytes = 0
+        """Of the samples that lie in the store now."""
         self._counts: Counter[str] = Counter(pending=self.end)
         self._by_sample: dict[SampleId, Record] = {}
         self._leases: defaultdict[str, set[int]] = defaultdict(set)  # by worker
-        self._retries: list[int] = []  # sorted
-        self._parked: list[int] = []  # wait until the store has room
-        self.passed_over: set[int] = set()
-        """Pending positions that are not leased for now, because later ones are answered first."""
-        self._orders: dict[int, np.ndarray] = {}
+        self._stored: list[int] = []  # sorted
+        self._retries: list[int] = []  # a heap: pending again
+        self._parked: list[int] = []  # pending, wait until the store has room
+        self._passed_over: set[int] = set()  # pending, later ones are answered first
         self._rejected_ahead = 0  # positions from the trained cursor on, which the window does not count
+        self._accepted_ahead = self.end  # positions from the assign cursor on that are not rejected
 
     # ---- the order of positions ----
 
     def sample_at(self, position: int) -> SampleId:
         epoch, row = divmod(position, self.shape.prompts)
-        if epoch not in self._orders:
-            self._orders = {e: o for e, o in self._orders.items() if e >= epoch - 1}
-            self._orders[epoch] = epoch_order(self.shape.seed, epoch, self.shape.prompts)
-        return SampleId(self.first_epoch + epoch, int(self._orders[epoch][row]))
+        order = _epoch_order(self.shape.seed, epoch, self.shape.prompts)
+        return SampleId(self.first_epoch + epoch, int(order[row]))
 
     @property
     def trained_cursor(self) -> int:
@@ -118,13 +90,11 @@ class Ledger:
         Args:
             of_steps_only: only what a step that has been formed waits for, because its object was lost.
         """
-        if of_steps_only:
-            return next((self.records[p] for p in self._retries if self.records[p].step), None)
-        again = next((p for p in self._retries if p not in self.passed_over), None)
-        if again is not None:
-            return self.records[again]
+        if self._retries:
+            again = self.records[self._retries[0]]
+            return again if again.step or not of_steps_only else None  # those of steps come first
         window_end = self.trained_cursor + self.reorder_window + self._rejected_ahead
-        if self._parked or self._frontier >= min(self.end, window_end) or self.exhausted:
+        if of_steps_only or self._parked or self._frontier >= min(self.end, window_end) or self.exhausted:
             return None
         return Record(self._frontier, self.sample_at(self._frontier))
 
@@ -141,7 +111,8 @@ class Ledger:
     def lease(self, record: Record, worker: str, key_prefix: str) -> Record:
         """Hand ``record`` (from :meth:`next_to_lease`) to ``worker`` under a key that no earlier lease used."""
         if record.position in self.records:
-            self._retries.remove(record.position)
+            first = heappop(self._retries)
+            assert first == record.position
         else:
             assert record.position == self._frontier
             self._frontier += 1
@@ -152,7 +123,6 @@ class Ledger:
         return record
 
     def leased_to(self, worker: str) -> list[Record]:
-        """What ``worker`` holds."""
         return [self.records[p] for p in self._leases.get(worker, ())]
 
     def store(self, record: Record, ref: SampleRef) -> None:
@@ -164,7 +134,7 @@ class Ledger:
     def put_back(self, record: Record, why: str = "") -> None:
         """Back to pending, and held against nobody: its lease came to nothing, or its object is lost."""
         self._move(record, "pending", why)
-        insort(self._retries, record.position)
+        heappush(self._retries, record.position)
 
     def fail(self, record: Record, reason: str, final: bool = False) -> None:
         """A lease came to nothing: back to pending, or rejected if that is ``final`` or has happened ``max_failures``
@@ -181,18 +151,27 @@ class Ledger:
         The stored sample furthest behind it gives up its place, so that the front of the order always gets through;
         returns the key of its object, which the caller removes. Without one the sample waits for :meth:`unpark`.
         """
-        victim = self.furthest_behind(record.position, lambda r: r.state == "stored")
-        if victim is not None:
+        displaced = bool(self._stored) and self._stored[-1] > record.position
+        parked = self.records[self._stored[-1]] if displaced else record
+        if displaced:
             self.put_back(record)
-        parked = victim or record
         self._move(parked, "pending")
         self._parked.append(parked.position)
-        return None if victim is None else victim.key
+        return parked.key if displaced else None
 
     def unpark(self) -> None:
         """Objects have been freed: what waited for room in the store may try again."""
-        self._retries = sorted(self._retries + self._parked)
-        self._parked.clear()
+        while self._parked:
+            heappush(self._retries, self._parked.pop())
+
+    def pass_over(self, record: Record) -> None:
+        """Back to pending, and not leased before :meth:`take_up`, because later ones are answered first."""
+        self._move(record, "pending")
+        self._passed_over.add(record.position)
+
+    def take_up(self) -> None:
+        while self._passed_over:
+            heappush(self._retries, self._passed_over.pop())
 
     def worker_lost(self, worker: str, alone: bool) -> list[Record]:
         """Every lease of a dead worker goes back to pending; returns their samples.
@@ -214,19 +193,21 @@ class Ledger:
 
         Returns them; ``key`` names the objects that are of no use now.
         """
-        dropped = [r for r in self.records.values() if r.state == "stored" and r.ref and not keep(r.ref)]
+        dropped = [r for r in map(self.records.__getitem__, self._stored) if r.ref and not keep(r.ref)]
         for record in dropped:
             self.put_back(record)
         return dropped
 
-    def furthest_behind(self, position: int, wanted: Callable[[Record], bool]) -> Record | None:
-        """The last sample behind ``position`` that is ``wanted``."""
-        behind = (r for r in self.records.values() if r.position > position and wanted(r))
+    def furthest_behind(self, position: int, samples: Iterable[SampleId]) -> Record | None:
+        """The last of ``samples`` behind ``position`` that is stored or pending."""
+        known = (self._by_sample[sample] for sample in samples if sample in self._by_sample)
+        behind = (r for r in known if r.position > position and r.state in ("stored", "pending"))
         return max(behind, key=lambda r: r.position, default=None)
 
     def _reject(self, record: Record, reason: str) -> None:
         self.rejected[record.position] = Rejection(record.sample, f"{reason} (attempt {record.attempts})")
         self._rejected_ahead += 1
+        self._accepted_ahead -= record.position >= self._assign_cursor
         if record.step:
             self.steps[record.step].positions.remove(record.position)
         self._move(record, "rejected", reason)
@@ -238,19 +219,14 @@ class Ledger:
 
         A step holds ``batch_size`` accepted positions, fewer only at the very end of the order.
         """
-        if self.exhausted:
+        full = self.ready() >= self.shape.batch_size
+        if self.exhausted or not (full or self._ready_end == self.end):
             return None
-        chosen: list[int] = []
-        cursor = self._assign_cursor
-        while len(chosen) < self.shape.batch_size and cursor < self.end:
-            if cursor not in self.rejected:
-                record = self.records.get(cursor)
-                if record is None or record.state != "stored":
-                    return None
-                chosen.append(cursor)
-            cursor += 1
+        chosen = self._stored[: self.shape.batch_size]
+        cursor = chosen[-1] + 1 if full else self.end
         self._assign_step += 1
         self._assign_cursor = cursor
+        self._accepted_ahead -= len(chosen)
         self.steps[self._assign_step] = Step(chosen, cursor)
         for position in chosen:
             self.records[position].step = self._assign_step
@@ -295,19 +271,13 @@ class Ledger:
 
     def is_last(self, step: int) -> bool:
         """Whether no step can follow ``step``, as far as is known now."""
-        return self._is_over(step, self.steps[step].end)
+        return step == self._assign_step and self.exhausted
 
     @property
     def exhausted(self) -> bool:
         """Every sample has been assigned or rejected: no further step will form."""
-        return self._is_over(self._assign_step, self._assign_cursor)
-
-    @property
-    def total_steps(self) -> int:
-        """Steps of the whole run if nothing more is rejected."""
-        accepted = self.end - len(self.rejected)
-        steps = -(-accepted // self.shape.batch_size)
-        return min(steps, self.max_steps) if self.max_steps is not None else steps
+        at_limit = self.max_steps is not None and self._assign_step >= self.max_steps
+        return at_limit or self._accepted_ahead == 0
 
     def counts(self) -> dict[str, int]:
         """State to number of samples; sums to prompts x epochs."""
@@ -315,15 +285,7 @@ class Ledger:
 
     def ready(self) -> int:
         """Stored samples that stand in order at the front, ready for the next steps."""
-        ready, cursor = 0, self._assign_cursor
-        while cursor in self.rejected or (cursor in self.records and self.records[cursor].state == "stored"):
-            ready += cursor not in self.rejected
-            cursor += 1
-        return ready
-
-    def stored_bytes(self) -> int:
-        """Bytes of the samples that lie in the store now."""
-        return sum(r.ref.num_bytes for r in self.records.values() if r.ref and r.state in ("stored", "assigned"))
+        return bisect_left(self._stored, self._ready_end)
 
     # ---- checkpoints ----
 
@@ -343,13 +305,17 @@ class Ledger:
             The samples whose objects are of no use any more, by their ``key``. Those of trained ones are gone anyway.
 
         Raises:
-            ValueError: the snapshot is of other data, another seed or another batch size.
+            ValueError: the snapshot is of other data, another seed or another batch size, or from before a commit:
+                what was committed since is forgotten, and could only be trained twice.
         """
         saved = LedgerSnapshot(self.shape) if text is None else LedgerSnapshot.from_json(text, self.shape)
+        if saved.step < self.committed_step:
+            raise ValueError(f"a checkpoint of step {saved.step} cannot follow that of step {self.committed_step}")
         later = {p: r for p, r in self.rejected.items() if p >= saved.cursor}
         self.rejected, self._rejected_ahead = dict(saved.rejected) | later, len(later)
+        self._accepted_ahead = self.end - saved.cursor - len(later)
         self.committed_step = self.trained_step = self._assign_step = saved.step
-        self.committed_cursor = self._assign_cursor = saved.cursor
+        self.committed_cursor = self._assign_cursor = self._ready_end = saved.cursor
         self._frontier = max(self._frontier, saved.cursor)
         self.steps.clear()
         done = [r for p, r in self.records.items() if p < saved.cursor]
@@ -365,8 +331,10 @@ class Ledger:
                 self._move(record, "pending")
             elif record.state == "assigned":
                 self._move(record, "stored")
+        self._extend_ready()
         self._parked.clear()
-        self._retries = sorted(p for p, r in self.records.items() if r.state == "pending")
+        pending = (p for p, r in self.records.items() if r.state == "pending")
+        self._retries = sorted(p for p in pending if p not in self._passed_over)
         self._counts = Counter(r.state for r in self.records.values())
         self._counts.update(rejected=len(self.rejected), committed=saved.cursor - len(saved.rejected))
         self._counts["pending"] += self.end - self._counts.total()
@@ -379,22 +347,34 @@ class Ledger:
         before, record.state = record.state, state
         self._counts[before] -= 1
         self._counts[state] += 1
+        position, size = record.position, 0 if record.ref is None else record.ref.num_bytes
+        self.stored_bytes += size * ((state in IN_STORE) - (before in IN_STORE))
         if before == "leased":
-            self._leases[record.worker].remove(record.position)
+            self._leases[record.worker].remove(position)
             if not self._leases[record.worker]:
                 del self._leases[record.worker]
+        elif before == "stored":
+            del self._stored[bisect_left(self._stored, position)]
         if state == "leased":
-            self._leases[record.worker].add(record.position)
+            self._leases[record.worker].add(position)
+        elif state == "stored":
+            insort(self._stored, position)
         elif state == "pending":
             record.ref = None
+            if self._assign_cursor <= position < self._ready_end:
+                self._ready_end = position
         elif state in ("committed", "rejected"):
-            del self._by_sample[record.sample], self.records[record.position]
+            del self._by_sample[record.sample], self.records[position]
+        if position == self._ready_end:
+            self._extend_ready()
         self.moved(record.sample, before, state, why)
 
-    def _is_over(self, step: int, cursor: int) -> bool:
-        if self.max_steps is not None and step >= self.max_steps:
-            return True
-        return all(p in self.rejected for p in range(cursor, self.end))
+    def _extend_ready(self) -> None:
+        """Pass what is stored or rejected: for each position once, and again only after it was captured again."""
+        end = self._ready_end
+        while end in self.rejected or ((record := self.records.get(end)) is not None and record.state == "stored"):
+            end += 1
+        self._ready_end = end
 
     def _end_of(self, step: int) -> int:
         return self.steps[step].end if step in self.steps else self.committed_cursor

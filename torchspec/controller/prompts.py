@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,9 @@ from torchspec.contracts import HELDOUT_EPOCH, Answer, Lease, SampleId
 from torchspec.data.masks import pack_mask
 from torchspec.data.order import sample_seed
 from torchspec.data.prompt_set import PromptSet
-from torchspec.files import JsonLines, at_once, read_lines
+from torchspec.files import Damage, JsonLines, at_once, read_lines, records
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,27 +42,10 @@ class Writer:
 
 
 class Prompts:
-    """Looks samples up in the prompt sets and in the book of answers.
+    """Looks samples up in the prompt sets and in the book of answers. ``seed``: the run's."""
 
-    Args:
-        answers: the run's ``answers.jsonl``.
-        reuse: that of an earlier run.
-        seed: the run's.
-        put: makes the calls that touch the disk, in order, now or later.
-    """
-
-    def __init__(
-        self,
-        train: PromptSet,
-        heldout: PromptSet | None,
-        answers: Path,
-        writer: Writer,
-        reuse: Path | None,
-        seed: int,
-        put: Callable[..., None] = at_once,
-    ):
-        self._train, self._heldout, self._seed = train, heldout, seed
-        self._answers = AnswerBook(answers, writer, reuse, put)
+    def __init__(self, train: PromptSet, heldout: PromptSet | None, answers: AnswerBook, seed: int):
+        self._train, self._heldout, self._answers, self._seed = train, heldout, answers, seed
 
     def name(self, sample: SampleId) -> str:
         return f"{self._prompts(sample).ids[sample.prompt]} (epoch {sample.epoch})"
@@ -76,9 +62,23 @@ class Prompts:
 
     def being_answered(self, sample: SampleId, is_leased: Callable[[SampleId], bool]) -> bool:
         """Whether another epoch's sample of this prompt is getting the answer that this one will use."""
-        if self._prompts(sample).loss_mask(sample.prompt) is not None or self.answer(sample) is not None:
+        if not self.to_answer(sample):
             return False
         return any(is_leased(sample._replace(epoch=epoch)) for epoch in range(sample.epoch))
+
+    def to_answer(self, sample: SampleId) -> bool:
+        """Whether the target has yet to answer its prompt."""
+        prompts, row = self._prompts(sample), sample.prompt
+        return bool(prompts.max_answer_tokens[row]) and self._answers.length(prompts.input_ids(row)) is None
+
+    def max_tokens(self, sample: SampleId) -> int:
+        """That it can have."""
+        prompts, row = self._prompts(sample), sample.prompt
+        ids, room = prompts.input_ids(row), int(prompts.max_answer_tokens[row])
+        if not room:
+            return len(ids)
+        answered = self._answers.length(ids)
+        return len(ids) + (room if answered is None else min(answered, room) - 1)  # the last token is not read
 
     def describe(self, sample: SampleId) -> Lease:
         """Its lease, without key and credits yet."""
@@ -88,7 +88,7 @@ class Prompts:
             answer = self.answer(sample)
             if answer is not None:
                 read = answer[:-1]  # as when it was written: the last token is not read
-                mask = pack_mask([False] * len(ids) + [True] * len(read))
+                mask = pack_mask(np.arange(len(ids) + len(read)) >= len(ids))
                 ids = np.concatenate([ids, read])
         return Lease(
             sample=sample,
@@ -121,22 +121,33 @@ class AnswerBook:
     An answer belongs to its writer and to the exact tokens of its prompt: those of another target or another
     temperature are passed over, and with another template or another prompt under the same id it is not found.
     Answers stay on the disk; a million of them would fill the controller's memory.
+
+    Args:
+        path: the run's ``answers.jsonl``.
+        reuse: that of an earlier run.
+        told: of damaged lines, whose answers are as if they had not been written.
+        put: makes the calls that touch the disk, in order, now or later.
     """
 
-    def __init__(self, path: Path, writer: Writer, reuse: Path | None = None, put: Callable[..., None] = at_once):
+    def __init__(
+        self,
+        path: Path,
+        writer: Writer,
+        reuse: Path | None = None,
+        told: Callable[[Damage], None] = log.warning,
+        put: Callable[..., None] = at_once,
+    ):
         self._writer, self._put = asdict(writer), put
-        self._lines: dict[bytes, tuple[BinaryIO, int]] = {}
-        """By prompt: the file and where in it the answer's line begins."""
+        self._lines: dict[bytes, tuple[BinaryIO, int, int]] = {}
+        """By prompt: the file, where in it the answer's line begins, and the answer's tokens."""
         self._unwritten: dict[bytes, np.ndarray] = {}
         """Answers that are on their way to the disk."""
         self._file = JsonLines(path, put)
         self._own, self._end = path.open("rb"), path.stat().st_size
         for file in (*([reuse.open("rb")] if reuse else []), self._own):
-            begin = 0
-            for line in file:
-                if line.endswith(b"\n") and writer.wrote(record := json.loads(line)):  # a last one may be torn
-                    self._lines[bytes.fromhex(record["prompt_hash"])] = file, begin
-                begin += len(line)
+            for begin, record in records(file, told):
+                if writer.wrote(record):
+                    self._lines[bytes.fromhex(record["prompt_hash"])] = file, begin, len(record["token_ids"])
 
     def get(self, prompt_ids: np.ndarray) -> np.ndarray | None:
         """int32 token ids, or None where there is no answer."""
@@ -145,16 +156,22 @@ class AnswerBook:
             return unwritten
         if (line := self._lines.get(digest)) is None:
             return None
-        file, begin = line
+        file, begin, _ = line
         file.seek(begin)
         return np.array(json.loads(file.readline())["token_ids"], dtype=np.int32)
 
+    def length(self, prompt_ids: np.ndarray) -> int | None:
+        """Tokens of the answer, or None where there is none."""
+        line = self._lines.get(_digest(prompt_ids))
+        return None if line is None else line[2]
+
     def add(self, prompt_id: str, prompt_ids: np.ndarray, answer: Answer) -> None:
         digest = _digest(prompt_ids)
-        if self._lines.get(digest, (None, 0))[0] is self._own:
+        if digest in self._lines and self._lines[digest][0] is self._own:
             return
         written = {key: value for key, value in asdict(answer).items() if key != "prompt"}
-        self._lines[digest], self._unwritten[digest] = (self._own, self._end), np.array(answer.token_ids, np.int32)
+        tokens = np.array(answer.token_ids, np.int32)
+        self._lines[digest], self._unwritten[digest] = (self._own, self._end, len(tokens)), tokens
         line = {"id": prompt_id, "prompt_hash": digest.hex(), **written, "writer": self._writer}
         self._end += self._file.write(line)
         self._put(self._unwritten.pop, digest)

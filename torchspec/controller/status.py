@@ -22,7 +22,8 @@ def run_status(
 ) -> RunStatus:
     """How things are now. ``group``: of ranks, the present one or the last."""
     ledger, rate = buffer.ledger, observer.training.samples_per_s
-    total, counts = ledger.total_steps, ledger.counts()
+    total = config.training.total_steps(ledger.shape.prompts, len(ledger.rejected))
+    counts = ledger.counts()
     left = sum(counts[state] for state in ("pending", "leased", "stored", "assigned"))
     left = min(left, (total - ledger.trained_step) * config.training.batch_size)
     training = config.training if group is None else group.training
@@ -34,7 +35,7 @@ def run_status(
         epoch=min(ledger.trained_cursor // ledger.shape.prompts, config.training.epochs - 1),
         epochs=config.training.epochs,
         samples=counts,
-        store_bytes=sum(ledger.stored_bytes() for ledger in buffer.ledgers),
+        store_bytes=sum(ledger.stored_bytes for ledger in buffer.ledgers),
         store_capacity=buffer.credits.capacity,
         credit_bytes=buffer.credits.used,
         queue_depth=ledger.ready(),

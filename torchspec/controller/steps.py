@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from heapq import heappop, heappush
 from pathlib import Path
 
 from torchspec.config.schema import Config, TrainingConfig
@@ -233,9 +234,12 @@ def split_batch(refs: Sequence[SampleRef], dp_size: int, micro_batch_size: int) 
     """
     share = -(-len(refs) // dp_size)
     ranks: list[list[SampleRef]] = [[] for _ in range(dp_size)]
+    loads = [(0, rank) for rank in range(dp_size)]  # a heap: tokens of the ranks that are not full
     for ref in sorted(refs, key=lambda r: (-r.num_tokens, r.sample)):
-        open_ranks = [r for r in ranks if len(r) < share]
-        min(open_ranks, key=lambda r: sum(s.num_tokens for s in r)).append(ref)
+        tokens, rank = heappop(loads)
+        ranks[rank].append(ref)
+        if len(ranks[rank]) < share:
+            heappush(loads, (tokens + ref.num_tokens, rank))
     count = max(1, -(-max(len(r) for r in ranks) // micro_batch_size))
     return [
         tuple(tuple(rank[i * micro_batch_size : (i + 1) * micro_batch_size]) for i in range(count)) for rank in ranks

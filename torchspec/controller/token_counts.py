@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-
 from torchspec.controller.buffer import ControllerSpec, SampleBuffer
 from torchspec.controller.sync import Signal
 from torchspec.data.vocabulary import DraftVocab, VocabCounter, load_or_count
@@ -29,12 +27,11 @@ class TokenCounts:
 
     def __init__(self, spec: ControllerSpec, buffer: SampleBuffer, put: Callable[..., Any]):
         self.vocab: DraftVocab | None = None
-        self._put = put
-        self._buffer, self._prompts, self._always = buffer, spec.train, spec.end_token_ids
+        self._put, self._buffer, self._always = put, buffer, spec.end_token_ids
         self._path, data = RunFolder(spec.run_dir).draft_vocab, spec.config.data
         self._known = Signal()
-        first = map(buffer.ledger.sample_at, range(min(data.vocab_prompts, len(spec.train))))
-        self._waiting = [s for s in first if spec.train.loss_mask(s.prompt) is None]
+        first = [(p, buffer.ledger.sample_at(p)) for p in range(min(data.vocab_prompts, len(spec.train)))]
+        self._waiting = {p: sample for p, sample in first if spec.train.max_answer_tokens[sample.prompt]}
         self._unknown = list(self._waiting)
         self._size = spec.draft_vocab_size or spec.vocab_size
         if self._path.exists():
@@ -46,8 +43,9 @@ class TokenCounts:
             self.vocab = load_or_count(spec.train, self._size, spec.vocab_size, self._always, data.cache_dir)
             self.vocab.save(self._path)
         else:
-            self._counter = VocabCounter(spec.vocab_size)
+            self._counter, self._prior = VocabCounter(spec.vocab_size), VocabCounter(spec.vocab_size)
             self._counter.add_answered(spec.train)
+            self._prior.add_all(spec.train)
             buffer.counted_first = min(data.vocab_prompts, len(spec.train))
 
     async def vocabulary(self) -> DraftVocab:
@@ -60,17 +58,17 @@ class TokenCounts:
         """Build the vocabulary as soon as every sample that it waits for is answered or rejected."""
         if self.vocab is not None:
             return
-        answer, rejected = self._buffer.prompts.answer, {r.sample for r in self._buffer.ledger.rejected.values()}
-        while self._unknown and (self._unknown[-1] in rejected or answer(self._unknown[-1]) is not None):
+        prompts, rejected = self._buffer.prompts, self._buffer.ledger.rejected
+        while self._unknown:
+            position = self._unknown[-1]
+            if position not in rejected and prompts.to_answer(self._waiting[position]):
+                return
             self._unknown.pop()
-        if self._unknown:
-            return
-        for ids in map(answer, self._waiting):
+        for ids in map(prompts.answer, self._waiting.values()):
             if ids is not None:
                 self._counter.add(ids)
         # What the answers have not shown yet is taken from what the prompts talk about.
-        prior = np.bincount(self._prompts.token_ids, minlength=len(self._counter.counts))
-        self.vocab = self._counter.build(self._size, self._always, prior)
+        self.vocab = self._counter.build(self._size, self._always, self._prior.counts)
         self._put(self.vocab.save, self._path)
         self._buffer.all_counted()
         self._known.fire()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def pack_mask(mask: Sequence[bool] | Sequence[int]) -> bytes:
+def pack_mask(mask: Sequence[bool] | Sequence[int] | np.ndarray) -> bytes:
     """Pack a 0/1 mask into bits."""
     return np.packbits(np.asarray(mask, dtype=bool)).tobytes()
 

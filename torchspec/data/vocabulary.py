@@ -17,6 +17,9 @@ import numpy as np
 from torchspec.data.prompt_set import PromptSet
 from torchspec.files import write_atomically
 
+_PART = 1 << 24
+"""Tokens."""
+
 
 @dataclass(frozen=True, eq=False)
 class DraftVocab:
@@ -77,6 +80,12 @@ class VocabCounter:
                 ids = prompts.input_ids(row)
                 mask = np.unpackbits(np.frombuffer(packed, dtype=np.uint8), count=len(ids))
                 self.add(ids[mask.view(bool)])
+
+    def add_all(self, prompts: PromptSet) -> None:
+        """Count all tokens, whoever wrote them, a part at a time: they may be more than the memory holds."""
+        for begin in range(0, len(prompts.token_ids), _PART):
+            part = prompts.token_ids[begin : begin + _PART]
+            self.counts += np.bincount(part, minlength=len(self.counts))
 
     def build(self, size: int, always: Collection[int] = (), prior: np.ndarray | None = None) -> DraftVocab:
         """The ``size`` most frequent ids.

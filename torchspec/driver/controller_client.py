@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -40,9 +41,9 @@ class ControllerClient:
         """Call ``method`` and wait for its result. Raises ControllerLost: there is none."""
         return self.result(self.send(method, *args))
 
-    def begin(self) -> None:
+    def begin(self, go_back_to: Path | None) -> None:
         """Let the actor, which is being started, take up the run. Raises RunFailed: it does not start."""
-        ref, deadline = self.send("begin"), time.monotonic() + self._start
+        ref, deadline = self.send("begin", None, go_back_to), time.monotonic() + self._start
         while not ray.wait([ref], timeout=_PAUSE_SECONDS)[0]:
             require_node()
             if time.monotonic() > deadline:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from torchspec.config.schema import Config, TrainingConfig
+from torchspec.config.schema import Config
 from torchspec.contracts import ITEM_BYTES
 from torchspec.driver.memory import MemoryBudget, Split, host_bytes, possible_splits
 from torchspec.driver.resolve import Resolved
@@ -118,12 +118,6 @@ def plan_threads(config: Config, cores: int, on_gpu: bool) -> ThreadPlan:
         fair = min(fair, 8)  # a GPU process needs its cores for launching and copying only
     inference, training = config.inference.threads, config.training.threads
     return ThreadPlan(fair if inference == "auto" else inference, fair if training == "auto" else training)
-
-
-def total_steps(training: TrainingConfig, prompts: int) -> int:
-    """Optimizer steps of a run over so many prompts, none of them rejected."""
-    steps = -(-prompts * training.epochs // training.batch_size)
-    return min(steps, training.max_steps) if training.max_steps is not None else steps
 
 
 def _budget(resolved: Resolved, others: int) -> MemoryBudget:

@@ -14,12 +14,13 @@ from typing import TypeVar
 import torch
 
 from torchspec.config.schema import Config
+from torchspec.controller.journal import read_journal
 from torchspec.controller.ledger_snapshot import LedgerSnapshot, ledger_shape
 from torchspec.controller.prompts import Writer, check_reuse
 from torchspec.data.prompt_builder import load_or_build
 from torchspec.data.prompt_set import PromptSet, TokenizeOptions, count_reasons
 from torchspec.data.survey import Survey, survey
-from torchspec.driver.plan import Plan, check_gpus, check_memory, make_plan, total_steps
+from torchspec.driver.plan import Plan, check_gpus, check_memory, make_plan
 from torchspec.driver.resolve import Resolved, resolve
 from torchspec.driver.sizes import check_sizes
 from torchspec.inference.sglang_patch import check_patched
@@ -53,7 +54,7 @@ class Prepared:
     @property
     def total_steps(self) -> int:
         """Steps of the whole run, for the schedule."""
-        return total_steps(self.config.training, len(self.train))
+        return self.config.training.total_steps(len(self.train))
 
 
 def prepare(config: Config, resume: bool, message: Callable[[str], None], start: str = "latest") -> Prepared:
@@ -70,7 +71,7 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None], start:
         check_reuse(config.answer.reuse, Writer.of(config.answer, resolved.target.fingerprint))
     folder = RunFolder(config.run_dir)
     folder.expect(resume)
-    resume_from = folder.find_checkpoint(start) if resume else None
+    resume_from = _checkpoint(folder, start) if resume else None
     message("reading and tokenising the prompts")
     read = partial(load_or_build, progress=_told(message))
     start_weights = config.training.init_from if resume_from is None else None
@@ -78,7 +79,7 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None], start:
     _tell_changes(train, message)
     if resume_from is not None:
         LedgerSnapshot.from_json((resume_from / LEDGER_FILE).read_text(), ledger_shape(config, train))
-        _tell_schedule(resume_from, total_steps(config.training, len(train)), config, message)
+        _tell_schedule(resume_from, config.training.total_steps(len(train)), config, message)
     plan = make_plan(resolved, len(heldout) if heldout else 0)
     if config.cluster.address is None:
         check_memory(plan)
@@ -87,6 +88,13 @@ def prepare(config: Config, resume: bool, message: Callable[[str], None], start:
         _list_rejected(folder, train, heldout)
     mark, go_back_to = f"{folder.path}#{secrets.token_hex(8)}", resume_from if start != "latest" else None
     return Prepared(resolved, train, heldout, plan, folder, mark, go_back_to)
+
+
+def _checkpoint(folder: RunFolder, start: str) -> Path | None:
+    """That a resume goes on from. None: the beginning, for there is none yet. Raises ValueError: it is not there."""
+    if start != "latest":
+        return folder.find_checkpoint(start)
+    return folder.last_checkpoint(read_journal(folder.journal).committed_step)
 
 
 def make_plan_for(config: Config) -> tuple[Plan, Survey]:

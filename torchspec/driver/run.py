@@ -142,7 +142,7 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
         store = StoreSupervisor(master, actors.store_node, found(config.store.segment_bytes), recovery)
         stack.callback(store.close)
         controller = ControllerClient(actors.controller(), recovery.hang_seconds, recovery.start_seconds)
-        controller.begin()
+        controller.begin(prepared.go_back_to)
         if config.monitor.ui:
             page = _open_page(config, PageControls(folder.path, controller.actor), view)
             after_cluster.callback(page.close)  # meanwhile, who watches it sees how the run has ended

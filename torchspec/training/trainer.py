@@ -171,7 +171,10 @@ class Trainer:
     # ---- one optimizer step ----
 
     def _train(self, fetched: FetchedStep, wait_seconds: float) -> StepReport:
-        self.step = fetched.batch.step
+        step = fetched.batch.step
+        if step != self.step + 1:  # the ledger and this rank went on from different checkpoints
+            raise RuntimeError(f"step {step} does not follow step {self.step}, which the weights of this rank are of")
+        self.step = step
         report = self.learner.step(self.step, fetched.micro_batches)
         report = replace(report, wait_seconds=wait_seconds, fetch_seconds=fetched.fetch_seconds)
         self._count(fetched, report)

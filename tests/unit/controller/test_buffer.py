@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
 from collections.abc import Awaitable, Callable, Iterable
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from torchspec.monitor.record.observer import Observer
 from torchspec.run_folder import RunFolder
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.errors import StoreUnavailable
+from torchspec.training.checkpoint import point
 
 ENDPOINT = StoreEndpoint("unused", metrics="")
 
@@ -35,6 +37,9 @@ class Store:
         if self.away:
             raise StoreUnavailable("away")
         self.removed.add(key)
+
+    def remove_all(self, prefix: str) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -191,6 +196,86 @@ def test_what_a_rewind_makes_pending_holds_no_credits_and_what_is_stored_does(pl
         assert {scene.state(ref) for ref in trained} == {"pending"}
         assert {scene.state(ref) for ref in stored} == {"stored"}
         assert scene.ledger.counts()["trained"] == 0
+
+    play(script)
+
+
+def saved(scene: Scene, step: int) -> Path:
+    """A checkpoint of ``step``, told of or not."""
+    folder = RunFolder(scene.spec.run_dir).checkpoint(step)
+    folder.mkdir(parents=True)
+    (folder / "ledger.json").write_text(scene.ledger.snapshot(step))
+    return folder
+
+
+def test_a_rewind_goes_to_the_checkpoint_that_is_committed_whatever_latest_says(play) -> None:
+    """Public bug reports' other side: another machine may see an older link for a minute."""
+
+    async def script(scene: Scene) -> None:
+        refs = await scene.stored(8)
+        for step in (1, 2):
+            scene.buffer.train(scene.ledger.assign())
+            scene.buffer.commit(step, str(saved(scene, step)))
+            if step == 1:
+                point(RunFolder(scene.spec.run_dir).checkpoints, "latest", scene.buffer._folder.checkpoint(1))
+        await scene.stored(1)
+        scene.buffer.rewind()
+        assert scene.buffer.checkpoint == RunFolder(scene.spec.run_dir).checkpoint(2)
+        assert (scene.ledger.trained_step, scene.ledger.counts()["committed"]) == (2, len(refs))
+
+    play(script)
+
+
+def test_a_checkpoint_that_somebody_has_deleted_ends_the_run_in_one_line(play) -> None:
+    """It went back to a step whose samples it had forgotten, and waited for them for ever."""
+
+    async def script(scene: Scene) -> None:
+        await scene.stored(6)
+        scene.buffer.train(scene.ledger.assign())
+        scene.buffer.commit(1, str(saved(scene, 1)))
+        shutil.rmtree(RunFolder(scene.spec.run_dir).checkpoints)
+        with pytest.raises(ValueError, match=r"step_000001 is gone or not complete, and ledger\.jsonl says that step"):
+            scene.buffer.rewind()
+        again = SampleBuffer(scene.spec, Observer(scene.spec.run_dir, 0), scene.change)
+        with pytest.raises(ValueError, match=r"step_000001 is gone"):
+            await again.open(scene.spec.config)
+
+    play(script)
+
+
+def test_a_run_goes_back_to_an_older_checkpoint_where_that_is_asked_for(play) -> None:
+    async def script(scene: Scene) -> None:
+        await scene.stored(8)
+        for step in (1, 2):
+            scene.buffer.train(scene.ledger.assign())
+            scene.buffer.commit(step, str(saved(scene, step)))
+        older = scene.buffer._folder.checkpoint(1)
+        for go_back_to in (older, None):
+            point(older.parent, "latest", older)
+            again = SampleBuffer(scene.spec, Observer(scene.spec.run_dir, 0), scene.change)
+            await again.open(scene.spec.config, go_back_to)
+            assert again.checkpoint == older and again.ledger.committed_step == 1, "also by a controller after it"
+            await again.close()
+
+    play(script)
+
+
+def test_damaged_lines_end_no_resume_and_are_told_of(play) -> None:
+    async def script(scene: Scene) -> None:
+        refs, folder = await scene.stored(3), RunFolder(scene.spec.run_dir)
+        for path, line in ((folder.journal, 0), (folder.answers, 1)):
+            lines = path.read_bytes().splitlines(keepends=True)
+            lines.insert(line, b"\0" * len(lines[0]) + b"\n")
+            path.write_bytes(b"".join(lines))
+        again = SampleBuffer(scene.spec, observer := Observer(scene.spec.run_dir, 0), scene.change)
+        await again.open(scene.spec.config)
+        assert all(again.prompts.answer(ref.sample) is not None for ref in refs)
+        assert [message for message in observer.messages if "damaged" in message] == [
+            f"{folder.answers}: damaged and passed over: line 2",
+            f"{folder.journal}: damaged and passed over: line 1",
+        ]
+        assert again._key_prefix != scene.buffer._key_prefix
+        await again.close()
 
     play(script)
 

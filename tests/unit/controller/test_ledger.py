@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.calls import calls
 from torchspec.contracts import SampleId, SampleRef
 from torchspec.controller.ledger import Ledger
 from torchspec.controller.ledger_snapshot import LedgerShape
@@ -45,6 +46,15 @@ def counted(book: Ledger) -> Counter[str]:
     states["committed"] = sum(p not in book.rejected for p in range(book.committed_cursor))
     states["pending"] += book.end - states.total()
     return +states
+
+
+def counted_ready(book: Ledger) -> int:
+    """Stored samples at the front, counted one by one."""
+    ready, cursor = 0, book.steps[max(book.steps)].end if book.steps else book.trained_cursor
+    while cursor in book.rejected or (cursor in book.records and book.records[cursor].state == "stored"):
+        ready += cursor not in book.rejected
+        cursor += 1
+    return ready
 
 
 def seeded_line(s: LedgerShape) -> list[SampleId]:
@@ -92,7 +102,7 @@ def test_the_tail_is_trained_and_batches_roll_over_the_epoch():
         sizes.append(len(book.step_records(step)))
         assert book.is_last(step) == (step == 4)
         book.train(step)
-    assert sizes == [4, 4, 4, 3] and book.exhausted and book.total_steps == 4
+    assert sizes == [4, 4, 4, 3] and book.exhausted
 
 
 def test_a_failed_lease_is_retried_first_then_rejected_by_name():
@@ -169,7 +179,7 @@ def test_max_steps_bounds_what_is_leased_and_assigned():
     for record in lease_all(book):
         book.store(record, ref(record))
     assert [book.assign(), book.assign(), book.assign()] == [1, 2, None]
-    assert book.exhausted and book.is_last(2) and book.total_steps == 2
+    assert book.exhausted and book.is_last(2)
 
 
 def test_resume_refuses_other_data():
@@ -180,7 +190,7 @@ def test_resume_refuses_other_data():
         ledger(batch_size=2).rewind(book.snapshot(0))
 
 
-ACTIONS = [*("lease",) * 2, *("store",) * 3, "fail", "full", "die", "lose", *("step",) * 2, "save", "crash"]
+ACTIONS = [*("lease",) * 2, *("store",) * 3, "fail", "full", "die", "lose", *("step",) * 2, "save", "crash", "rewind"]
 
 
 @settings(max_examples=150, deadline=None)
@@ -190,9 +200,13 @@ ACTIONS = [*("lease",) * 2, *("store",) * 3, "fail", "full", "die", "lose", *("s
     epochs=st.integers(1, 3),
     batch=st.integers(1, 5),
     extra=st.integers(0, 9),
+    reject=st.sampled_from([0.0, 0.0, 0.3]),
 )
-def test_nothing_is_lost_and_nothing_comes_twice(seed: int, prompts: int, epochs: int, batch: int, extra: int):
-    """Random completion order, failures, dead workers, lost objects and restarts from checkpoints."""
+def test_nothing_is_lost_and_nothing_comes_twice(
+    seed: int, prompts: int, epochs: int, batch: int, extra: int, reject: float
+):
+    """Random completion order, failures, dead workers, lost objects, restarts from checkpoints and rewinds in place: to
+    where the last commit was, to a checkpoint that nobody has told of, and, in vain, to one before the last commit."""
     chance = random.Random(seed)
     told: dict[SampleId, str] = {}
 
@@ -202,11 +216,13 @@ def test_nothing_is_lost_and_nothing_comes_twice(seed: int, prompts: int, epochs
 
     book = Ledger(shape(prompts, epochs, batch, seed % 1000), batch + extra, max_failures=10_000, moved=moved)
     trained: dict[int, list[SampleId]] = {}
-    saved = book.snapshot(0)
+    saves = {0: book.snapshot(0)}
     for _ in range(100_000):
         if book.exhausted and book.trained_step == max(book.steps, default=book.trained_step):
             break
         assert nonzero(book) == counted(book)
+        assert book.ready() == counted_ready(book)
+        assert book.stored_bytes == 100 * sum(book.counts()[state] for state in ("stored", "assigned"))
         assert all(told[record.sample] == record.state for record in book.records.values())
         leased = [r for r in book.records.values() if r.state == "leased"]
         action = chance.choice(ACTIONS)
@@ -217,7 +233,7 @@ def test_nothing_is_lost_and_nothing_comes_twice(seed: int, prompts: int, epochs
             book.store(record, ref(record))
         elif action == "fail" and leased and chance.random() < 0.3:
             victim = chance.choice(leased)
-            book.fail(victim, "boom")
+            book.fail(victim, "boom", final=chance.random() < reject)
         elif action == "die" and chance.random() < 0.1:
             book.worker_lost("w0", alone=False)
         elif action == "full" and leased:
@@ -236,15 +252,30 @@ def test_nothing_is_lost_and_nothing_comes_twice(seed: int, prompts: int, epochs
                 book.train(step)
                 book.unpark()
         elif action == "save":
-            saved = book.snapshot(book.trained_step)
-            book.commit(book.trained_step)
+            saves[book.trained_step] = book.snapshot(book.trained_step)
+            if chance.random() < 0.7:
+                book.commit(book.trained_step)
+        elif action == "rewind" and chance.random() < 0.1:
+            step = chance.choice(list(saves))
+            before = dict(told), book.counts(), book.trained_step
+            if step < book.committed_step:
+                with pytest.raises(ValueError, match=f"step {step} cannot follow that of step {book.committed_step}"):
+                    book.rewind(saves[step])
+                assert before == (told, book.counts(), book.trained_step)
+            else:
+                book.rewind(saves[step], keep=lambda _: chance.random() < 0.8)
+                saves = {s: save for s, save in saves.items() if s <= step}
+                trained = {s: b for s, b in trained.items() if s <= step}
+                assert book.trained_step == book.committed_step == step
         elif action == "crash" and chance.random() < 0.05:
             told.clear()
             book = Ledger(book.shape, book.reorder_window, 10_000, moved=moved)
-            book.rewind(saved)
+            book.rewind(saves[max(saves)])
             trained = {s: b for s, b in trained.items() if s <= book.committed_step}
-    assert [sample for step in sorted(trained) for sample in trained[step]] == seeded_line(book.shape)
-    assert all(len(trained[s]) == batch for s in sorted(trained)[:-1])
+    rejected = {rejection.sample for rejection in book.rejected.values()}
+    line = [sample for sample in seeded_line(book.shape) if sample not in rejected]
+    assert [sample for step in sorted(trained) for sample in trained[step]] == line
+    assert rejected or all(len(trained[s]) == batch for s in sorted(trained)[:-1])
 
 
 def trained_up_to(book: Ledger, step: int) -> None:
@@ -364,3 +395,44 @@ def test_a_lease_given_back_is_held_against_nobody():
         assert book.leased(record.sample, record.key) is None
         book.lease(book.next_to_lease(), "w1", "run")
     assert not book.rejected and book.leased_to("w1") == [record]
+
+
+class Seen(int):
+    """An int whose comparisons are calls, so that a profiler sees those, too, that lists and heaps make of it in C."""
+
+    __hash__ = int.__hash__
+
+    def __lt__(self, other: int) -> bool:
+        return int.__lt__(self, other)
+
+    def __eq__(self, other: object) -> bool:
+        return int.__eq__(self, other)
+
+    def __add__(self, other: int) -> Seen:
+        return Seen(int.__add__(self, other))
+
+
+def test_no_call_looks_at_all_that_is_not_committed():
+    """A million positions, 200 steps of 256 since the last checkpoint, and a rewind of all of them."""
+    book = ledger(window=256, prompts=1_000_000, epochs=1, batch_size=256)
+    book._frontier = Seen(0)
+    trained_up_to(book, 200)
+    book.reorder_window = 1024
+    later = lease_all(book)
+    for record in reversed(later[1:]):  # all but the front
+        book.store(record, ref(record))
+    uncommitted = len(book.records)
+    assert uncommitted == 52_224
+    assert calls(lambda: [book.counts(), book.ready(), book.stored_bytes, book.exhausted, book.assign()]) < 100
+    assert calls(lambda: book.store(later[0], ref(later[0]))) < 10 * len(later), "the whole window is ready, once"
+    assert book.ready() == len(later)
+    book.put_back(later[-1])
+    book.lease(book.next_to_lease(), "w0", "run")
+    assert calls(lambda: [book.store(later[-1], ref(later[-1])), book.ready()]) < 100
+    assert calls(lambda: book.furthest_behind(0, [record.sample for record in later])) < 10 * len(later)
+    assert calls(lambda: book.rewind(None)) < 100 * uncommitted
+    most = 0
+    for _ in range(uncommitted - len(later)):
+        most = max(most, calls(lambda: book.lease(book.next_to_lease(), "w1", "run")))
+    assert most < 300 and book.next_to_lease() is None
+    assert [record.position for record in book.leased_to("w1")[:2]] == [0, 1]

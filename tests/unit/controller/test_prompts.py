@@ -10,6 +10,7 @@ import pytest
 from torchspec.config.schema import AnswerConfig
 from torchspec.contracts import Answer, SampleId
 from torchspec.controller.prompts import AnswerBook, Prompts, Writer, check_reuse
+from torchspec.data.masks import unpack_mask
 from torchspec.data.prompt_set import PromptSet
 from torchspec.files import JsonLines, read_lines
 
@@ -37,7 +38,7 @@ def test_answers_stay_on_the_disk(tmp_path):
     book, ids = AnswerBook(tmp_path / "answers.jsonl", WRITER), list(range(100_000, 110_000))
     book.add("p", np.array([1]), Answer(0, tuple(ids), "text", "stop"))
     book.add("q", np.array([2]), Answer(1, (5,), "🦜", "stop"))
-    assert len(pickle.dumps([(key, begin) for key, (_, begin) in book._lines.items()])) < 200
+    assert len(pickle.dumps([(key, *line) for key, (_, *line) in book._lines.items()])) < 200
     assert book.get(np.array([1])).tolist() == ids and book.get(np.array([2])).tolist() == [5]
     assert book.get(np.array([1])).dtype == np.int32
 
@@ -104,6 +105,30 @@ def test_an_answer_is_cut_to_the_room_that_this_run_has(tmp_path):
             rejected=[],
             content_hash="one",
         )
-        prompts = Prompts(train, None, tmp_path / f"{room}.jsonl", WRITER, path, 0)
+        prompts = Prompts(train, None, AnswerBook(tmp_path / f"{room}.jsonl", WRITER, path), 0)
         lease = prompts.describe(SampleId(0, 0))
         assert np.frombuffer(lease.input_ids, dtype="<i4").tolist() == [1, 2, 3, *read] and lease.max_new_tokens == 0
+        assert prompts.max_tokens(SampleId(0, 0)) == lease.max_tokens and not prompts.to_answer(SampleId(0, 0))
+
+
+def test_how_long_a_sample_can_be_is_known_without_its_answer(tmp_path, monkeypatch):
+    """It is asked whenever anything changes; reading the answer each time would be most of what the controller does."""
+    train = PromptSet(
+        ids=["answered", "known", "open"],
+        token_ids=np.arange(9, dtype=np.int32),
+        offsets=np.array([0, 3, 6, 9]),
+        packed_masks=np.array([0b00100000], dtype=np.uint8),
+        max_answer_tokens=np.array([0, 5, 5], dtype=np.int32),
+        rejected=[],
+        content_hash="one",
+    )
+    book = AnswerBook(tmp_path / "answers.jsonl", WRITER)
+    book.add("known", train.input_ids(1), Answer(1, (7, 8, 9), "hi", "stop"))
+    prompts, samples = Prompts(train, None, book, 0), [SampleId(0, row) for row in range(3)]
+    described = [prompts.describe(sample) for sample in samples]
+    assert unpack_mask(described[1].loss_mask, 5) == [False] * 3 + [True] * 2
+    monkeypatch.delattr(AnswerBook, "get")
+    assert [prompts.max_tokens(s) for s in samples] == [3, 5, 8] == [lease.max_tokens for lease in described]
+    assert [prompts.to_answer(s) for s in samples] == [False, False, True]
+    assert prompts.being_answered(SampleId(2, 2), {SampleId(1, 2)}.__contains__)
+    assert not prompts.being_answered(SampleId(2, 1), {SampleId(1, 1)}.__contains__)

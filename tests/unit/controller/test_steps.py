@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.calls import calls
 from torchspec.contracts import SampleId, SampleRef
 from torchspec.controller.steps import split_batch
 
@@ -30,6 +31,13 @@ def test_tokens_are_balanced_and_order_of_arrival_does_not_matter():
     loads = [sum(s.num_tokens for m in r for s in m) for r in ranks]
     assert abs(loads[0] - loads[1]) <= 30  # in order of arrival it would be 70
     assert split_batch(batch[::-1], 2, 3) == ranks
+
+
+def test_a_large_step_is_split_in_the_time_that_sorting_takes():
+    batch = refs(*[(i * 7919) % 4096 + 1 for i in range(4096)])
+    assert calls(lambda: split_batch(batch, 64, 4)) < 15 * len(batch)
+    loads = [sum(ref.num_tokens for micro in rank for ref in micro) for rank in split_batch(batch, 64, 4)]
+    assert sum(loads) == 4096 * 4097 // 2 and max(loads) - min(loads) < 64
 
 
 def test_no_samples_still_gives_every_rank_a_micro_batch():

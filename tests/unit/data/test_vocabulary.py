@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torchspec.data import vocabulary
 from torchspec.data.masks import unpack_mask
 from torchspec.data.prompt_builder import load_or_build
 from torchspec.data.prompt_set import TokenizeOptions
@@ -109,3 +111,11 @@ def test_an_answered_set_is_counted_on_its_loss_tokens_and_kept(target_path, tmp
     assert file.stat().st_mtime_ns == written
     load_or_count(prompts, size, 49152, (0, 1), tmp_path)
     assert len(list((tmp_path / "draft_vocab").iterdir())) == 2
+
+
+def test_all_tokens_are_counted_a_part_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "_PART", 3)
+    prompts = SimpleNamespace(token_ids=np.array([3, 3, 1, 0, 3, 9, 9], dtype=np.int32))
+    made = counter([3])
+    made.add_all(prompts)  # type: ignore[arg-type]
+    assert made.counts.tolist() == [1, 1, 0, 4, 0, 0, 0, 0, 0, 2]

@@ -197,3 +197,20 @@ def test_a_run_that_cannot_fit_into_the_memory_is_not_started(
     assert prepare.prepare(joined, False, print).plan.memory_available == 2 << 30, (
         "a cluster has more than this machine"
     )
+
+
+def test_a_resume_without_the_checkpoint_that_is_committed_is_refused_and_says_what_to_do(tmp_path: Path) -> None:
+    """It began again at step 0, without a word."""
+    run = RunFolder(tmp_path)
+    run.journal.write_text('{"event": "started"}\n{"event": "committed", "step": 4}\n')
+    with pytest.raises(
+        ValueError, match=r"step_000004 is gone .* there is no other: start a new run, with another run"
+    ):
+        prepare._checkpoint(run, "latest")
+    run.checkpoint(2).mkdir(parents=True)
+    (run.checkpoint(2) / "ledger.json").touch()
+    with pytest.raises(
+        ValueError, match=rf"go on from an older one \(2\) with `torchspec resume {tmp_path} --from STEP"
+    ):
+        prepare._checkpoint(run, "latest")
+    assert prepare._checkpoint(run, "2") == run.checkpoint(2)
