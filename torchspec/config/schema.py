@@ -316,7 +316,7 @@ class MonitorConfig(Section):
     profile_steps: tuple[PositiveInt, PositiveInt] | None = None
     """Profile these steps, first and last, with torch's profiler: a trace of each rank in the run's ``profile``."""
     ui: bool = True
-    """Serve the run's page on loopback while it runs."""
+    """Serve the run's page on loopback while it runs, to who has its token (``ui_token`` in the run's folder)."""
     ui_port: int | None = Field(default=None, ge=1, le=65535)
     """Port of the page. Default: 8790, or a free one where that is taken."""
     peak_flops: float | None = Field(default=None, gt=0)
