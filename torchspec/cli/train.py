@@ -105,7 +105,7 @@ def run_training(config: Config, resume: bool, start: str = "latest") -> RunSumm
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
-    Console(highlight=False).print(summary_table(summary, config.target.path))
+    Console(highlight=False).print(summary_table(summary))
     return summary
 
 

@@ -98,7 +98,8 @@ def test_the_plan_counts_the_data_and_refuses_a_bad_file(
     assert run(monkeypatch, "plan", recipe, *changes) == 2
     assert f"error: {data}:2: not valid JSON: " in capsys.readouterr().err
     assert run(monkeypatch, "plan", recipe, *changes, "data.train=absent.jsonl") == 2
-    assert capsys.readouterr().err == "error: data.train absent.jsonl: no such file, and no file matches it as a glob\n"
+    missing = f"{Path('absent.jsonl').absolute()}: no such file, and no file matches it as a glob"
+    assert capsys.readouterr().err == f"error: data.train {missing}\n"
 
 
 def test_the_plan_refuses_splits_that_cannot_be(
