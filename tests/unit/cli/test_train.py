@@ -177,7 +177,11 @@ def test_a_detached_run_that_does_not_come_up_says_why(
     monkeypatch.setattr(sys, "executable", str(program))
     for _ in range(2):
         assert run(monkeypatch, "train", recipe, "--detach") == 2
-        assert capsys.readouterr().err == "error: no room\n", "and not what was said before"
+        said = "error: no room\nruns/run has ended, with exit code 2\n"
+        assert capsys.readouterr().err == said, "and not what was said before"
+    program.write_text("#!/bin/sh\nkill -9 $$\n")  # as the kernel does where memory is short
+    assert run(monkeypatch, "train", recipe, "--detach") == 137
+    assert "was ended by SIGKILL before it ran\nruns/run has ended, with exit code 137\n" in capsys.readouterr().err
     save_config(load_config(recipe), Path("runs/run/config.yaml"))
     assert run(monkeypatch, "train", recipe, "--detach") == 2
     assert "the run runs/run exists already" in capsys.readouterr().err
