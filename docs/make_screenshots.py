@@ -8,6 +8,7 @@ in real time. Pictures look best where the fonts Inter and Fira Code are install
 
 from __future__ import annotations
 
+import argparse
 import asyncio
 import random
 import re
@@ -126,6 +127,7 @@ def photograph_top(browser: Browser, picture: str) -> None:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     with tempfile.TemporaryDirectory() as temporary:
         live = LiveRun(simulate(Path(temporary) / "smollm2-eagle3"))

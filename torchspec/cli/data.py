@@ -11,6 +11,7 @@ import typer
 from torchspec.cli.arguments import ConfigFile, Overrides
 
 if TYPE_CHECKING:
+    import numpy as np
     from rich.console import RenderableType
 
     from torchspec.config.schema import Config
@@ -83,27 +84,38 @@ def summarise(prompts: PromptSet) -> dict[str, Any]:
     from torchspec.data.prompt_set import count_reasons
 
     lengths = np.diff(prompts.offsets)
-    counts, edges = np.histogram(lengths, bins=BINS)
     percentiles = np.percentile(lengths if len(lengths) else [0], (0, 50, 90, 100)).tolist()
-    first: dict[str, str] = {}
+    first: dict[str, dict[str, str]] = {}
     for name, reason in prompts.rejected:
-        first.setdefault(reason.partition(": ")[0], f"{name}: {reason}")
+        first.setdefault(reason.partition(": ")[0], {"first": name, "why": reason})
     return {
         "conversations": len(prompts),
         "to_answer": int(np.count_nonzero(prompts.max_answer_tokens)),
         "tokens": len(prompts.token_ids),
         "loss_tokens": int(np.bitwise_count(prompts.packed_masks).sum()),
         "lengths": dict(zip(("least", "median", "90%", "most"), map(round, percentiles), strict=True)),
-        "histogram": [
-            {"from": int(np.ceil(low)), "to": int(high), "count": int(count)}
-            for count, low, high in zip(counts, edges[:-1], edges[1:], strict=True)
-        ],
+        "histogram": _histogram(lengths),
         "changes": prompts.changes,
         "rejected": {
-            reason: {"count": count, "first": first[reason]}
-            for reason, count in count_reasons(prompts.rejected).items()
+            reason: {"count": count, **first[reason]} for reason, count in count_reasons(prompts.rejected).items()
         },
     }
+
+
+def _histogram(lengths: np.ndarray) -> list[dict[str, int]]:
+    """Lengths in tokens, in no more than :data:`BINS` ranges of the same width."""
+    import numpy as np
+
+    if not len(lengths):
+        return []
+    least, most = int(lengths.min()), int(lengths.max())
+    width = -(-(most - least + 1) // BINS)
+    counts = np.bincount((lengths - least) // width).tolist()
+    starts = range(least, most + 1, width)
+    return [
+        {"from": start, "to": min(start + width - 1, most), "count": count}
+        for start, count in zip(starts, counts, strict=True)
+    ]
 
 
 def _samples(config: Config, prompts: PromptSet, rows: list[int]) -> list[dict[str, Any]]:
@@ -119,8 +131,11 @@ def _samples(config: Config, prompts: PromptSet, rows: list[int]) -> list[dict[s
         ids, packed = prompts.input_ids(row), prompts.loss_mask(row)
         mask = np.zeros(len(ids), dtype=bool) if packed is None else np.array(unpack_mask(packed, len(ids)))
         bounds = [0, *(np.flatnonzero(np.diff(mask)) + 1).tolist(), len(ids)]
+        # a piece decoded by itself may lose the space that it begins with
+        texts = [tokenizer.decode(ids[:end], clean_up_tokenization_spaces=False) for end in bounds]
         pieces = [
-            {"text": tokenizer.decode(ids[begin:end]), "learnt": bool(mask[begin])} for begin, end in pairwise(bounds)
+            {"text": text[len(before) :], "learnt": bool(mask[begin])}
+            for begin, (before, text) in zip(bounds, pairwise(texts), strict=False)
         ]
         counts = {"tokens": len(ids), "loss_tokens": int(mask.sum())}
         room = int(prompts.max_answer_tokens[row])
@@ -144,12 +159,13 @@ def data_view(summary: dict[str, Any], source: str) -> RenderableType:
     }
     most = max([1, *(part["count"] for part in summary["histogram"])])
     for part in summary["histogram"]:
-        bar = "█" * -(-BAR * part["count"] // most)
-        figures[f"{part['from']:,} to {part['to']:,} tokens"] = f"{bar} {part['count']:,}"
+        bar, span = "█" * -(-BAR * part["count"] // most), f"{part['from']:,} to {part['to']:,}"
+        figures[f"{span if part['from'] < part['to'] else part['to']} tokens"] = f"{bar} {part['count']:,}"
     parts: list[RenderableType] = [pairs_table(source, figures)]
     parts += [Text(f"{count:,} changed: {what}") for what, count in summary["changes"].items()]
-    for reason, why in summary["rejected"].items():
-        parts.append(Text(f"{why['count']:,} rejected: {reason}; the first is {why['first']}", style="yellow"))
+    for why in summary["rejected"].values():
+        names = f"{why['first']}, ..." if why["count"] > 1 else why["first"]
+        parts.append(Text(f"{why['count']:,} rejected: {why['why']} ({names})", style="yellow"))
     for sample in summary["samples"]:
         room = sample["max_answer_tokens"]
         fate = f"the target answers, up to {room:,} tokens" if room else f"{sample['loss_tokens']:,} to learn from"

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -29,7 +30,9 @@ target:
   path: {target}
 
 data:
-  train: {data}  # JSONL with messages or conversations, or a glob; builtin:train: short prompts that come along
+  train: {data}  # .jsonl, .json or .parquet, a folder, a glob, hub:OWNER/NAME; see docs/data.md
+  # columns: {{messages: chat}}              where the set calls its keys otherwise
+  # template_kwargs: {{enable_thinking: false}}    what the server will hand to the chat template
   max_seq_length: {longest}  # prompt and answer together; longer ones are rejected by name
 
 answer:  # the target answers conversations that end with a user turn
@@ -62,8 +65,10 @@ LONGEST = 2048
 
 
 def init(
-    target: Annotated[str, typer.Argument(metavar="TARGET", help="The target's folder in Hugging Face format.")],
-    data: Annotated[str, typer.Option(help="JSONL path or glob.")] = "builtin:train",
+    target: Annotated[str, typer.Argument(metavar="TARGET", help="The target's folder, or its name on the Hub.")],
+    data: Annotated[
+        str, typer.Option(help="A file (.jsonl, .json, .parquet), a folder, a glob, or hub:OWNER/NAME.")
+    ] = "builtin:train",
     heldout: Annotated[
         str | None, typer.Option(help="The like to score drafts on. Default: with builtin:train, builtin:heldout.")
     ] = None,
@@ -81,8 +86,8 @@ def init(
     if heldout is None and data == "builtin:train":
         heldout = "builtin:heldout"
     resolved = resolve(parse_config({"target": {"path": path}, "data": {"train": data}}))
-    out.write_text(recipe_for(resolved, out, heldout))
-    print(f"wrote {out}; next: torchspec plan {out}")
+    out.write_text(recipe_for(resolved, data, heldout, quote(str(out))))
+    print(f"wrote {out}; next: torchspec plan {quote(str(out))}")
     try:
         make_plan_for(load_config(out))
     except ValueError as error:
@@ -90,8 +95,12 @@ def init(
         raise typer.Exit(1) from None
 
 
-def recipe_for(resolved: Resolved, file: Path, heldout: str | None) -> str:
-    """The text of a recipe for a target, with its data and all else that takes more than one sensible value."""
+def recipe_for(resolved: Resolved, data: str, heldout: str | None, file: str) -> str:
+    """The text of a recipe for a target, with its data and all else that takes more than one sensible value.
+
+    Args:
+        file: where it will lie, as a shell takes it.
+    """
     from torchspec.driver.sizes import RESERVED_TOKENS
 
     config, target, shape = resolved.config, resolved.target, resolved.draft.target
@@ -107,7 +116,7 @@ def recipe_for(resolved: Resolved, file: Path, heldout: str | None) -> str:
         file=file,
         run=json.dumps(re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "run"),
         target=json.dumps(config.target.path),
-        data=json.dumps(config.data.train),
+        data=json.dumps(data),
         longest=longest,
         answer=min(512, longest // 2),
         draft_vocabulary=resolved.draft.vocab_size or "all",

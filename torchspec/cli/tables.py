@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING
 
 from rich import box
@@ -104,7 +105,7 @@ def _data_text(data: Survey) -> str:
     return text
 
 
-def summary_table(summary: RunSummary, target: str) -> RenderableType:
+def summary_table(summary: RunSummary) -> RenderableType:
     """How a run ended, and the command that comes next."""
     pairs = {
         "steps": f"{summary.steps:,}",
@@ -127,12 +128,8 @@ def summary_table(summary: RunSummary, target: str) -> RenderableType:
         if path is not None and path.exists():
             pairs[name] = shown(path)
     table = pairs_table(f"{summary.run_dir.name} {'stopped' if summary.stopped else 'finished'}", pairs)
-    if summary.stopped:
-        command = f"resume {shown(summary.run_dir)}"
-    elif summary.export is not None:
-        command = f"eval {shown(summary.export)} --target {target}"
-    else:
-        command = f"export {shown(summary.checkpoint or summary.run_dir)}"
+    run = quote(shown(summary.run_dir))
+    command = f"resume {run}" if summary.stopped else f"eval {run}" if summary.export is not None else f"export {run}"
     failure = [Text(f"no export: {summary.export_failure}", style="red")] if summary.export_failure else []
     return Group(table, *failure, Text.assemble(("next: ", "dim"), (f"torchspec {command}", "cyan")))
 

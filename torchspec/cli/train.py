@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -103,14 +104,14 @@ def run_training(config: Config, resume: bool, start: str = "latest") -> RunSumm
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
-    Console(highlight=False).print(summary_table(summary, config.target.path))
+    Console(highlight=False).print(summary_table(summary))
     return summary
 
 
 def run_detached(config: Config, resume: bool) -> None:
     """This very command once more, in a session of its own, which no terminal ends. Returns once the run is up.
 
-    Exits as that command does, with what it said last, if it ends before.
+    Exits as that command does, with what it said, if it ends before: as a shell does (128 and more) after a signal.
     """
     from torchspec.cli.tables import shown
 
@@ -137,7 +138,12 @@ def run_detached(config: Config, resume: bool) -> None:
             print(f"{folder} is running")
             return
         time.sleep(0.2)
+    code = driver.returncode
     with log.open("rb") as file:
         file.seek(begin)
-        print(file.read().decode(errors="replace"), end="", file=sys.stderr if driver.returncode else sys.stdout)
-    raise typer.Exit(driver.returncode)
+        print(file.read().decode(errors="replace"), end="", file=sys.stderr if code else sys.stdout)
+    if code < 0:
+        print(f"error: process {driver.pid} was ended by {signal.Signals(-code).name} before it ran", file=sys.stderr)
+        code = 128 - code
+    print(f"{folder} has ended, with exit code {code}", file=sys.stderr)
+    raise typer.Exit(code)

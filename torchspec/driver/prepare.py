@@ -177,7 +177,7 @@ def _complaints(resolved: Resolved, rows: int, answered: bool, rejected: Sequenc
     config, data = resolved.config, resolved.config.data
     if rows == 0:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in rejected[:3])
-        yield f"data.train {data.train}: no usable conversation is left ({reasons})"
+        yield f"data.train {data.train}: no usable conversation is left ({reasons or 'it holds none at all'})"
     if answered:
         return
     try:

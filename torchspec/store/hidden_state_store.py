@@ -49,10 +49,12 @@ class HiddenStateStore(StoreClient):
 
     Args:
         buffer_bytes: Size of the registered host buffer; bounds what is in flight between this process and the store.
+        knob: What a user calls that size, for messages.
     """
 
-    def __init__(self, endpoint: StoreEndpoint, buffer_bytes: int):
+    def __init__(self, endpoint: StoreEndpoint, buffer_bytes: int, knob: str = "buffer_bytes"):
         super().__init__(endpoint)
+        self._knob = knob
         self._buffer = torch.empty(buffer_bytes, dtype=torch.uint8)  # pages are touched when used
         self._pool = SlotPool(buffer_bytes)
         code = self._client.register_buffer(self._buffer.data_ptr(), buffer_bytes)
@@ -71,15 +73,14 @@ class HiddenStateStore(StoreClient):
         *starts, end = accumulate((align(spec.num_bytes) for spec in tensors.values()), initial=0)
         if end > self._pool.capacity:
             raise ValueError(
-                f"a sample of {end} bytes never fits into a host buffer of {self._pool.capacity}: raise "
-                "inference.buffer_bytes and training.buffer_bytes"
+                f"a sample of {end} bytes never fits into a host buffer of {self._pool.capacity}: raise {self._knob}"
             )
         try:
             offset = self._pool.allocate(end, timeout)
         except TimeoutError as error:
             raise TimeoutError(
                 f"no room for {end} bytes in a host buffer of {self._pool.capacity} within {timeout} s: raise "
-                "inference.buffer_bytes (engines) or training.buffer_bytes (trainers)"
+                f"{self._knob}"
             ) from error
         views = {
             suffix: self._buffer[offset + start : offset + start + spec.num_bytes]

@@ -79,6 +79,8 @@ class TargetCheckpoint:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path).expanduser())
+        if not self.path.is_dir():
+            raise ValueError(f"target.path: there is no folder {self.path} (models on the Hub are called OWNER/NAME)")
         if not (self.path / CONFIG).is_file():
             raise ValueError(f"target.path: {self.path} is no checkpoint in Hugging Face format: it has no {CONFIG}")
 

@@ -108,7 +108,7 @@ class Trainer:
             info = restore_checkpoint(spec.resume, learner.parameters, learner.optimizer, learner.draft_ids)
             learner.schedule = info.schedule.bent(info.step, spec.total_steps, config.optimizer)
             self.step = self.saved_step = info.step
-        self.store = HiddenStateStore(spec.endpoint, found(training.buffer_bytes))
+        self.store = HiddenStateStore(spec.endpoint, found(training.buffer_bytes), "training.buffer_bytes")
 
     def run(self, controller: Any) -> None:
         """Train what ``controller`` hands out until it says that nothing follows.

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from rich.console import Console
 
 from tests.unit.cli.commands import rendered, run
-from torchspec.cli.data import data_view
+from torchspec.cli.data import _histogram, _samples, data_view
+from torchspec.config.load import parse_config
+from torchspec.data.masks import pack_mask
 
 ROWS = [
     {"id": "a", "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]},
@@ -35,7 +40,9 @@ def test_all_of_it_as_json(
     assert (summary["conversations"], summary["to_answer"], summary["loss_tokens"]) == (2, 1, 3)
     assert summary["changes"] == {"key not read: source": 1}
     assert list(summary["rejected"]) == ["unknown role"]
-    assert summary["rejected"]["unknown role"]["first"].startswith("c: unknown role: messages[0] has 'wizard'")
+    unknown = summary["rejected"]["unknown role"]
+    assert (unknown["count"], unknown["first"]) == (1, "c")
+    assert unknown["why"].startswith("unknown role: messages[0] has 'wizard'")
     assert sum(part["count"] for part in summary["histogram"]) == 2
     first, second = summary["samples"]
     assert [piece["text"] for piece in first["text"] if piece["learnt"]] == ["Hello!<|im_end|>"]
@@ -49,11 +56,43 @@ def test_one_conversation_and_why_another_is_not_there(
     assert run(monkeypatch, "data", *arguments, "--id", "a") == 0
     text = capsys.readouterr().out
     assert "Hello!<|im_end|>" in text and "Say" not in text
-    assert "1 rejected: unknown role; the first is c: unknown role" in text and "1 changed: key not read" in text
+    assert "1 rejected: unknown role: messages[0] has 'wizard'" in text and "1 changed: key not read" in text
     assert run(monkeypatch, "data", *arguments, "--id", "c") == 2
     assert capsys.readouterr().err.startswith("error: c is rejected: unknown role: messages[0] has 'wizard'")
     assert run(monkeypatch, "data", *arguments, "--id", "d") == 2
     assert capsys.readouterr().err == "error: --id: no conversation is called d\n"
+
+
+def test_ranges_of_the_histogram_are_whole_and_no_two_hold_the_same_length() -> None:
+    def ranges(*lengths: int) -> list[tuple[int, int, int]]:
+        return [(part["from"], part["to"], part["count"]) for part in _histogram(np.array(lengths))]
+
+    assert ranges() == []
+    assert ranges(7, 7) == [(7, 7, 2)]
+    assert ranges(19, 20, 20, 23) == [(19, 19, 1), (20, 20, 2), (21, 21, 0), (22, 22, 0), (23, 23, 1)]
+    wide = ranges(1, 2, 3, 30)
+    assert wide[0] == (1, 3, 3) and wide[-1] == (28, 30, 1) and len(wide) == 10
+
+
+def test_pieces_of_text_keep_the_space_they_begin_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Words:
+        """A tokenizer that, like SentencePiece's, drops a space in front of what it decodes."""
+
+        def decode(self, ids: Sequence[int], **_: object) -> str:
+            return " ".join(str(i) for i in ids)
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda *_, **__: Words())
+    prompts = SimpleNamespace(
+        ids=["a"],
+        input_ids=lambda row: [1, 2, 3],
+        loss_mask=lambda row: pack_mask([0, 1, 0]),
+        max_answer_tokens=[0],
+    )
+    (sample,) = _samples(parse_config({"target": {"path": "x"}}), prompts, [0])  # type: ignore[arg-type]
+    assert [piece["text"] for piece in sample["text"]] == ["1", " 2", " 3"]
+    assert [piece["learnt"] for piece in sample["text"]] == [False, True, False]
 
 
 def test_the_mask_is_drawn_over_the_text_and_control_codes_are_escaped() -> None:

@@ -48,7 +48,15 @@ def test_what_cannot_be_run_is_said_and_the_recipe_is_there_to_mend(
     target_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(monkeypatch, "init", target_path, "--data", "absent.jsonl") == 1
-    assert "does not plan as it stands:\ndata.train absent.jsonl: no such file" in capsys.readouterr().err
+    assert f"as it stands:\ndata.train {data.with_name('absent.jsonl')}: no such file" in capsys.readouterr().err
     assert load_config("recipe.yaml").data.train == "absent.jsonl"
     assert run(monkeypatch, "init", "absent", "-o", "other.yaml") == 2
-    assert "target.path: absent is no checkpoint" in capsys.readouterr().err and not Path("other.yaml").exists()
+    assert "target.path: there is no folder absent" in capsys.readouterr().err and not Path("other.yaml").exists()
+
+
+def test_names_with_spaces_are_quoted(
+    target_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(monkeypatch, "init", target_path, "--data", data.name, "-o", "my recipe.yaml") == 0
+    assert capsys.readouterr().out == "wrote my recipe.yaml; next: torchspec plan 'my recipe.yaml'\n"
+    assert "#   torchspec train 'my recipe.yaml' " in Path("my recipe.yaml").read_text()

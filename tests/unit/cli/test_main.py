@@ -78,7 +78,7 @@ def test_ctrl_c_is_exit_code_130(tmp_path: Path) -> None:
     ("arguments", "message"),
     [
         (["train", "absent.yaml"], "cannot read the config absent.yaml"),
-        (["plan", "{recipe}"], "target.path: models/absent is no checkpoint in Hugging Face format"),
+        (["plan", "{recipe}"], "target.path: there is no folder models/absent"),
         (["resume", "absent"], "no run absent"),
         (["status", "absent"], "no run absent"),
         (["stop", "absent"], "no run absent"),

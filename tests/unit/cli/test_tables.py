@@ -67,12 +67,12 @@ def test_the_summary_names_the_next_command(tmp_path: Path, monkeypatch: pytest.
     for folder in (export, checkpoint):
         folder.mkdir(parents=True)
     for stopped, exported, expected in (
-        (False, export, "next: torchspec eval runs/mine/export --target models/x"),
-        (False, None, "next: torchspec export runs/mine/checkpoints/step_000012"),
+        (False, export, "next: torchspec eval runs/mine"),
+        (False, None, "next: torchspec export runs/mine"),
         (True, export, "next: torchspec resume runs/mine"),
     ):
         summary = RunSummary(run_dir, 12, 48, 0, 75.0, stopped, checkpoint, exported, None, None)
-        text = rendered(summary_table(summary, "models/x"))
+        text = rendered(summary_table(summary))
         assert expected in text and "runs/mine/checkpoints/step_000012" in text
     failed = RunSummary(run_dir, 12, 48, 0, 75.0, False, checkpoint, None, None, None, "the disk is full")
-    assert "no export: the disk is full" in rendered(summary_table(failed, "models/x"))
+    assert "no export: the disk is full" in rendered(summary_table(failed))

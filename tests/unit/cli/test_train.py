@@ -98,7 +98,8 @@ def test_the_plan_counts_the_data_and_refuses_a_bad_file(
     assert run(monkeypatch, "plan", recipe, *changes) == 2
     assert f"error: {data}:2: not valid JSON: " in capsys.readouterr().err
     assert run(monkeypatch, "plan", recipe, *changes, "data.train=absent.jsonl") == 2
-    assert capsys.readouterr().err == "error: data.train absent.jsonl: no such file, and no file matches it as a glob\n"
+    missing = f"{Path('absent.jsonl').absolute()}: no such file, and no file matches it as a glob"
+    assert capsys.readouterr().err == f"error: data.train {missing}\n"
 
 
 def test_the_plan_refuses_splits_that_cannot_be(
@@ -176,7 +177,11 @@ def test_a_detached_run_that_does_not_come_up_says_why(
     monkeypatch.setattr(sys, "executable", str(program))
     for _ in range(2):
         assert run(monkeypatch, "train", recipe, "--detach") == 2
-        assert capsys.readouterr().err == "error: no room\n", "and not what was said before"
+        said = "error: no room\nruns/run has ended, with exit code 2\n"
+        assert capsys.readouterr().err == said, "and not what was said before"
+    program.write_text("#!/bin/sh\nkill -9 $$\n")  # as the kernel does where memory is short
+    assert run(monkeypatch, "train", recipe, "--detach") == 137
+    assert "was ended by SIGKILL before it ran\nruns/run has ended, with exit code 137\n" in capsys.readouterr().err
     save_config(load_config(recipe), Path("runs/run/config.yaml"))
     assert run(monkeypatch, "train", recipe, "--detach") == 2
     assert "the run runs/run exists already" in capsys.readouterr().err

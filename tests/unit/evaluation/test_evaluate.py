@@ -183,7 +183,7 @@ def test_what_cannot_be_evaluated_is_refused_before_a_server_starts(
 
     export = export_for(target_path)
     monkeypatch.setattr(evaluate, "validate_export", lambda folder: export)
-    with pytest.raises(ValueError, match=r"nowhere is no checkpoint"):
+    with pytest.raises(ValueError, match=r"there is no folder .*nowhere"):
         run_evaluation(tmp_path, tmp_path / "nowhere")
     with pytest.raises(ValueError, match="no-such-file"):
         run_evaluation(tmp_path, target_path, "no-such-file.jsonl")

@@ -29,8 +29,10 @@ _KINDS: dict[type[StoreError], FailureKind] = {StoreFull: "no_room", StoreUnavai
 class CaptureWriter:
     """Owns the store client of one scheduler process."""
 
+    buffer_knob = "inference.buffer_bytes"
+
     def __init__(self, endpoint: StoreEndpoint, buffer_bytes: int):
-        self.store = HiddenStateStore(endpoint, buffer_bytes)
+        self.store = HiddenStateStore(endpoint, buffer_bytes, self.buffer_knob)
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="capture-writer")
 
     def write(self, key: str, buffer: Slot, token_ids: list[int], sharding: ShardFormula | None) -> Future[Message]:

@@ -114,6 +114,8 @@ class StandaloneWriter(CaptureWriter):
     """Splits all samples alike. Users choose the keys, and may choose one twice: Mooncake would keep the old bytes and
     report success."""
 
+    buffer_knob = "MOONCAKE_LOCAL_BUFFER_SIZE"
+
     def __init__(self, config: StandaloneConfig):
         super().__init__(config.endpoint, config.buffer_bytes)
         self._sharding = config.sharding
