@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,8 @@ import pytest
 
 pytest_plugins = ["tests.skips"]
 os.environ["RAY_AUTH_MODE"] = "token"  # as the command does, before anybody imports Ray
+# What a shell starts in the background ignores it, and so would the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before anybody imports torch: its threads wait by spinning, and two test processes with two threads each on two cores
 # spend nine tenths of a small oracle's time on that.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
