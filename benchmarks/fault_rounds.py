@@ -43,6 +43,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -122,7 +123,7 @@ def main() -> None:
     if options.storm is not None:
         storm = play_storm(target, chance, options)
         Console().print(storm, highlight=False)
-        (RESULTS / f"fault_storm_{options.seed}.json").write_text(json.dumps(asdict(storm), indent=1) + "\n")
+        (RESULTS / f"fault_storm_{options.seed}.json").write_text(json.dumps(storm, indent=1) + "\n")
         return
     with tempfile.TemporaryDirectory(prefix="torchspec-rounds-") as name:
         folder = Path(name)
@@ -147,31 +148,8 @@ def main() -> None:
             _report(rounds, noise, options)
 
 
-@dataclass(frozen=True)
-class Strike:
-    """At ``second`` of the storm; ``seconds``: how long the process was stopped, None: for good, or killed."""
-
-    second: float
-    part: str
-    pid: int
-    signal: str
-    seconds: float | None
-
-
-@dataclass(frozen=True)
-class Storm:
-    """What was done, and what came of it."""
-
-    minutes: float
-    strikes: list[Strike]
-    steps_again: int
-    rejected: int
-    stall: float
-    seconds: float
-
-
-def play_storm(target: Path, chance: random.Random, options: argparse.Namespace) -> Storm:
-    """A run that outlasts a storm. Fails if it does not, or if anything is not as it would have been."""
+def play_storm(target: Path, chance: random.Random, options: argparse.Namespace) -> dict[str, Any]:
+    """What came of a run that outlasts a storm. Fails if it does not, or if it trains anything else than it should."""
     epochs = max(1, round(EPOCHS_A_MINUTE * options.storm))
     knobs = (
         f"inference.workers={options.workers}",
@@ -181,6 +159,7 @@ def play_storm(target: Path, chance: random.Random, options: argparse.Namespace)
         f"training.epochs={epochs}",
     )
     folder, started = Path(tempfile.mkdtemp(prefix="torchspec-storm-")), time.monotonic()
+    print(f"the run's folder, which is kept: {folder}", flush=True)
     run_dir = folder / "run"
     command = Command(folder, "train", write_config(folder, target), *knobs)
     try:
@@ -189,7 +168,6 @@ def play_storm(target: Path, chance: random.Random, options: argparse.Namespace)
         assert command.wait(ROUND_SECONDS) == 0, command.text
     finally:
         command.process.kill()
-        Console().print(f"the run's folder: {folder}", highlight=False)
     proof = verify_run(run_dir)
     assert proof.violations == () and proof.finished, proof
     found, wanted = journal(run_dir), seeded_batches(epochs)
@@ -197,18 +175,18 @@ def play_storm(target: Path, chance: random.Random, options: argparse.Namespace)
     wait_until_gone(run_dir)
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     times = [record["time"] for record in records if record["split"] == "train"]
-    return Storm(
-        minutes=options.storm,
-        strikes=strikes,
-        steps_again=_count(run_dir, "trained") - len(wanted),
-        rejected=_count(run_dir, "rejected"),
-        stall=round(max(np.diff(times)), 1),
-        seconds=round(time.monotonic() - started, 1),
-    )
+    return {
+        "settings": vars(options),
+        "strikes": strikes,
+        "steps_again": _count(run_dir, "trained") - len(wanted),
+        "rejected": _count(run_dir, "rejected"),
+        "stall": round(max(np.diff(times)), 1),
+        "seconds": round(time.monotonic() - started, 1),
+    }
 
 
-def _strike(run_dir: Path, command: Command, chance: random.Random, seconds: float) -> Iterator[Strike]:
-    """Strike again and again until the time is over; who was stopped for seconds goes on afterwards."""
+def _strike(run_dir: Path, command: Command, chance: random.Random, seconds: float) -> Iterator[str]:
+    """Strike again and again until the time is over, and say how; who was stopped for seconds goes on afterwards."""
     started, stopped = time.monotonic(), list[tuple[float, psutil.Process]]()
     following = chance.uniform(*STRIKE_EVERY)
     while stopped or time.monotonic() < started + seconds:
@@ -234,8 +212,9 @@ def _strike(run_dir: Path, command: Command, chance: random.Random, seconds: flo
         lasting = kind == "SIGKILL" or for_good
         if not lasting:
             stopped.append((now + pause, process))
-        strike = Strike(round(now, 1), part, process.pid, kind, None if lasting else round(pause, 1))
-        Console().print(f"step {steps_done(run_dir)}: {strike}", highlight=False)
+        how = kind if lasting else f"{kind} for {pause:.0f} s"
+        strike = f"{now:.1f} s, step {steps_done(run_dir)}: {how} to {part} ({process.pid})"
+        print(strike, flush=True)
         yield strike
 
 
