@@ -1,7 +1,7 @@
 """Kills, stops or starves a random part of short online runs at a random moment, and looks at what came of it.
 
     python -m benchmarks.fault_rounds [--rounds 20] [--seed 0] [--workers 2] [--hang-seconds 10]
-        [--only engine trainer ...]
+        [--only engine trainer ...] [--storm MINUTES]
 
 Each round is one run of ``tests/online.py`` (the 135M target in SGLang, Mooncake, Ray, 48 samples in 12 steps) in which
 one process gets a SIGKILL, or a SIGSTOP and so hangs, or something else fills the store for a while (*store*), or the
@@ -20,6 +20,11 @@ line.
   runs is given for comparison.
 
 Prints a table and writes benchmarks/results/fault_rounds_SEED.json.
+
+With ``--storm`` it is one long run instead, and every 5 to 20 seconds a strike at random: a SIGKILL, or a SIGSTOP for
+seconds or for good, of any process of the run, helpers and guards among them; the driver is stopped for seconds only.
+After so many minutes the run is left alone and must end, with a proof of its journal, the seeded batches and no sample
+rejected. *Stall* is the longest time without a step. Writes benchmarks/results/fault_storm_SEED.json.
 """
 
 from __future__ import annotations
@@ -38,13 +43,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 from rich.console import Console
 from rich.table import Table
 
 from tests.journal import count_events
 from tests.online import (
+    HELPERS,
+    ROLES,
     STEPS,
     Command,
     built_target,
@@ -60,12 +69,18 @@ from tests.online import (
     wait_until_gone,
     write_config,
 )
+from torchspec.controller.verify import verify_run
 from torchspec.store.client import connect, pinned
 from torchspec.store.endpoint import StoreEndpoint
 
 RESULTS = Path(__file__).parent / "results"
 PROCESSES = ("worker", "engine", "trainer", "controller", "node", "master", "driver")
 PARTS = (*PROCESSES, "store", "disk")
+STRUCK = (*ROLES, *HELPERS, "driver")
+STRIKE_EVERY, STOPPED_FOR = (5.0, 20.0), (5.0, 60.0)
+"""Seconds, between a least and a most."""
+EPOCHS_A_MINUTE = 5
+"""Of a storm, so that the run outlasts it: some fifth of what goes undisturbed."""
 WORDS = ("died", "hangs", "no sign of life", "failed:", "starts again", "starting it again", "starting another")
 """What the run says when it has noticed something."""
 LAST_STEP = STEPS - 2
@@ -101,9 +116,15 @@ def main() -> None:
     parser.add_argument("--hang-seconds", type=float, default=10.0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--storm", type=float, metavar="MINUTES")
     options = parser.parse_args()
     target = built_target()
     chance = random.Random(options.seed)
+    if options.storm is not None:
+        storm = play_storm(target, chance, options)
+        Console().print(storm, highlight=False)
+        (RESULTS / f"fault_storm_{options.seed}.json").write_text(json.dumps(storm, indent=1) + "\n")
+        return
     with tempfile.TemporaryDirectory(prefix="torchspec-rounds-") as name:
         folder = Path(name)
         knobs = (
@@ -125,6 +146,76 @@ def main() -> None:
             rounds.append(_play(folder / f"round{number}", target, knobs, part, kind, *moment, undisturbed[0]))
             Console().print(f"{number + 1}/{options.rounds}: {rounds[-1]}", highlight=False)
             _report(rounds, noise, options)
+
+
+def play_storm(target: Path, chance: random.Random, options: argparse.Namespace) -> dict[str, Any]:
+    """What came of a run that outlasts a storm. Fails if it does not, or if it trains anything else than it should."""
+    epochs = max(1, round(EPOCHS_A_MINUTE * options.storm))
+    knobs = (
+        f"inference.workers={options.workers}",
+        f"recovery.hang_seconds={options.hang_seconds}",
+        "recovery.start_seconds=180",
+        "recovery.max_restarts=50",
+        f"training.epochs={epochs}",
+    )
+    folder, started = Path(tempfile.mkdtemp(prefix="torchspec-storm-")), time.monotonic()
+    print(f"the run's folder, which is kept: {folder}", flush=True)
+    run_dir = folder / "run"
+    command = Command(folder, "train", write_config(folder, target), *knobs)
+    try:
+        command.wait_for(lambda: _there(run_dir, "node") and steps_done(run_dir) >= 1, "step 1")
+        strikes = list(_strike(run_dir, command, chance, 60 * options.storm))
+        assert command.wait(ROUND_SECONDS) == 0, command.text
+    finally:
+        command.process.kill()
+    proof = verify_run(run_dir)
+    assert proof.violations == () and proof.finished, proof
+    found, wanted = journal(run_dir), seeded_batches(epochs)
+    assert sorted_batches(found) == sorted_batches(wanted)
+    wait_until_gone(run_dir)
+    records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    times = [record["time"] for record in records if record["split"] == "train"]
+    return {
+        "settings": vars(options),
+        "strikes": strikes,
+        "steps_again": _count(run_dir, "trained") - len(wanted),
+        "rejected": _count(run_dir, "rejected"),
+        "stall": round(max(np.diff(times)), 1),
+        "seconds": round(time.monotonic() - started, 1),
+    }
+
+
+def _strike(run_dir: Path, command: Command, chance: random.Random, seconds: float) -> Iterator[str]:
+    """Strike again and again until the time is over, and say how; who was stopped for seconds goes on afterwards."""
+    started, stopped = time.monotonic(), list[tuple[float, psutil.Process]]()
+    following = chance.uniform(*STRIKE_EVERY)
+    while stopped or time.monotonic() < started + seconds:
+        assert command.process.poll() is None, command.text
+        time.sleep(0.1)
+        now = time.monotonic() - started
+        for end, process in [entry for entry in stopped if entry[0] <= now]:
+            stopped.remove((end, process))
+            with suppress(psutil.NoSuchProcess):
+                process.resume()
+        if now < following or now > seconds:
+            continue
+        following = now + chance.uniform(*STRIKE_EVERY)
+        part, kind, pause = chance.choice(STRUCK), chance.choice(("SIGKILL", "SIGSTOP")), chance.uniform(*STOPPED_FOR)
+        for_good, which = chance.random() < 0.5 and part != "driver", chance.random()
+        there = [psutil.Process(command.process.pid)] if part == "driver" else part_of(run_dir, part)
+        if not there:
+            continue
+        process = there[int(which * len(there))]
+        kind = "SIGSTOP" if part == "driver" else kind
+        with suppress(psutil.NoSuchProcess):
+            process.send_signal(signal.Signals[kind])
+        lasting = kind == "SIGKILL" or for_good
+        if not lasting:
+            stopped.append((now + pause, process))
+        how = kind if lasting else f"{kind} for {pause:.0f} s"
+        strike = f"{now:.1f} s, step {steps_done(run_dir)}: {how} to {part} ({process.pid})"
+        print(strike, flush=True)
+        yield strike
 
 
 def _play(

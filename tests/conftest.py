@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import pytest
 
 pytest_plugins = ["tests.skips"]
 os.environ["RAY_AUTH_MODE"] = "token"  # for tests that start a Ray of their own
+# What a shell starts in the background ignores it, and so would the commands that tests interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 # Before anybody imports torch: its threads wait by spinning, and two test processes with two threads each on two cores
 # spend nine tenths of a small oracle's time on that.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -92,10 +92,10 @@ def journal(run_dir: Path) -> dict[int, list[SampleId]]:
     return trained_batches(run_dir / "ledger.jsonl")
 
 
-def seeded_batches() -> dict[int, list[SampleId]]:
+def seeded_batches(epochs: int = EPOCHS) -> dict[int, list[SampleId]]:
     """What every run of :data:`CONFIG` must train, whatever happens to it."""
-    line = [SampleId(e, int(p)) for e in range(EPOCHS) for p in epoch_order(SEED, e, PROMPTS)]
-    return {step: line[(step - 1) * BATCH : step * BATCH] for step in range(1, STEPS + 1)}
+    line = [SampleId(e, int(p)) for e in range(epochs) for p in epoch_order(SEED, e, PROMPTS)]
+    return {step: line[(step - 1) * BATCH : step * BATCH] for step in range(1, len(line) // BATCH + 1)}
 
 
 def processes_of(run_dir: Path, name: str = "") -> list[psutil.Process]:
@@ -118,12 +118,22 @@ ROLES = {
     "master": "mooncake_master",
 }
 """What the processes of a run's parts are called."""
+HELPERS = {"guard": "torchspec/processes/child.py", "janitor": "torchspec.processes.janitor"}
+"""What stands in the command lines of those that look after others."""
 
 
 def part_of(run_dir: Path, role: str) -> list[psutil.Process]:
     """The processes that play ``role``, the oldest first; an actor that starts is called by its name, too."""
-    wanted = ROLES[role].removeprefix("ray::")
-    found = [p for p in processes_of(run_dir, wanted) if wanted in _title(p)]
+    if role in HELPERS:
+        lines = [(p, p.info["cmdline"] or []) for p in psutil.process_iter(["cmdline"])]
+        named = [p for p, line in lines if any(word.endswith(HELPERS[role]) for word in line)]
+        of_run = {p.pid for p in processes_of(run_dir)} | {
+            p.pid for p, line in lines if any(word.startswith(f"{run_dir}#") for word in line)
+        }
+        found = [p for p in named if p.pid in of_run]
+    else:
+        wanted = ROLES[role].removeprefix("ray::")
+        found = [p for p in processes_of(run_dir, wanted) if wanted in _title(p)]
     return sorted(found, key=lambda process: process.create_time())
 
 

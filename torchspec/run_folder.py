@@ -21,7 +21,7 @@ RUN/                       readable by its owner alone, unless somebody opens it
   curves.png               drawn at the end
   evaluation.json          what the quickstart's draft was worth in a server
   trace.json               of followed samples (``torchspec trace``)
-  logs/NAME.log            of each actor, and of the store's master
+  logs/NAME.log            of each actor, of the store's master, and of the driver
   profile/rank-0.json.gz   of the steps in ``monitor.profile_steps``
   handle.json              while it runs: where its controller is, and who drives it
   driver.lock              held by the driver

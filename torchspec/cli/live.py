@@ -1,14 +1,24 @@
-"""What a person sees while a run trains: a live picture on a terminal, plain lines anywhere else.
+"""What a person sees while a run trains: a live picture on a terminal, plain lines anywhere else, and in the run's log.
 
-Both views are told the same: ``status`` about twice a second, ``message`` for each event, ``close`` at the end.
+All views are told the same: ``status`` about twice a second, ``message`` for each event, ``close`` at the end.
+
+Output never ends a run: what cannot be written, because a reader has gone, a terminal has vanished or a disk is full,
+is left out.
 """
 
 from __future__ import annotations
 
+import io
+import os
+import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
 
 from rich.console import Console, RenderableType
 from rich.live import Live
@@ -19,6 +29,7 @@ from torchspec.cli.units import human_count, human_rate, human_seconds
 from torchspec.config.schema import MonitorConfig
 from torchspec.contracts import RunStatus, StepReport
 from torchspec.data.conversations import printable
+from torchspec.driver.supervise import RunFailed
 
 HEARTBEAT_SECONDS = 15.0
 """Plain lines: say so often what is going on when nothing else was said."""
@@ -26,12 +37,87 @@ LOSSES_KEPT = 2000
 EVENTS_KEPT = 50
 
 
-def open_view(config: MonitorConfig, console: Console | None = None) -> LiveView | PlainView:
-    """The view that ``monitor.live`` asks for."""
+class Lossy(io.FileIO):
+    """A file that leaves out what it cannot take."""
+
+    def write(self, data: Any, /) -> int:
+        try:
+            return super().write(data)
+        except OSError:
+            return len(data)
+
+
+def _as_text(raw: Lossy, line_buffering: bool = True) -> io.TextIOWrapper:
+    writer = io.BufferedWriter(raw)
+    return io.TextIOWrapper(writer, encoding="utf-8", errors="backslashreplace", line_buffering=line_buffering)
+
+
+def outlive_readers() -> None:
+    """From now on, what this process writes to its output is left out where it cannot be written."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # it was closed before
+            setattr(sys, name, _as_text(Lossy(os.devnull, "w")))
+        elif stream is getattr(sys, f"__{name}__"):  # or else somebody has put another in its place
+            stream.flush()
+            setattr(sys, name, _as_text(Lossy(stream.fileno(), "w", closefd=False), stream.line_buffering))
+
+
+def open_view(config: MonitorConfig, console: Console | None = None) -> LoggedView:
+    """The view that ``monitor.live`` asks for, and the run's log beside it."""
     console = console or Console(highlight=False, force_terminal=True if config.live == "on" else None)
     if config.live == "on" or (config.live == "auto" and console.is_interactive):
-        return LiveView(console)
-    return PlainView(config.every_steps, console)
+        return LoggedView(LiveView(console), config.every_steps)
+    return LoggedView(PlainView(config.every_steps, console), config.every_steps)
+
+
+class LoggedView:
+    """A view, and a log of plain lines that goes on whatever becomes of the output. A context, whose end is logged."""
+
+    def __init__(self, shown: LiveView | PlainView, every_steps: int):
+        self.shown, self._before = shown, io.StringIO()
+        self._log = PlainView(every_steps, Console(file=self._before))
+
+    def log_to(self, path: Path) -> None:
+        """Log to ``path``, whose folder is made, what was said so far, too; unless the output is that file."""
+        if _is_output(path):
+            self._log.close()
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = _as_text(Lossy(path, "a"))
+        file.write(self._before.getvalue())
+        self._log.say_in(file)
+
+    def status(self, status: RunStatus) -> None:
+        self.shown.status(status)
+        self._log.status(status)
+
+    def message(self, text: str, secret: str = "") -> None:
+        self.shown.message(text + secret)
+        self._log.message(text)
+
+    def __enter__(self) -> LoggedView:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.shown.close()
+        if isinstance(error, (RunFailed, ValueError)):
+            self._log.message(f"error: {error}")
+        elif isinstance(error, Exception):
+            self._log.message("".join(traceback.format_exception(error)).rstrip())
+        elif error is not None:
+            self._log.message("interrupted twice: ended at once")
+        self._log.close()
+
+
+def _is_output(path: Path) -> bool:
+    """Whether standard output is a file, as of a run in the background."""
+    try:
+        return os.path.samestat(os.fstat(sys.stdout.fileno()), path.stat())
+    except OSError:  # it is not there yet
+        return False
 
 
 class LiveView:
@@ -104,6 +190,10 @@ class PlainView:
         """Say what is going on, if nothing was said for a while."""
         if self._clock() - self._spoke >= HEARTBEAT_SECONDS:
             self._say(f"still {self._doing}" if self._status is None else heartbeat_line(self._status))
+
+    def say_in(self, file: TextIO) -> None:
+        """Write to ``file`` from now on."""
+        self._console.file = file
 
     def close(self) -> None:
         self._closed.set()

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import closing
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -93,13 +92,14 @@ def run_training(config: Config, resume: bool, start: str = "latest") -> RunSumm
     """Train with a view, then print the summary. Exits with 1, with the reason, if the run fails."""
     from rich.console import Console
 
-    from torchspec.cli.live import open_view
+    from torchspec.cli.live import open_view, outlive_readers
     from torchspec.cli.tables import summary_table
     from torchspec.driver import run
     from torchspec.driver.supervise import RunFailed
 
+    outlive_readers()
     try:
-        with closing(open_view(config.monitor)) as view:
+        with open_view(config.monitor) as view:
             summary = run.train(config, resume=resume, view=view, start=start)
     except RunFailed as error:
         print(f"error: {error}", file=sys.stderr)

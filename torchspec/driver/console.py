@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Protocol
 
@@ -18,7 +19,11 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 class View(Protocol):
     def status(self, status: RunStatus) -> None: ...
-    def message(self, text: str) -> None: ...
+    def message(self, text: str, secret: str = "") -> None:
+        """``secret`` follows the text where no log keeps it."""
+
+    def log_to(self, path: Path) -> None:
+        """The run has a folder now, and in it a log of what is said."""
 
 
 class Interrupts:

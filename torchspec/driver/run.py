@@ -110,7 +110,7 @@ def _disk_fault(error: OSError) -> str:
     """One line about a file that cannot be used. Raises ``error`` itself if it is about anything else."""
     if error.errno not in _DISK_FAULTS:
         raise error
-    return f"cannot use {error.filename or 'a file or the output'}: {error.strerror}"
+    return f"cannot use {error.filename or 'a file'}: {error.strerror}"
 
 
 @contextmanager
@@ -119,6 +119,7 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
     config, folder = prepared.config, prepared.folder
     with ExitStack() as stack:
         stack.enter_context(folder.hold())  # a run has one driver
+        view.log_to(folder.log("driver"))
         if prepared.go_back_to is not None:
             point(folder.checkpoints, "latest", prepared.go_back_to)
         mark, temp_dir = prepared.mark, Path(tempfile.mkdtemp(prefix="torchspec-"))
@@ -166,7 +167,7 @@ def _open_page(config: Config, controls: PageControls, view: View) -> ServerThre
     """The run's page, served by this process."""
     ensure_token(config.run_dir)
     page = ServerThread(PageServer([config.run_dir], lambda _: controls, config.monitor.ui_port))
-    view.message(f"page: {page.server.url}{token_hint(config.run_dir)}")
+    view.message(f"page: {page.server.url}", secret=token_hint(config.run_dir))
     return page
 
 

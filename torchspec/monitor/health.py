@@ -19,6 +19,10 @@ STALLED_SECONDS = 300.0
 PROGRESS = ("step", "captured_samples", "trained_samples", "rank_pause_seconds")
 """Counters of a history point: one of them grows all the time, in evaluations and checkpoints the last."""
 CONTROLLER_SILENT_SECONDS = 10.0
+AWAY_SECONDS = 60.0
+"""A store that is away for longer is more than a warning."""
+EVENTS_SECONDS = 3600.0
+"""So far back a loss is looked for that has not been made good yet."""
 FAULTS = {"worker_lost": "worker", "trainer_lost": "trainer", "store_lost": "store", "controller_lost": "controller"}
 """Kinds of events that are faults of the system, and what was lost."""
 
@@ -36,7 +40,7 @@ class Health:
 def assess_run(run_dir: Path, snapshot: Snapshot | None, live: bool, now: float) -> Health:
     """The health of the run in ``run_dir``; ``now`` in seconds since the epoch."""
     folder, newest = RunFolder(run_dir), now if live or snapshot is None else snapshot.time
-    events = tail(folder.events, newest - RECENT_SECONDS)
+    events = tail(folder.events, newest - EVENTS_SECONDS)
     history = tail(folder.history, newest - STALLED_SECONDS, before=True)
     return assess(snapshot, events, history, live, now)
 
@@ -56,7 +60,7 @@ def assess(
     """The health of a run.
 
     Args:
-        events: the latest ones, oldest first; those of the last :data:`RECENT_SECONDS` are enough.
+        events: the latest ones, oldest first; those of the last :data:`EVENTS_SECONDS` are enough.
         history: the latest points, oldest first; :data:`STALLED_SECONDS` of them are enough.
         live: its driver is there.
     """
@@ -70,10 +74,16 @@ def assess(
         return Health("bad", "Controller silent", f"not heard of for {_words(silence)}{hint}")
     alive = [worker for worker in snapshot.workers if worker.alive]
     training = snapshot.status.phase == "training"
+    if (lost := _store_lost(events)) is not None:
+        level: Level = "bad" if now - lost > AWAY_SECONDS else "warning"
+        return Health(level, "Store away", f"for {_words(now - lost)}: nothing is captured until it is back")
     if training and not alive:
         return Health("bad", "No workers", "nobody captures samples")
-    if training and _stalled(snapshot, history):
-        return Health("bad", "Stalled", f"no sample captured and no step made for {_words(STALLED_SECONDS)}")
+    if _stalled(snapshot, history):
+        nothing = f"no sample captured and no step made for {_words(STALLED_SECONDS)}"
+        if any(worker.doing == "starting" for worker in alive) or (training and not snapshot.ranks):
+            return Health("warning", "Nothing happens yet", f"{nothing}: engines or ranks are starting")
+        return Health("bad", "Stalled", nothing)
     silent = [worker for worker in alive if worker.doing == "silent"]
     if silent:
         longest = _words(now - min(worker.heard for worker in silent))
@@ -104,16 +114,21 @@ def _ended(snapshot: Snapshot, events: Sequence[dict[str, Any]]) -> Health:
         return Health("good", "Finished", _losses(snapshot))
     if phase == "stopped":
         return Health("idle", "Stopped", "torchspec resume goes on")
-    reasons = [event["message"] for event in events if event["kind"] == "failed"]
+    begun = max((place for place, event in enumerate(events) if event["kind"] == "resumed"), default=0)
+    reasons = [event["message"] for event in events[begun:] if event["kind"] == "failed"]
     if phase == "failed" or reasons:
         return Health("bad", "Failed", reasons[-1] if reasons else "see the run's log")
     return Health("bad", "Not running", "it ended without a word; torchspec resume goes on from its last checkpoint")
 
 
+def _store_lost(events: Sequence[dict[str, Any]]) -> float | None:
+    """When the store was lost, if it is away now. A controller that starts begins with a store that is there."""
+    states = [event for event in events if event["kind"] in ("store_lost", "store_back", "controller_lost", "resumed")]
+    return float(states[-1]["time"]) if states and states[-1]["kind"] == "store_lost" else None
+
+
 def _stalled(snapshot: Snapshot, history: Sequence[dict[str, Any]]) -> bool:
-    """Whether nobody is starting, and yet nothing has come out of either pool."""
-    if not snapshot.ranks or any(worker.doing == "starting" for worker in snapshot.workers):
-        return False
+    """Whether nothing has come out of either pool for too long."""
     before = [point for point in history if point["time"] <= snapshot.time - STALLED_SECONDS]
     return bool(before) and all(before[-1][name] == history[-1][name] for name in PROGRESS)
 

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import io
+import os
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -15,6 +20,7 @@ from tests.unit.cli.statuses import COUNTING, STARTING, TRAIN, TRAINING
 from torchspec.cli.live import HEARTBEAT_SECONDS, LiveView, PlainView, open_view
 from torchspec.config.schema import MonitorConfig
 from torchspec.contracts import RunStatus
+from torchspec.driver.supervise import RunFailed
 
 
 @pytest.fixture
@@ -126,6 +132,83 @@ def test_which_view_is_opened() -> None:
         ("on", pipe, LiveView),
         ("off", terminal, PlainView),
     ):
-        view = open_view(MonitorConfig.model_validate({"live": live}), console)
-        view.close()
-        assert type(view) is kind
+        with open_view(MonitorConfig.model_validate({"live": live}), console) as view:
+            assert type(view.shown) is kind
+
+
+def test_the_log_has_all_that_was_said_and_how_it_ended(tmp_path: Path, output: io.StringIO) -> None:
+    log = tmp_path / "run" / "logs" / "driver.log"
+
+    def run(end: Exception) -> None:
+        with open_view(MonitorConfig(every_steps=10), Console(file=output)) as view:
+            view.message("reading the prompts")
+            view.log_to(log)
+            view.message("worker-1 died", secret="#token=abc")
+            view.status(at_step(20))
+            raise end
+
+    with pytest.raises(RunFailed):
+        run(RunFailed("trainer rank 0 failed: it ate itself; continue with: torchspec resume run"))
+    lines = [line.partition("] ")[2] for line in log.read_text().splitlines()]
+    assert [line.split(" · ")[0] for line in lines] == [
+        "reading the prompts",
+        "worker-1 died",
+        "training",
+        "step 20/1,000",
+        "error: trainer rank 0 failed: it ate itself; continue with: torchspec resume run",
+    ]
+    assert "worker-1 died#token=abc" in output.getvalue() and "error" not in output.getvalue()
+    with pytest.raises(KeyError):
+        run(KeyError("a mistake of ours"))
+    assert log.read_text().startswith("[    0s] reading") and "Traceback" in log.read_text()
+
+
+PRINTS = """
+import sys
+from rich.console import Console
+from torchspec.cli.live import PlainView, outlive_readers
+outlive_readers()
+view = PlainView(1, Console(), lambda: 0.0)
+for number in range(3):
+    view.message(f"said {number}")
+    print("printed", number, flush=True)
+    print("complained", number, file=sys.stderr)
+    input()
+Console().print("the summary")
+open(sys.argv[1], "w").write("went on")
+"""
+
+
+def unheard(folder: Path, **output: Any) -> tuple[int, str]:
+    """A program that prints, of which nobody reads more than the first line; its exit code and what it did after."""
+    process = subprocess.Popen([sys.executable, "-c", PRINTS, folder / "done"], stdin=subprocess.PIPE, **output)
+    assert process.stdin is not None
+    if process.stdout is not None:
+        assert process.stdout.readline() == b"[    0s] said 0\n"
+        process.stdout.close()
+    try:
+        process.stdin.write(b"\n" * 3)
+        process.stdin.close()
+        return process.wait(30), (folder / "done").read_text()
+    finally:
+        process.kill()
+
+
+def test_output_whose_reader_is_gone_ends_nothing(tmp_path: Path) -> None:
+    assert unheard(tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) == (0, "went on")
+
+
+def test_output_on_a_full_disk_ends_nothing(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        assert unheard(tmp_path, stdout=full, stderr=full) == (0, "went on")
+
+
+def test_a_terminal_that_has_vanished_ends_nothing(tmp_path: Path) -> None:
+    master, terminal = os.openpty()
+    os.close(master)
+    assert unheard(tmp_path, stdout=terminal, stderr=terminal) == (0, "went on")
+    os.close(terminal)
+
+
+def test_output_that_was_closed_before_ends_nothing(tmp_path: Path) -> None:
+    assert unheard(tmp_path, preexec_fn=lambda: (os.close(1), os.close(2))) == (0, "went on")

@@ -42,7 +42,7 @@ def test_losses_that_were_made_good_are_counted(snapshot: Snapshot) -> None:
         (["worker_lost"], "1 worker lost"),
         (["worker_lost", "worker_lost"], "2 workers lost"),
         (["worker_lost", "trainer_lost"], "1 trainer lost"),
-        (["store_lost"], "Store lost"),
+        (["store_lost", "store_back"], "Store lost"),
         (["controller_lost"], "Controller lost"),
     ],
 )
@@ -92,7 +92,23 @@ def test_a_run_in_which_nothing_happens_is_stalled(snapshot: Snapshot) -> None:
         assert assess(snapshot, [], [earlier, *quiet[1:]], live=True, now=snapshot.time).level == "good", name
     assert assess(snapshot, [], quiet[1:], live=True, now=snapshot.time).level == "good", "it has not been long"
     starting = replace(snapshot, workers=(replace(snapshot.workers[0], doing="starting"), *snapshot.workers[1:]))
-    assert assess(starting, [], quiet, live=True, now=snapshot.time).level == "good"
+    health = assess(starting, [], quiet, live=True, now=snapshot.time)
+    assert (health.level, health.headline) == ("warning", "Nothing happens yet")
+    for phase in ("counting-vocabulary", "stopping"):
+        other = replace(snapshot, status=replace(snapshot.status, phase=phase), ranks=())
+        assert assess(other, [], quiet, live=True, now=snapshot.time).headline == "Stalled", phase
+
+
+def test_a_store_that_is_away_is_said_for_as_long_as_it_is(snapshot: Snapshot) -> None:
+    """It used to be healthy again after three minutes."""
+    for seconds, level in ((5.0, "warning"), (600.0, "bad")):
+        lost = [fault("store_lost", snapshot.time - seconds)]
+        health = assess(snapshot, lost, [], live=True, now=snapshot.time)
+        assert (health.level, health.headline) == (level, "Store away")
+    assert health.text == "for 10 min: nothing is captured until it is back"
+    for kind in ("store_back", "controller_lost", "resumed"):
+        back = [*lost, fault(kind, snapshot.time - 590)]
+        assert assess(snapshot, back, [], live=True, now=snapshot.time).headline == "Healthy", kind
 
 
 def test_a_group_that_starts_again_is_a_warning(snapshot: Snapshot) -> None:
@@ -128,6 +144,11 @@ def test_the_reason_of_a_failure_is_said(snapshot: Snapshot) -> None:
         snapshot, [fault("failed", snapshot.time, "out of memory")], [], live=False, now=snapshot.time + 9999
     )
     assert (health.level, health.headline, health.text) == ("bad", "Failed", "out of memory")
+
+
+def test_a_failure_before_the_last_resume_is_none_of_now(snapshot: Snapshot) -> None:
+    events = [fault("failed", snapshot.time - 60, "out of memory"), fault("resumed", snapshot.time - 50)]
+    assert assess(snapshot, events, [], live=False, now=snapshot.time).headline == "Not running"
 
 
 def test_no_data_is_no_fault() -> None:
