@@ -21,6 +21,8 @@ AUTOSCALE_SECONDS, OBSERVATIONS = 10.0, 20
 """How often the size of the inference pool is thought about, and how many observations that rests on."""
 FILES_SECONDS = 1.0
 """How often it is seen to what has become of what was to be written."""
+SWEEP_SECONDS = 60.0
+"""How often the store is looked through for what is nobody's."""
 AGAIN_SECONDS = 5.0
 """After a failure."""
 
@@ -35,7 +37,12 @@ class Upkeep:
         """Why the run cannot go on, if so."""
 
     def start(self) -> None:
-        works = {"following the pools": self._follow_pools, "recording": self._record, "watching files": self._files}
+        works = {
+            "following the pools": self._follow_pools,
+            "recording": self._record,
+            "watching files": self._files,
+            "sweeping the store": self._sweep,
+        }
         self._tasks = [asyncio.create_task(self._keep(what, work)) for what, work in works.items()]
 
     def end(self) -> None:
@@ -74,6 +81,11 @@ class Upkeep:
             await observer.record(await self._controller.status())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(observer.news.wait(), observer.interval)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            await self._controller.buffer.sweep()
 
     async def _files(self) -> None:
         """Say what cannot be written, and end the run if it cannot do without that."""
