@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchspec.controller.controller import Controller
@@ -44,11 +44,17 @@ class Upkeep:
             "sweeping the store": self._sweep,
         }
         self._tasks = [asyncio.create_task(self._keep(what, work)) for what, work in works.items()]
+        asyncio.get_running_loop().set_exception_handler(self._unheard)
 
     def end(self) -> None:
         """The run is over; what is recorded last, others record."""
         for task in self._tasks:
             task.cancel()
+
+    def _unheard(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Something went wrong in a task that nobody waits for, as one that removes objects and gives credits back."""
+        loop.default_exception_handler(context)
+        self._observer.note(f"a mistake in the controller: {context.get('exception', context['message'])!r}", "trouble")
 
     async def _keep(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
         while True:

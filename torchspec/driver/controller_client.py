@@ -9,7 +9,7 @@ import ray
 
 from torchspec.controller.controller import NotBegun
 from torchspec.driver.cluster import require_node
-from torchspec.driver.supervise import AwakeClock, RunFailed, root_cause
+from torchspec.driver.supervise import AwakeClock, Pulse, RunFailed, root_cause
 
 _PAUSE_SECONDS = 0.5
 
@@ -55,16 +55,19 @@ class ControllerClient:
         return getattr(self.actor, method).remote(*args)
 
     def result(self, ref: ray.ObjectRef, patience: float | None = None) -> Any:
-        """Wait for the result of a call, for ``patience`` seconds if it may take longer than others.
+        """Wait for the result of a call, which may wait for a disk, as long as the controller gives signs of life.
+
+        Args:
+            patience: seconds without one, if it may take longer than at other times.
 
         Raises:
             ControllerLost: there is none.
             RunFailed: the controller could not do it.
         """
-        clock, silence = AwakeClock(), 0.0
+        clock, pulse = AwakeClock(), None
         while not ray.wait([ref], timeout=_PAUSE_SECONDS)[0]:
-            silence += clock.elapsed()
-            if silence >= (patience or self._patience):
+            pulse = pulse or Pulse(lambda: self.send("ping").future(), patience or self._patience)
+            if pulse.hangs(clock.elapsed()):
                 raise ControllerLost("hangs", hung=True)
         try:
             return ray.get(ref)

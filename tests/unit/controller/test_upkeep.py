@@ -94,3 +94,13 @@ def test_the_call_that_the_driver_has_open_tells_what_ends_the_run(play) -> None
         assert await controller.ping()
 
     play(scene)
+
+
+def test_a_mistake_in_a_task_that_nobody_waits_for_is_an_event(play, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(controller: Controller) -> None:
+        await controller.begin()
+        controller.buffer._objects.remove_soon([], lambda: 1 // 0)
+        await until(lambda: bool(controller.observer.messages))
+        assert controller.observer.messages[-1].startswith("a mistake in the controller: ZeroDivisionError(")
+
+    play(scene)
