@@ -219,7 +219,7 @@ def on_ranks(measure: Callable[..., dict], setup: Setup, *arguments: Any) -> lis
 
 def _serve(rank: int, size: int, port: int, results: Any, measure: Any, setup: Any, arguments: tuple) -> None:
     torch.set_num_threads(1)
-    join_ranks(rank, size, HOST, port, CPU)
+    join_ranks(rank, size, HOST, port, CPU, stuck_seconds=600.0)
     dist.barrier()
     results.put((rank, measure(rank, setup, *arguments)))
     dist.barrier()  # rank 0 serves the rendezvous

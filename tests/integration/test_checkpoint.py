@@ -221,7 +221,7 @@ def test_wrong_folders_are_named(finished: Run, tmp_path: Path) -> None:
 @pytest.fixture
 def one_rank() -> Iterator[None]:
     """A process group in this very process."""
-    join_ranks(0, 1, "127.0.0.1", free_port("127.0.0.1"), CPU)
+    join_ranks(0, 1, "127.0.0.1", free_port("127.0.0.1"), CPU, stuck_seconds=600.0)
     yield
     dist.destroy_process_group()
 

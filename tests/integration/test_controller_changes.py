@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
+from dataclasses import replace
 
 import pytest
 
@@ -359,3 +360,21 @@ def test_after_a_rewind_the_front_of_the_line_gets_room_from_behind(endpoint, cl
 
     asyncio.run(asyncio.wait_for(scenario(), 60))
     shutil.rmtree(tmp_path / "checkpoints")
+
+
+def test_a_put_that_ends_after_its_lease_was_given_to_another_leaves_the_store(endpoint, client, tmp_path):
+    async def scenario() -> None:
+        controller = await start(make(endpoint, tmp_path))
+        leases = await controller.lease("w0", 3, WorkerReport("w0"))
+        kept, _ = await asyncio.to_thread(put_sample, client, leases[0])
+        await controller.publish("w0", kept, None)
+        under_way, _ = await asyncio.to_thread(put_sample, client, leases[1])
+        late = replace(leases[2], key=f"{leases[2].key}0")
+        late, _ = await asyncio.to_thread(put_sample, client, late)
+        for _ in range(2):
+            assert stored(client, late), "it may just have been on its way"
+            await controller.buffer.sweep()
+        assert not stored(client, late) and stored(client, kept) and stored(client, under_way)
+        assert controller.observer.messages[-1] == "removed 3 objects from the store that belonged to no sample"
+
+    asyncio.run(scenario())

@@ -90,7 +90,7 @@ def test_the_stream_fetches_ahead_pads_and_passes_errors_on(bench: Bench) -> Non
     controller = start_controller([Step(refs), Step([huge])], world=1)
     fetcher = SampleFetcher(bench.client, GEOMETRY, 0, 0, pin_memory=False)
 
-    with closing(StepStream(controller, RankId(1, 0), fetcher, prefetch_steps=2, heldout=False)) as stream:
+    with closing(StepStream(controller, RankId(1, 0), fetcher, 1, prefetch_steps=2, heldout=False)) as stream:
         step = stream.next()
         assert step is not None
         assert stream.heldout() == []
@@ -122,7 +122,7 @@ def test_what_one_rank_misses_is_replaced_for_all(bench: Bench) -> None:
 
     with ExitStack() as stack:
         streams = [
-            stack.enter_context(closing(StepStream(controller, RankId(1, r), fetcher, 2, False))) for r in (0, 1)
+            stack.enter_context(closing(StepStream(controller, RankId(1, r), fetcher, 1, 2, False))) for r in (0, 1)
         ]
         steps = [stream.next() for stream in streams]
 

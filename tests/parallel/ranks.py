@@ -79,7 +79,7 @@ def running_ranks(size: int) -> Iterator[Ranks]:
 
 def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     torch.set_num_threads(1)
-    join_ranks(rank, size, HOST, port, torch.device("cpu"))
+    join_ranks(rank, size, HOST, port, torch.device("cpu"), stuck_seconds=600.0)
     dist.barrier()
     while (request := pipe.recv()) is not None:
         function, args = request

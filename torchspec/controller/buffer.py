@@ -132,6 +132,12 @@ class SampleBuffer:
         if journal.started:
             await self._objects.remove_all(f"{self._run}/")
 
+    async def sweep(self) -> None:
+        """Remove what lies in the store and is nobody's: a put may end long after its lease was given to another."""
+        keys = [record.key for ledger in self.ledgers for record in ledger.records.values()]
+        if count := await self._objects.sweep(keys):
+            self._observer.note(f"removed {count} objects from the store that belonged to no sample", objects=count)
+
     async def close(self) -> None:
         """All that is of no use any more leaves the store first."""
         await self._objects.close()

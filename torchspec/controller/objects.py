@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from torchspec.contracts import SampleId
-from torchspec.store.client import StoreClient
+from torchspec.store.client import StoreClient, object_names
 from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.errors import StoreError
 
@@ -66,6 +66,8 @@ class StoredObjects:
         self._suffixes: dict[str, None] = {}
         self._removals: set[asyncio.Task[None]] = set()
         self._repeats: set[asyncio.TimerHandle] = set()
+        self._nobodys: set[str] = set()
+        """Objects that were nobody's at the last sweep."""
         self._closing = False
 
     async def connect(self) -> None:
@@ -108,15 +110,38 @@ class StoredObjects:
         task.add_done_callback(self._removals.discard)
 
     def remove_twice(self, keys: Sequence[str]) -> None:
-        """Remove what a dead worker may have stored: now, and when the last of its processes must have ended."""
+        """Remove what a dead worker may have stored: now, and when the last of its processes must have ended.
+
+        One that is only cut off may end its puts later still: :meth:`sweep` finds them.
+        """
         self.remove_soon(keys)
-        loop = asyncio.get_running_loop()
-        self._repeats.add(loop.call_later(_WORKER_ENDS_SECONDS, self.remove_soon, keys))
+
+        def again() -> None:
+            self._repeats.discard(handle)
+            self.remove_soon(keys)
+
+        handle = asyncio.get_running_loop().call_later(_WORKER_ENDS_SECONDS, again)
+        self._repeats.add(handle)
 
     async def remove_all(self, prefix: str) -> None:
         """Remove every object whose key starts with ``prefix``."""
         assert self._store is not None
         await self._insist(self._store.remove_all, prefix)
+
+    async def sweep(self, keys: Iterable[str]) -> int:
+        """Remove what is of none of the samples with these ``keys``, and was not the last time either, when it may
+        just have been on its way. Returns how many objects; none while the store is away.
+        """
+        assert self._store is not None
+        known = {name for key in keys for name in object_names(key, self._suffixes)}
+        try:
+            nobodys = await asyncio.to_thread(self._store.names) - known
+            orphans, self._nobodys = sorted(nobodys & self._nobodys), nobodys
+            await asyncio.to_thread(self._store.remove_objects, orphans)
+        except StoreError as error:
+            log.warning("%s", error)
+            return 0
+        return len(orphans)
 
     async def close(self) -> None:
         """Wait for what is being removed, then leave the store; if it is away, not for long."""

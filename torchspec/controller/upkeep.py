@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torchspec.controller.controller import Controller
@@ -21,6 +21,8 @@ AUTOSCALE_SECONDS, OBSERVATIONS = 10.0, 20
 """How often the size of the inference pool is thought about, and how many observations that rests on."""
 FILES_SECONDS = 1.0
 """How often it is seen to what has become of what was to be written."""
+SWEEP_SECONDS = 60.0
+"""How often the store is looked through for what is nobody's."""
 AGAIN_SECONDS = 5.0
 """After a failure."""
 
@@ -35,13 +37,24 @@ class Upkeep:
         """Why the run cannot go on, if so."""
 
     def start(self) -> None:
-        works = {"following the pools": self._follow_pools, "recording": self._record, "watching files": self._files}
+        works = {
+            "following the pools": self._follow_pools,
+            "recording": self._record,
+            "watching files": self._files,
+            "sweeping the store": self._sweep,
+        }
         self._tasks = [asyncio.create_task(self._keep(what, work)) for what, work in works.items()]
+        asyncio.get_running_loop().set_exception_handler(self._unheard)
 
     def end(self) -> None:
         """The run is over; what is recorded last, others record."""
         for task in self._tasks:
             task.cancel()
+
+    def _unheard(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Something went wrong in a task that nobody waits for, as one that removes objects and gives credits back."""
+        loop.default_exception_handler(context)
+        self._observer.note(f"a mistake in the controller: {context.get('exception', context['message'])!r}", "trouble")
 
     async def _keep(self, what: str, work: Callable[[], Awaitable[None]]) -> None:
         while True:
@@ -73,6 +86,11 @@ class Upkeep:
             await observer.record(await self._controller.status())
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(observer.news.wait(), observer.interval)
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            await self._controller.buffer.sweep()
 
     async def _files(self) -> None:
         """Say what cannot be written, and end the run if it cannot do without that."""

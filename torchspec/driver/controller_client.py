@@ -58,17 +58,17 @@ class ControllerClient:
         return getattr(self.actor, method).remote(*args)
 
     def result(self, ref: ray.ObjectRef) -> Any:
-        """Wait for the result of a call.
+        """Wait for the result of a call, which may wait for a disk, as long as the controller gives signs of life.
 
         Raises:
             ControllerLost: there is none.
             StoreUnavailable: the controller did not find the store.
             RunFailed: the controller could not do it.
         """
-        clock, silence = AwakeClock(), 0.0
+        clock, pulse = AwakeClock(), None
         while not ray.wait([ref], timeout=_PAUSE_SECONDS)[0]:
-            silence += clock.elapsed()
-            if silence >= self._patience:
+            pulse = pulse or Pulse(lambda: self.send("ping").future(), self._patience)
+            if pulse.hangs(clock.elapsed()):
                 raise ControllerLost("hangs", hung=True)
         try:
             return ray.get(ref)

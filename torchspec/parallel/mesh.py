@@ -38,9 +38,7 @@ class Sharing:
     gather_once: bool
 
 
-def join_ranks(
-    rank: int, world_size: int, address: str, port: int, device: torch.device, stuck_seconds: float = 600.0
-) -> None:
+def join_ranks(rank: int, world_size: int, address: str, port: int, device: torch.device, stuck_seconds: float) -> None:
     """Meet the other ranks at ``address:port``; rank 0 binds it, and nothing wider.
 
     Who waits for the others longer than ``stuck_seconds``, here or in a collective, fails.

@@ -24,11 +24,18 @@ class StoreClient:
     """A client that looks for objects and removes them; :class:`HiddenStateStore` also moves them. Thread-safe."""
 
     def __init__(self, endpoint: StoreEndpoint):
-        self._client = connect(endpoint)
+        self._endpoint, self._client = endpoint, connect(endpoint)
+
+    def names(self) -> set[str]:
+        """Of all objects in the store. The master looks at all of them: not for every moment."""
+        return set(self._endpoint.ask("/get_all_keys").split())
 
     def remove(self, key: str, suffixes: Iterable[str]) -> None:
         """Free ``{key}_{suffix}``, whether or not a reader's lease on it has ended. What is not there is fine."""
-        names = object_names(key, suffixes)
+        self.remove_objects(object_names(key, suffixes))
+
+    def remove_objects(self, names: list[str]) -> None:
+        """Free objects by name, as :meth:`remove` does."""
         for name, code in zip(names, self._client.batch_remove(names, True), strict=True):
             error = error_for(code, "remove", name)
             if code < 0 and not isinstance(error, MissingObject):

@@ -9,7 +9,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from http.client import HTTPConnection
 from pathlib import Path
 
 import mooncake
@@ -23,7 +22,6 @@ from torchspec.store.errors import StoreUnavailable
 _START_ATTEMPTS = 3
 """A free port may be taken between looking and binding; the master then exits at once."""
 _START_SECONDS = 30.0
-_ANSWER_SECONDS = 5.0
 
 _FLAGS = {
     "enable_metric_reporting": "false",  # the periodic log line; /metrics stays
@@ -96,18 +94,7 @@ class MooncakeMaster:
         Raises:
             StoreUnavailable: no answer, or not a successful one.
         """
-        address = self.endpoint.metrics
-        connection = HTTPConnection(address, timeout=_ANSWER_SECONDS)
-        try:
-            connection.request("GET", "/metrics")
-            response = connection.getresponse()
-            lines = response.read().decode().splitlines()
-        except OSError as error:
-            raise StoreUnavailable(f"the store's master does not answer at {address}: {error}") from error
-        finally:
-            connection.close()
-        if response.status != 200:
-            raise StoreUnavailable(f"the store's master at {address} answered {response.status} to /metrics")
+        lines = self.endpoint.ask("/metrics").splitlines()
         metrics = dict(line.rsplit(" ", 1) for line in lines if line and not line.startswith("#"))
         return StoreUsage(
             allocated_bytes=int(metrics["master_allocated_bytes"]),

@@ -137,7 +137,7 @@ def save_checkpoint(
     if dist.get_rank() == 0:
         if failure is None:
             failure = _put_in_place(folder, generation, fence)
-        else:
+        if failure is not None:
             shutil.rmtree(partial, ignore_errors=True)
         outcome = [failure]
     dist.broadcast_object_list(outcome)

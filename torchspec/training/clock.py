@@ -29,23 +29,20 @@ class RankClock:
     """Counters of a rank. :meth:`report` may be called from another thread."""
 
     def __init__(self, rank: int, device: torch.device, peak_flops: float | None):
-        self._counts = RankReport(rank, peak_flops=peak_flops)
         self._cuda = device.type == "cuda"
-        self._began = self._since = time.perf_counter()
-        self._doing: Literal["waiting", "training", "paused"] = "waiting"
+        self._began = time.perf_counter()
+        self._now = RankReport(rank, peak_flops=peak_flops), self._began
+        """The counters, and since when it is doing what they say: replaced as one, for another thread reads them."""
         self._spans: dict[str, list[tuple[Mark, Mark]]] = {}
 
     @contextmanager
     def doing(self, what: Literal["waiting", "paused"]) -> Iterator[None]:
         """Around what is not training."""
-        self._since, self._doing = time.perf_counter(), what
+        self._do(what)
         try:
             yield
         finally:
-            name = "wait_seconds" if what == "waiting" else "pause_seconds"
-            now = time.perf_counter()
-            self._doing = "training"
-            self._add(**{name: now - self._since})
+            self._do("training")
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
@@ -60,22 +57,18 @@ class RankClock:
 
     def step_made(self, step: int, **more: float) -> None:
         """Add a step's parts and the like to the counters."""
-        self._add(steps=1, **more)
-        self._counts = replace(self._counts, step=step)
+        counts, since = self._now
+        more["steps"] = 1
+        self._now = replace(counts, step=step, **{k: getattr(counts, k) + v for k, v in more.items()}), since
 
     def report(self) -> RankReport:
         """The counters now, with the wait or the pause that goes on."""
-        counts, now = self._counts, time.perf_counter()
-        open_seconds = now - self._since
-        wait = open_seconds if self._doing == "waiting" else 0.0
-        pause = open_seconds if self._doing == "paused" else 0.0
-        return replace(
-            counts,
-            seconds=now - self._began,
-            wait_seconds=counts.wait_seconds + wait,
-            pause_seconds=counts.pause_seconds + pause,
-            doing=self._doing,
-        )
+        now = time.perf_counter()
+        return replace(_with_open_part(*self._now, now), seconds=now - self._began)
+
+    def _do(self, what: Literal["waiting", "training", "paused"]) -> None:
+        now = time.perf_counter()
+        self._now = replace(_with_open_part(*self._now, now), doing=what), now
 
     def _mark(self) -> Mark:
         if not self._cuda:
@@ -84,9 +77,15 @@ class RankClock:
         event.record()
         return event
 
-    def _add(self, **more: float) -> None:
-        counts = self._counts
-        self._counts = replace(counts, **{name: getattr(counts, name) + value for name, value in more.items()})
+
+def _with_open_part(counts: RankReport, since: float, now: float) -> RankReport:
+    """With the wait or the pause that has gone on from ``since`` to ``now``, which may be a moment before it."""
+    seconds = max(0.0, now - since)
+    if counts.doing == "waiting":
+        return replace(counts, wait_seconds=counts.wait_seconds + seconds)
+    if counts.doing == "paused":
+        return replace(counts, pause_seconds=counts.pause_seconds + seconds)
+    return counts
 
 
 def _seconds(start: Mark, end: Mark) -> float:

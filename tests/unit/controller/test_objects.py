@@ -18,12 +18,21 @@ class Away:
 
     def __init__(self, endpoint: StoreEndpoint):
         self.there, self.calls, self.removed = False, 0, set[str]()
+        self.stored = set[str]()
 
     def remove(self, key: str, suffixes: Iterable[str]) -> None:
         self.calls += 1
         if not self.there:
             raise StoreUnavailable("the store's master does not answer")
         self.removed |= {f"{key}_{suffix}" for suffix in suffixes}
+
+    def names(self) -> set[str]:
+        if not self.there:
+            raise StoreUnavailable("the store's master does not answer")
+        return set(self.stored)
+
+    def remove_objects(self, names: list[str]) -> None:
+        self.stored -= set(names)
 
     def close(self) -> None:
         self.there = False
@@ -75,5 +84,38 @@ def test_a_run_ends_although_the_store_is_away():
         hand.remove_soon(["a"], lambda: gone.append("a"))
         await asyncio.wait_for(hand.close(), 5)
         assert gone == []
+
+    asyncio.run(scenario())
+
+
+def test_what_is_nobodys_twice_in_a_row_leaves_the_store():
+    async def scenario() -> None:
+        hand, store = await connected()
+        store.stored = {"r/1/e0p0a1_ids", "r/1/e0p0a1_hidden", "r/1/e0p7a1_ids"}
+        assert await hand.sweep(["r/1/e0p0a1"]) == 0, "it is away"
+        store.there = True
+        assert await hand.sweep(["r/1/e0p0a1"]) == 0 and len(store.stored) == 3, "it may be on its way"
+        assert await hand.sweep(["r/1/e0p0a1", "r/1/e0p7a1"]) == 0 and len(store.stored) == 3, "it was"
+        late = "r/1/e0p7a1_ids"
+        assert await hand.sweep(["r/1/e0p0a1"]) == 0 and await hand.sweep(["r/1/e0p0a1"]) == 1
+        assert late not in store.stored and len(store.stored) == 2
+        await hand.close()
+
+    asyncio.run(scenario())
+
+
+def test_a_second_removal_is_forgotten_once_it_was_made(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(objects, "_WORKER_ENDS_SECONDS", 0.05)
+
+    async def scenario() -> None:
+        hand, store = await connected()
+        store.there = True
+        hand.remove_twice(["a"])
+        assert len(hand._repeats) == 1
+        async with asyncio.timeout(30):
+            while store.calls < 2:
+                await asyncio.sleep(0.01)
+        assert not hand._repeats
+        await hand.close()
 
     asyncio.run(scenario())

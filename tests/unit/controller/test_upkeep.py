@@ -72,9 +72,8 @@ def test_a_task_that_fails_is_an_event_and_starts_again(play, monkeypatch: pytes
 
 
 def test_a_journal_that_cannot_be_written_ends_the_run_with_one_line(play, tmp_path: Path) -> None:
-    (tmp_path / "ledger.jsonl").symlink_to("/dev/full")
-
     async def scene(controller: Controller) -> None:
+        controller.buffer._journal._file._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
         with pytest.raises(WriteFailed, match=rf"^cannot write {tmp_path}/ledger.jsonl: No space left on device"):
             await controller.begin()
 
@@ -93,5 +92,15 @@ def test_the_call_that_the_driver_has_open_tells_what_ends_the_run(play) -> None
         with pytest.raises(WriteFailed):
             await controller.wanted(None)
         assert await controller.ping()
+
+    play(scene)
+
+
+def test_a_mistake_in_a_task_that_nobody_waits_for_is_an_event(play, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def scene(controller: Controller) -> None:
+        await controller.begin()
+        controller.buffer._objects.remove_soon([], lambda: 1 // 0)
+        await until(lambda: bool(controller.observer.messages))
+        assert controller.observer.messages[-1].startswith("a mistake in the controller: ZeroDivisionError(")
 
     play(scene)

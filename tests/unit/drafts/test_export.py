@@ -294,6 +294,20 @@ def test_a_full_disk_leaves_the_older_export(folder: Path, target: Path, monkeyp
     validate_export(folder)
 
 
+def test_who_was_given_up_replaces_no_export(folder: Path, target: Path) -> None:
+    before = (folder / hf.WEIGHTS).read_bytes()
+    state = make_state(target)
+    state["norm.weight"] *= 2
+
+    def fence() -> None:
+        raise LookupError("another generation has taken over")
+
+    with pytest.raises(LookupError):
+        export_draft(spec_of(target), state, DRAFT_IDS, folder, fence=fence)
+    assert (folder / hf.WEIGHTS).read_bytes() == before
+    assert {path.name for path in folder.parent.iterdir()} == {"target", "draft"}
+
+
 def _edit_config(folder: Path, **changes: object) -> None:
     config = json.loads((folder / hf.CONFIG).read_text())
     (folder / hf.CONFIG).write_text(json.dumps({k: v for k, v in (config | changes).items() if v is not None}))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import time
 from pathlib import Path
 
@@ -93,3 +95,24 @@ def test_a_profile_covers_its_steps_and_no_others(tmp_path: Path) -> None:
     off.before(1)
     off.close()
     assert not (tmp_path / "no").exists()
+
+
+def test_what_another_thread_reads_never_falls() -> None:
+    clock, ended = RankClock(0, CPU, None), threading.Event()
+    seen: list[tuple[float, float]] = []
+
+    def read() -> None:
+        while not ended.is_set():
+            report = clock.report()
+            seen.append((report.wait_seconds, report.pause_seconds))
+
+    switch, reader = sys.getswitchinterval(), threading.Thread(target=read)
+    sys.setswitchinterval(1e-5)
+    reader.start()
+    for what in ("waiting", "paused") * 1000:
+        with clock.doing(what):
+            time.sleep(1e-5)
+    ended.set()
+    reader.join()
+    sys.setswitchinterval(switch)
+    assert len(seen) > 100 and all(column == tuple(sorted(column)) for column in zip(*seen, strict=True))

@@ -72,7 +72,7 @@ class Observer:
         self._telemetry.totals["faults"] += kind in FAULTS
         self.messages.append(message)
         del self.messages[:-RECENT_MESSAGES]
-        if kind in FAULTS or kind == "scaled":
+        if kind in FAULTS or kind in ("scaled", "trouble", "export_failed"):
             self.news.set()
 
     # ---- inference ----
