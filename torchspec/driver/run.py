@@ -118,6 +118,8 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
     config, folder = prepared.config, prepared.folder
     with ExitStack() as stack:
         stack.enter_context(folder.hold())  # a run has one driver
+        if not folder.exists():
+            folder.draft_vocab.unlink(missing_ok=True)  # of a launch that failed early, maybe on other data
         if prepared.go_back_to is not None:
             point(folder.checkpoints, "latest", prepared.go_back_to)
         mark, temp_dir = prepared.mark, Path(tempfile.mkdtemp(prefix="torchspec-"))
