@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +69,16 @@ class Proof:
 def verify_run(run_dir: Path) -> Proof:
     """Verify ``ledger.jsonl`` of ``run_dir`` against the ledger in its latest checkpoint."""
     run = RunFolder(run_dir)
-    checkpoint = run.newest_checkpoint()  # read first: a running run only adds to both
+    latest = run.checkpoints / "latest"
+    gone = latest.is_symlink() and not (latest / LEDGER_FILE).is_file()
+    checkpoint = None if gone else run.newest_checkpoint()  # read first: a running run only adds to both
     snapshot = None if checkpoint is None else (checkpoint / LEDGER_FILE).read_text()
     lines = run.journal.read_bytes().splitlines(keepends=True) if run.journal.exists() else []
-    return verify([line.decode(errors="replace") for line in lines], snapshot)
+    proof = verify([line.decode(errors="replace") for line in lines], snapshot)
+    if gone:
+        missing = f"the latest checkpoint, {latest.readlink()}, is gone or not complete: it cannot confirm the journal"
+        return replace(proof, violations=(*proof.violations, missing))
+    return proof
 
 
 def verify(lines: Sequence[str], snapshot: str | None = None) -> Proof:

@@ -452,5 +452,20 @@ def test_a_name_with_line_separators_of_its_own_and_bytes_that_are_no_text_are_n
     assert verify_run(tmp_path).violations == (f"line {len(run.events) + 1}: damaged: what it said cannot be proven",)
 
 
+def test_a_checkpoint_that_is_gone_cannot_confirm_anything(tmp_path):
+    run = whole_run()
+    (tmp_path / "ledger.jsonl").write_text("".join(run.lines()))
+    folder = tmp_path / "checkpoints" / "step_000005"
+    folder.mkdir(parents=True)
+    (folder / "ledger.json").write_text(run.snapshot)
+    (tmp_path / "checkpoints" / "latest").symlink_to("step_000005")
+    assert verify_run(tmp_path) == run.proof()
+    (folder / "ledger.json").unlink()
+    gone = ("the latest checkpoint, step_000005, is gone or not complete: it cannot confirm the journal",)
+    assert verify_run(tmp_path).violations == gone
+    folder.rmdir()
+    assert verify_run(tmp_path).violations == gone
+
+
 def test_a_run_without_a_journal_is_not_proven(tmp_path):
     assert verify_run(tmp_path).violations == ("the journal is empty",)
