@@ -204,7 +204,7 @@ class RankReport:
 
 @dataclass(frozen=True, slots=True)
 class RankBatch:
-    """One optimizer step's work for one rank. All ranks of a step carry the same ``actions``.
+    """One optimizer step's work for one rank. All ranks of a step carry the same flags.
 
     ``micro_batches`` has the same length on every rank; a rank with nothing to do in one gets an empty tuple and
     still takes part in its collectives.

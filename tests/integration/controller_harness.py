@@ -65,15 +65,13 @@ def make_spec(
         config=parse_config(tree),
         train=prompt_set(prompts),
         heldout=prompt_set(heldout, "h") if heldout else None,
-        geometry=GEOMETRY,
         halo=7,
         vocab_size=VOCAB,
         target_fingerprint="target",
-        draft_vocab_size=16,
         end_token_ids=(0,),
         endpoint=endpoint,
         run_dir=run_dir,
-        **{"credit_bytes": 1 << 20, **overrides},
+        **{"credit_bytes": 1 << 20, "geometry": GEOMETRY, "draft_vocab_size": 16, **overrides},
     )
 
 
@@ -147,7 +145,7 @@ async def rank(controller: Controller, client: HiddenStateStore, number: int, se
 async def save(controller: Controller, me: RankId, step: int, tell: bool = True) -> None:
     """What a checkpoint is to the controller."""
     folder = controller._folder.checkpoint(step)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "ledger.json").write_text(await controller.ledger_snapshot(me, step))
     point(folder.parent, "latest", folder)
     if tell:

@@ -129,7 +129,8 @@ class Controller:
         await self.observer.files.room()
         if held is not None:
             self.buffer.take_back(worker, held)
-        self.observer.workers[worker] = report
+        if not self.pool.has_left(worker):  # or its last words come late
+            self.observer.workers[worker] = report
         self.pool.joined(worker)
         turn = self._asked[worker] = self._asked.get(worker, 0) + 1  # an older call's answer would reach nobody
         while not (self._finished or self.pool.has_left(worker) or self._asked[worker] != turn):

@@ -1,6 +1,7 @@
 """Proves from a run's journal alone that nothing was lost, nothing trained twice, and every batch was the seeded one.
 
-    started      the shape of the order of positions (``ledger.py``): data, epochs, batch size, seed
+    started      the shape of the order of positions (``ledger.py``): data, epochs, batch size, seed. As long as nothing
+                 is committed, a launch with another shape begins anew
     resumed      a checkpoint's step: later steps were undone; a sample rejected later may be tried again, or not
     trained      a step's samples in order, and ``end``, the position after the last that it considered
     rejected     a sample that no step will have
@@ -8,14 +9,15 @@
 
 The proof replays these on an array with one state a position, and does not share code with the ledger: what it knows
 of the order is the seed. Each step must hold exactly the positions between the last step's ``end`` and its own that
-were not rejected. A journal says nothing of its own missing tail, so the latest checkpoint's ledger is held against it.
+were not rejected. A journal says nothing of its own missing tail, so the latest checkpoint's ledger is held against it,
+and nobody knows what a damaged line has said, so one with such a line is not proven.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +69,16 @@ class Proof:
 def verify_run(run_dir: Path) -> Proof:
     """Verify ``ledger.jsonl`` of ``run_dir`` against the ledger in its latest checkpoint."""
     run = RunFolder(run_dir)
-    checkpoint = run.newest_checkpoint()  # read first: a running run only adds to both
+    latest = run.checkpoints / "latest"
+    gone = latest.is_symlink() and not (latest / LEDGER_FILE).is_file()
+    checkpoint = None if gone else run.newest_checkpoint()  # read first: a running run only adds to both
     snapshot = None if checkpoint is None else (checkpoint / LEDGER_FILE).read_text()
-    return verify(run.journal.read_text().splitlines(keepends=True) if run.journal.exists() else [], snapshot)
+    lines = run.journal.read_bytes().splitlines(keepends=True) if run.journal.exists() else []
+    proof = verify([line.decode(errors="replace") for line in lines], snapshot)
+    if gone:
+        missing = f"the latest checkpoint, {latest.readlink()}, is gone or not complete: it cannot confirm the journal"
+        return replace(proof, violations=(*proof.violations, missing))
+    return proof
 
 
 def verify(lines: Sequence[str], snapshot: str | None = None) -> Proof:
@@ -113,6 +122,10 @@ class _Replay:
         self._line = number
         try:
             record = json.loads(line)
+        except ValueError:
+            self._wrong("damaged: what it said cannot be proven")
+            return
+        try:
             event = record["event"]
             if event not in self._handlers:
                 return
@@ -132,10 +145,13 @@ class _Replay:
         shape = {name: record[name] for name in (*FIXED, "epochs", "max_steps")}
         if self.shape:
             self._restarted = True
-            for name in FIXED:
-                if shape[name] != self.shape[name]:
-                    self._wrong(f"started again with {name} {shape[name]!r}, it was {self.shape[name]!r}")
-                    return
+            other = [name for name in FIXED if shape[name] != self.shape[name]]
+            if other and self._committed_step:
+                name = other[0]
+                self._wrong(f"started again with {name} {shape[name]!r}, it was {self.shape[name]!r}")
+                return
+            if other:
+                self._states, self._ends, self._orders = self._states[:0], [0], {}
         self.shape = shape
         positions = shape["prompts"] * shape["epochs"]
         kept = self._states[:positions]

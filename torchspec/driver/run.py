@@ -120,6 +120,8 @@ def _launch(prepared: Prepared, view: View) -> Iterator[Session]:
     with ExitStack() as stack:
         stack.enter_context(folder.hold())  # a run has one driver
         view.log_to(folder.log("driver"))
+        if not folder.exists():
+            folder.draft_vocab.unlink(missing_ok=True)  # of a launch that failed early, maybe on other data
         if prepared.go_back_to is not None:
             point(folder.checkpoints, "latest", prepared.go_back_to)
         mark, temp_dir = prepared.mark, Path(tempfile.mkdtemp(prefix="torchspec-"))

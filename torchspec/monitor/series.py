@@ -18,6 +18,7 @@ from typing import Any
 
 from torchspec.files import LineFile, write_atomically
 
+_BEGIN = b'{"time":'
 _TIME = re.compile(rb'{"time":\s*([-+.0-9eE]+)')
 _parsed = lru_cache(maxsize=2048)(json.loads)
 
@@ -83,11 +84,12 @@ class Follower:
                     self._inode, self._offset = status.st_ino, 0
                     after = self._records[-1]["time"] if self._records else after
                 file.seek(self._offset)
-                lines = _whole_lines(file.read())
+                new = file.read()
         except FileNotFoundError:
-            lines = []
-        self._offset += sum(map(len, lines))
-        self._records.extend(record for record in map(json.loads, lines) if record["time"] > after)
+            new = b""
+        new = new[: new.rfind(b"\n") + 1]  # without a last line that is still being written
+        self._offset += len(new)
+        self._records.extend(record for record in map(json.loads, _whole_lines(new)) if record["time"] > after)
         return list(self._records)
 
 
@@ -128,9 +130,7 @@ def _backwards(path: Path, block: int = 1 << 16) -> Iterator[bytes]:
             file.seek(start)
             lines = (file.read(end - start) + rest).splitlines(keepends=True)
             rest = lines.pop(0) if start > 0 else b""  # it may begin further up
-            for line in reversed(lines):
-                if line.endswith(b"\n"):
-                    yield line
+            yield from filter(_is_whole, reversed(lines))
             end = start
 
 
@@ -140,6 +140,9 @@ def lines_of(path: Path) -> list[bytes]:
 
 
 def _whole_lines(data: bytes) -> list[bytes]:
-    """Without a last line that is still being written."""
-    lines = data.splitlines(keepends=True)
-    return lines[:-1] if lines and not lines[-1].endswith(b"\n") else lines
+    return list(filter(_is_whole, data.splitlines(keepends=True)))
+
+
+def _is_whole(line: bytes) -> bool:
+    """Neither still being written, nor damaged: without its beginning or its end, run into the next, or with a hole."""
+    return line.startswith(_BEGIN) and line.endswith(b"}\n") and line.count(_BEGIN) == 1 and b"\0" not in line

@@ -89,7 +89,10 @@ class Run:
         self.known = set(self.ledger.rejected)
 
     def lines(self) -> list[str]:
-        return [json.dumps(event) + "\n" for event in self.events]
+        """A line that is text already is damaged."""
+        return [
+            (event if isinstance(event, str) and "\0" in event else json.dumps(event)) + "\n" for event in self.events
+        ]
 
     def proof(self) -> Proof:
         return verify(self.lines(), self.snapshot)
@@ -292,6 +295,14 @@ def no_samples(run: Run) -> None:
     del steps_of(run)[1]["samples"]
 
 
+def a_damaged_line(run: Run) -> None:
+    run.events.insert(3, "\0" * 40)  # type: ignore[arg-type]
+
+
+def a_damaged_step(run: Run) -> None:
+    run.events[run.events.index(steps_of(run)[1])] = "\0" * 40  # type: ignore[call-overload]
+
+
 def a_number_that_is_none(run: Run) -> None:
     steps_of(run)[1]["step"] = "2"
 
@@ -325,6 +336,8 @@ DAMAGE: dict[Callable[[Run], None], str] = {
     unknown_events_only: "the journal is empty",
     nothing_but_a_start: "its tail is missing",
     not_a_record: "not a journal's line",
+    a_damaged_line: "line 4: damaged: what it said cannot be proven",
+    a_damaged_step: "line 3: damaged: what it said cannot be proven",
     no_samples: "not a journal's line (KeyError",
     a_number_that_is_none: "step 2 follows step 1",
 }
@@ -410,6 +423,48 @@ def test_a_torn_last_line_says_nothing():
     torn = verify([*lines, '{"event": "trained", "step"'])
     assert torn.proven and torn == verify(lines)
     assert not verify([*lines, '{"event": "trained", "step"\n', lines[-1]]).proven
+
+
+def test_a_launch_that_failed_early_spoils_nothing():
+    """The journal is begun before the page's port is bound; who fails there may choose other data or another seed."""
+    failed = Run(random.Random(0), LedgerShape("typo", 3, 1, BATCH, 8))
+    failed.train(1, commit=False)
+    run = Run(random.Random(0))
+    run.start(resumed=True)
+    run.train()
+    run.commit()
+    lines = failed.lines() + run.lines()[1:]
+    proof = verify(lines, run.snapshot)
+    assert proof.proven and proof.finished and proof.epochs == whole_run().proof().epochs
+    failed.commit()
+    assert "started again with dataset 'data', it was 'typo'" in verify(failed.lines() + run.lines()[1:]).violations[0]
+
+
+def test_a_name_with_line_separators_of_its_own_and_bytes_that_are_no_text_are_no_lines(tmp_path):
+    run = whole_run(seed=3, reject=0.4)
+    rejection = next(event for event in run.events if event["event"] == "rejected")
+    rejection["id"] = "a\u2028b\x85c"
+    journal = tmp_path / "ledger.jsonl"
+    journal.write_text("".join(json.dumps(event, ensure_ascii=False) + "\n" for event in run.events))
+    assert verify_run(tmp_path).proven
+    with journal.open("ab") as file:
+        file.write(b"\xff\xfe\0\n")
+    assert verify_run(tmp_path).violations == (f"line {len(run.events) + 1}: damaged: what it said cannot be proven",)
+
+
+def test_a_checkpoint_that_is_gone_cannot_confirm_anything(tmp_path):
+    run = whole_run()
+    (tmp_path / "ledger.jsonl").write_text("".join(run.lines()))
+    folder = tmp_path / "checkpoints" / "step_000005"
+    folder.mkdir(parents=True)
+    (folder / "ledger.json").write_text(run.snapshot)
+    (tmp_path / "checkpoints" / "latest").symlink_to("step_000005")
+    assert verify_run(tmp_path) == run.proof()
+    (folder / "ledger.json").unlink()
+    gone = ("the latest checkpoint, step_000005, is gone or not complete: it cannot confirm the journal",)
+    assert verify_run(tmp_path).violations == gone
+    folder.rmdir()
+    assert verify_run(tmp_path).violations == gone
 
 
 def test_a_run_without_a_journal_is_not_proven(tmp_path):

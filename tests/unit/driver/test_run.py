@@ -62,6 +62,23 @@ def test_a_failure_that_cannot_be_written_down_nor_cleaned_up_after_is_told_all_
         train(monkeypatch, tmp_path, fail, full_disk)
 
 
+@pytest.mark.parametrize("begun", [False, True])
+def test_the_vocabulary_of_a_launch_that_failed_early_is_not_that_of_the_next(monkeypatch, tmp_path, begun):
+    def stop(config: Any, plan: Any, temp_dir: Path) -> None:
+        raise RunFailed("far enough")
+
+    folder = RunFolder(tmp_path)
+    folder.draft_vocab.touch()
+    if begun:
+        folder.config.touch()
+    monkeypatch.setattr(run, "Janitor", lambda mark, temp_dir: SimpleNamespace(close=temp_dir.rmdir))
+    monkeypatch.setattr(run, "start_cluster", stop)
+    prepared: Any = SimpleNamespace(config=None, folder=folder, go_back_to=None, mark="mark", plan=None)
+    with pytest.raises(RunFailed, match="far enough"), run._launch(prepared, VIEW):
+        pass
+    assert folder.draft_vocab.exists() == begun
+
+
 def test_a_mistake_of_ours_keeps_its_traceback(monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError):
         train(monkeypatch, tmp_path, lambda: (tmp_path / "never made").read_text())

@@ -48,6 +48,23 @@ def test_a_torn_line_is_dropped_and_never_read(tmp_path: Path) -> None:
     assert times(read_series(path)) == [1, 2, 4]
 
 
+@pytest.mark.parametrize(
+    "damage", [b"\0" * 30 + b"\n", line(2)[:-5] + line(2), line(2)[4:], line(2)[:9] + b"\n", b"\n"]
+)
+def test_a_damaged_line_costs_itself_alone(tmp_path: Path, damage: bytes) -> None:
+    """It ended the controller at the next thinning, and every view before that."""
+    path = tmp_path / "s.jsonl"
+    path.write_bytes(line(1) + damage + line(3))
+    assert times(read_series(path)) == times(tail(path, 0)) == times(Follower(path, 9).read()) == [1, 3]
+    series, follower = Series(path, 40, 10), Follower(path, 99)
+    follower.read()
+    for time in range(4, 60):
+        series.append(line(time))
+    with path.open("ab") as file:
+        file.write(damage + line(60))
+    assert times(follower.read())[-2:] == [59, 60] and times(tail(path, 58)) == [59, 60]
+
+
 @pytest.mark.parametrize("count", [1, 7, 3000])
 def test_the_tail_is_what_reading_all_would_give(tmp_path: Path, count: int) -> None:
     path = tmp_path / "s.jsonl"
