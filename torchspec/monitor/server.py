@@ -222,7 +222,7 @@ def ensure_token(run_dir: Path) -> str:
         return ensure_secret(RunFolder(run_dir).token)
     except PermissionError:
         raise ValueError(
-            f"the page of {run_dir} is its owner's to serve (ui_token is not yours); torchspec status and top show the run"
+            f"the page of {run_dir} is its owner's to serve (ui_token is not yours); torchspec status and top show it"
         ) from None
 
 
