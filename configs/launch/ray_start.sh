@@ -15,6 +15,7 @@
 #   RAY_PORT             of the head (6379)
 #   TORCHSPEC_WAIT       seconds that a worker waits for the head (300), at first and whenever it has lost it
 #   TORCHSPEC_GIVE_UP    command that a worker runs when it has waited in vain (none)
+#   RAY_TMPDIR           where Ray keeps its session, in a folder ray-USER that is yours alone (default: TMPDIR, or /tmp)
 #   RAY_AUTH_TOKEN_PATH  file with the cluster's token, the same on every host (default: ~/.ray/auth_token, which the
 #                        head makes if it is not there; copy it to the others, readable by you alone)
 #
@@ -75,10 +76,10 @@ require_token() {
 # the user's alone.
 session_folder() {
   local folder
-  folder=${TMPDIR:-/tmp}/ray-$(id -un)
+  folder=${RAY_TMPDIR:-${TMPDIR:-/tmp}}/ray-$(id -un)
   mkdir -p -m 700 "$folder"
   if [[ -L $folder || ! -O $folder ]]; then
-    die "$folder, where Ray is to keep its session, is somebody else's: remove it, or set TMPDIR"
+    die "$folder, where Ray is to keep its session, is somebody else's: remove it, or set RAY_TMPDIR"
   fi
   chmod 700 "$folder"
   echo "$folder"

@@ -38,7 +38,7 @@ def programs(tmp_path):
     (tmp_path / "calls").touch()
     environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls")}
     environment |= {"HOME": str(tmp_path), "TMPDIR": str(tmp_path), "TORCHSPEC_BIN": str(folder)}
-    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE"):
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_AUTH_MODE", "RAY_TMPDIR"):
         environment.pop(name, None)
     return folder, environment
 

@@ -183,7 +183,7 @@ def _fields(content: Any, columns: Mapping[str, str]) -> dict[str, Any]:
     """The row's own keys, by the names that we know them by."""
     if isinstance(content, bytes):
         if len(content) > LONGEST:
-            raise _MalformedRow(f"longer than {LONGEST >> 20} MiB")
+            raise _MalformedRow(f"longer than {LONGEST >> 20} MiB, or JSON without an end")
         try:
             content = json.loads(content)
         except json.JSONDecodeError as error:

@@ -69,7 +69,7 @@ def _lines(file: Path) -> Iterator[Element]:
     with file.open("rb") as lines:
         while line := lines.readline(LONGEST + 1):
             read += len(line)
-            end = line
+            end = line  # of a row that is too long, the rest is passed over
             while len(end) > LONGEST and not end.endswith(b"\n"):
                 end = lines.readline(LONGEST + 1)
                 read += len(end)
@@ -90,9 +90,11 @@ def _array_elements(file: Path) -> Iterator[Element]:
             try:
                 element, at = decode(text, at)
             except (ValueError, RecursionError):
-                more = source.read(piece) if len(text) - at <= LONGEST else ""
+                too_long = len(text) - at > LONGEST
+                more = "" if too_long else source.read(piece)
                 if not more:
-                    yield text[at : at + LONGEST + 1].encode(errors="replace") or b"[", 1.0
+                    begin = LONGEST + 1 if too_long else 1000
+                    yield text[at : at + begin].encode(errors="replace") or b"[", 1.0
                     return
                 left_behind += at
                 text, at, piece = text[at:] + more, 0, 2 * piece  # an element may be larger than any piece

@@ -217,8 +217,13 @@ class PageServer:
 
 
 def ensure_token(run_dir: Path) -> str:
-    """The run's token, made the first time; only its owner can read it."""
-    return ensure_secret(RunFolder(run_dir).token)
+    """The run's token, made the first time; only its owner can read it. Raises ValueError: that is somebody else."""
+    try:
+        return ensure_secret(RunFolder(run_dir).token)
+    except PermissionError:
+        raise ValueError(
+            f"the page of {run_dir} is its owner's to serve (ui_token is not yours); torchspec status and top show it"
+        ) from None
 
 
 def token_hint(run_dir: Path) -> str:

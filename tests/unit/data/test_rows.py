@@ -76,7 +76,9 @@ def test_a_row_longer_than_any_conversation_is_malformed_and_never_in_memory_who
     first, bad, *more = read_conversations([file])
     assert tracemalloc.get_traced_memory()[1] < 8 << 20
     tracemalloc.stop()
-    assert first.id == "r1" and bad == Rejected("rows:2", f"{file}:2", "longer than 1 MiB", malformed=True)
+    assert first.id == "r1" and bad == Rejected(
+        "rows:2", f"{file}:2", "longer than 1 MiB, or JSON without an end", malformed=True
+    )
     assert [row.id for row in more] == (["r2", "rows:4"] if kind == "jsonl" else []), "an array ends with it"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import os
 import socket
 import stat
 from collections.abc import Iterator
@@ -213,6 +214,20 @@ def test_the_token_is_the_owners_and_stays_the_same(tmp_path: Path) -> None:
     token = ensure_token(tmp_path)
     assert len(token) >= 32 and ensure_token(tmp_path) == token
     assert stat.S_IMODE((tmp_path / "ui_token").stat().st_mode) == 0o600
+
+
+def test_the_page_of_somebody_elses_run_is_refused_in_one_line(tmp_path: Path) -> None:
+    ensure_token(tmp_path)
+    user = os.geteuid()
+    tmp_path.chmod(0)
+    try:
+        if user == 0:  # whom nothing is closed to
+            os.seteuid(65534)
+        with pytest.raises(ValueError, match=r"is its owner's to serve \(ui_token is not yours\)"):
+            ensure_token(tmp_path)
+    finally:
+        os.seteuid(user)
+        tmp_path.chmod(0o700)
 
 
 def test_the_token_is_printed_on_a_terminal_and_in_no_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
