@@ -24,11 +24,12 @@ from pathlib import Path
 
 import numpy as np
 
+from torchspec.data.chat_template import read_template
 from torchspec.data.conversations import Conversation, Pretokenized, Rejected, UniqueNames, read_row, require_clean
 from torchspec.data.prompt_set import PromptSet, PromptWriter, TokenizeOptions
 from torchspec.data.prompt_sources import find_files
 from torchspec.data.rows import Row, read_rows, short_names
-from torchspec.data.tokenize import ChatTokenizer, Refusal, Tokenized, read_template
+from torchspec.data.tokenize import ChatTokenizer, Refusal, Tokenized
 
 FORMAT = 3
 """Part of the cache's hash: raise it whenever the rows made from the same files change."""

@@ -19,33 +19,18 @@ The text is tokenised once, as a server does it, and a token counts if it covers
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from transformers import AutoTokenizer
-from transformers.utils.chat_template_utils import render_jinja_template
 
-from torchspec.data.conversations import Conversation, Message, printable
+from torchspec.data.chat_template import TEMPLATE_ERRORS, ChatTemplate, Messages, Span, Tools, read_template
+from torchspec.data.conversations import Conversation, printable
 from torchspec.data.marks import Marks, is_whole, mark, take_out, thinks, with_marks
 
-Messages = Sequence[Message]
-Tools = Sequence[dict[str, Any]]
-Span = tuple[int, int]
-SENTINEL = "\ue000torchspec\ue001"
-"""Private-use characters: no template trims or splits at them."""
-MARKER = re.compile(r"{%-?\s*generation\s*-?%}")
-OUR_ARGUMENTS = frozenset(
-    ("conversations", "chat_template", "add_generation_prompt", "return_assistant_tokens_mask", "messages", "tools")
-)
-TEMPLATE_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, RecursionError)
-"""What a template does to a conversation that it was not written for."""
 CUT = "turns that the chat template does not print whole carry no loss"
 
 
@@ -102,24 +87,11 @@ class ChatTokenizer:
         except (OSError, ValueError) as error:
             reason = str(error).strip().partition("\n")[0]
             raise ValueError(f"target.path {path} has no tokenizer that transformers can load: {reason}") from None
-        self.template = self._pick_template(path, read_template(chat_template))
-        self._kwargs = dict(template_kwargs or {})
-        if ours := OUR_ARGUMENTS & self._kwargs.keys():
-            raise ValueError(f"data.template_kwargs: {', '.join(sorted(ours))} cannot be set, conversations do that")
-        self.has_markers = MARKER.search(self.template) is not None
+        text = self._pick_template(path, read_template(chat_template))
+        self.template = ChatTemplate(text, self.tokenizer.special_tokens_map | dict(template_kwargs or {}))
         special = {token_id: token for token_id, token in self.tokenizer.added_tokens_decoder.items() if token.special}
         self._special_ids = np.array(list(special), dtype=np.int64)
         self._special_texts = tuple(token.content for token in special.values())
-        try:
-            self.prompt_text([{"role": "user", "content": "Hi"}])
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(f"data.chat_template is not valid Jinja: {error.message} (line {error.lineno})") from None
-        except TEMPLATE_ERRORS:
-            pass  # it may refuse this conversation and take others
-
-    def prompt_text(self, messages: Messages, tools: Tools = ()) -> str:
-        """What the target is asked to continue: ``messages`` and the generation prompt."""
-        return self._render(messages, tools, generation_prompt=True)[0]
 
     def encode(self, conversations: Sequence[Conversation], last_turn_only: bool = False) -> list[Tokenized | Refusal]:
         """Tokenise a batch, in order. What the template refuses comes back as a :class:`Refusal`."""
@@ -141,32 +113,20 @@ class ChatTokenizer:
             )
         return str(self.tokenizer.get_chat_template())
 
-    def _render(self, messages: Messages, tools: Tools = (), generation_prompt: bool = False) -> tuple[str, list[Span]]:
-        """Text, and the spans between ``{% generation %}`` markers."""
-        texts, spans = render_jinja_template(
-            conversations=[list(messages)],
-            tools=list(tools) or None,
-            chat_template=self.template,
-            add_generation_prompt=generation_prompt,
-            return_assistant_tokens_mask=self.has_markers,
-            **{**self.tokenizer.special_tokens_map, **self._kwargs},
-        )
-        return texts[0], spans[0] if spans else []
-
     def _render_conversation(self, conversation: Conversation, last_turn_only: bool) -> _Rendered | Refusal:
-        if missing := self._left_out(conversation):
+        if missing := self.template.left_out(conversation):
             return Refusal(f"the chat template leaves out {missing}: set data.chat_template to one that prints them")
-        messages, tools = self._adapted(conversation.messages), conversation.tools
+        messages, tools = self.template.adapted(conversation.messages), conversation.tools
         try:
             if not conversation.answered:
-                return _Rendered(self.prompt_text(messages, tools), None)
+                return _Rendered(self.template.prompt(messages, tools), None)
             if not self.tokenizer.is_fast:
                 return Refusal(
                     "it has an answer, and the target's tokenizer (no tokenizer.json) does not tell where its tokens "
                     "are in the text: prompts without an answer can be trained on"
                 )
-            text, spans = self._render(messages, tools)
-            if self.has_markers:
+            text, spans = self.template.render(messages, tools)
+            if self.template.has_markers:
                 turns = self._marked_turns(messages, tools, text, spans, last_turn_only)
             else:
                 turns = self._locate_turns(messages, tools, text)[-1 if last_turn_only else 0 :]
@@ -182,60 +142,6 @@ class ChatTokenizer:
             return Refusal("the chat template prints no assistant turn whole: there is nothing to learn from")
         return _Rendered(text, kept, (CUT,) if None in turns else ())
 
-    # ---- what the template has a place for ----
-
-    def _left_out(self, conversation: Conversation) -> str:
-        """What of ``conversation`` the template would drop; empty if nothing."""
-        messages = conversation.messages
-        if conversation.tools and not self._prints_tools:
-            return "tools"
-        if any("tool_calls" in message for message in messages) and self._call_form is None:
-            return "tool_calls"
-        if any(message["role"] == "tool" for message in messages) and not self._prints_replies:
-            return "turns of tools"
-        if any("reasoning_content" in message for message in messages) and not self._prints_thoughts:
-            return "thoughts (reasoning_content)"
-        return ""
-
-    def _adapted(self, messages: Messages) -> list[Message]:
-        """``messages`` as this template wants them: it may know no developer, or take arguments of calls as text."""
-        knows_developer, adapted = "developer" in self.template, []
-        for message in messages:
-            if message["role"] == "developer" and not knows_developer:
-                message = message | {"role": "system"}
-            if "tool_calls" in message and self._call_form is str:
-                message = message | {"tool_calls": [_with_text_arguments(call) for call in message["tool_calls"]]}
-            adapted.append(message)
-        return adapted
-
-    @cached_property
-    def _prints_tools(self) -> bool:
-        parameters = {"type": "object", "properties": {}, "required": []}
-        function = {"name": SENTINEL, "description": "It tells.", "parameters": parameters}
-        return self._shows([ASKED], [{"type": "function", "function": function}])
-
-    @cached_property
-    def _call_form(self) -> type | None:
-        """How the template takes a call's arguments: as an object, as text, or it prints no calls."""
-        if self._shows([ASKED, _calling({"of": SENTINEL}), REPLIED]):
-            return dict
-        return str if self._shows([ASKED, _with_text(_calling({"of": SENTINEL})), REPLIED]) else None
-
-    @cached_property
-    def _prints_replies(self) -> bool:
-        calling = _calling({}) if self._call_form is dict else _with_text(_calling({}))
-        return self._call_form is not None and self._shows([ASKED, calling, REPLIED | {"content": SENTINEL}])
-
-    @cached_property
-    def _prints_thoughts(self) -> bool:
-        return self._shows([ASKED, {"role": "assistant", "content": "It is.", "reasoning_content": SENTINEL}])
-
-    def _shows(self, messages: Messages, tools: Tools = ()) -> bool:
-        try:
-            return SENTINEL in self._render(messages, tools)[0]
-        except TEMPLATE_ERRORS:
-            return False
-
     # ---- where the assistant's turns are ----
 
     def _marked_turns(
@@ -248,7 +154,7 @@ class ChatTokenizer:
         """
         numbers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
         if last_turn_only:
-            spans, numbers = spans[len(self._render(messages[:-1], tools)[1]) :], numbers[-1:]
+            spans, numbers = spans[len(self.template.render(messages[:-1], tools)[1]) :], numbers[-1:]
         may_be_cut = any(thinks(messages[i]) for i in numbers)
         marks = self._marks(messages, tools, text, with_starts=False) if may_be_cut else {}
         if not spans or marks is None or (may_be_cut and len(spans) != len(numbers)):
@@ -296,7 +202,7 @@ class ChatTokenizer:
     def _before_calls(self, messages: Messages, number: int, tools: Tools, text: str, marks: Marks) -> int | None:
         """Where text before the turn's calls would start; None where the template has no place for it."""
         probe = messages[number] | {"content": mark(number, "start")}
-        probed, found = take_out(self._render([*messages[:number], probe, *messages[number + 1 :]], tools)[0])
+        probed, found = take_out(self.template.render([*messages[:number], probe, *messages[number + 1 :]], tools)[0])
         start = (found or {}).get((number, "start"))
         if start is None or start > marks[number, "call0"] or not text.startswith(probed[:start]):
             return None
@@ -307,8 +213,8 @@ class ChatTokenizer:
         write an earlier prompt otherwise than ``text`` begins, but not what stands between two turns."""
         before = number - 1
         asked, place = with_marks(messages[before], before, with_start=False), (before, "end")
-        prompt, in_prompt = take_out(self.prompt_text([*messages[:before], asked], tools))
-        whole, in_text = take_out(self._render([*messages[:before], asked, *messages[number:]], tools)[0])
+        prompt, in_prompt = take_out(self.template.prompt([*messages[:before], asked], tools))
+        whole, in_text = take_out(self.template.render([*messages[:before], asked, *messages[number:]], tools)[0])
         at = 0
         if whole == text and in_prompt and in_text and place in in_prompt and place in in_text:
             prompt, at = prompt[in_prompt[place] :], in_text[place]
@@ -319,7 +225,7 @@ class ChatTokenizer:
     def _behind_calls(self, messages: Messages, tools: Tools, place: tuple[int, str]) -> str:
         """The end of the text of ``messages``, from where the last tool that is called has been named."""
         marked = [*messages[:-1], with_marks(messages[-1], len(messages) - 1, with_start=False)]
-        text, marks = take_out(self._render(marked, tools)[0])
+        text, marks = take_out(self.template.render(marked, tools)[0])
         if marks is None or place not in marks:
             raise _CannotTell
         return text[marks[place] :].rstrip()
@@ -330,7 +236,7 @@ class ChatTokenizer:
             with_marks(message, i, with_starts) if message["role"] == "assistant" else message
             for i, message in enumerate(messages)
         ]
-        rest, marks = take_out(self._render(watched, tools)[0])
+        rest, marks = take_out(self.template.render(watched, tools)[0])
         return marks if rest == text else None
 
     def _mask(self, rendered: _Rendered, ids: list[int], offsets: list[Span]) -> Tokenized:
@@ -341,50 +247,9 @@ class ChatTokenizer:
         special = np.isin(input_ids, self._special_ids)
         mask = np.zeros(len(ids), dtype=bool)
         for start, end in rendered.spans:
-            if not self.has_markers:
+            if not self.template.has_markers:
                 following = np.flatnonzero(special & (starts >= end))[:1]
                 if following.size and not rendered.text[end : starts[following[0]]].strip():
                     end = ends[following[0]]
             mask |= (starts < end) & (ends > start)
         return Tokenized(input_ids, mask, rendered.changes)
-
-
-ASKED = {"role": "user", "content": "Is it so?"}
-REPLIED = {"role": "tool", "name": "tell", "tool_call_id": "call00001", "content": "It is so."}
-
-
-def _calling(arguments: dict[str, Any]) -> Message:
-    """A turn that calls a tool; some templates want an id of nine letters and digits."""
-    call = {"id": "call00001", "type": "function", "function": {"name": "tell", "arguments": arguments}}
-    return {"role": "assistant", "content": "", "tool_calls": [call]}
-
-
-def _with_text(message: Message) -> Message:
-    return message | {"tool_calls": [_with_text_arguments(call) for call in message["tool_calls"]]}
-
-
-def _with_text_arguments(call: dict[str, Any]) -> dict[str, Any]:
-    arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-    return call | {"function": call["function"] | {"arguments": arguments}}
-
-
-def template_file(chat_template: str | None) -> Path | None:
-    """The file that ``data.chat_template`` names; None where it is Jinja text itself."""
-    if chat_template is None or "{%" in chat_template or "{{" in chat_template:
-        return None
-    return Path(chat_template)
-
-
-def read_template(chat_template: str | None) -> str | None:
-    """The text of ``data.chat_template``, which is Jinja text itself or the path of a file.
-
-    Raises:
-        ValueError: neither.
-    """
-    file = template_file(chat_template)
-    try:
-        return chat_template if file is None else file.expanduser().read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"data.chat_template {chat_template} is neither Jinja text nor a readable file: {error}"
-        ) from None

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from torchspec.config.load import with_values
 from torchspec.config.schema import Config
+from torchspec.data.chat_template import template_file
 from torchspec.data.prompt_sources import is_named
-from torchspec.data.tokenize import template_file
 from torchspec.drafts.registry import KINDS
 from torchspec.drafts.spec import DraftSpec
 from torchspec.driver.sizes import find_sizes

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from tests.unit.cli.commands import command, run
+from torchspec.cli.main import app
 
 
 def test_importing_the_command_line_loads_no_heavy_package() -> None:
@@ -106,3 +110,25 @@ def test_mistakes_are_told_without_a_traceback(
 @pytest.mark.parametrize("arguments", [["train"], ["train", "recipe.yaml", "--bogus"], ["nonsense"]])
 def test_wrong_usage_is_exit_code_2(monkeypatch: pytest.MonkeyPatch, arguments: list[str]) -> None:
     assert run(monkeypatch, *arguments) == 2
+
+
+ROOT = Path(__file__).parents[3]
+COMMANDS = sorted(
+    {
+        line.partition("#")[0].strip(" \\")
+        for path in (ROOT / "README.md", *ROOT.glob("docs/*.md"))
+        for block in re.findall(r"```\w*\n(.*?)```", path.read_text(), re.DOTALL)
+        for line in block.splitlines()
+        if line.startswith("torchspec ")
+    }
+)
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_commands_that_the_documents_show_are_understood(line: str) -> None:
+    whole = typer.main.get_command(app)
+    _, name, *words = shlex.split(line.replace("[DIR]", "runs"))
+    with whole.make_context("torchspec", [name]) as context:
+        command = whole.get_command(context, name)  # type: ignore[attr-defined]
+        assert command is not None, name
+        command.make_context(name, words, parent=context)

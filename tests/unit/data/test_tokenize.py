@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -183,6 +184,25 @@ def test_calls_of_tools_are_learnt_and_their_replies_are_not(qwen3):
     assert not row.changes
 
 
+def test_ids_of_calls_are_shortened_where_the_template_takes_no_others(target_path):
+    strict = (
+        "{{ tools | tojson }}{% for m in messages %}{% for c in m.tool_calls or [] %}"
+        "{% if c.id | length != 9 %}{{ raise_exception('id') }}"
+        "{% endif %}{{ c.function.name + c.function.arguments | tojson + '#' + c.id }}{% endfor %}{{ m.content }}"
+        "{% if m.role == 'tool' %}{{ '@' + m.tool_call_id }}{% endif %}<|im_end|>{% endfor %}"
+    )
+    tokenizer, texts = ChatTokenizer(target_path, strict), []
+    for call_id in ("call_AbCdEfGhIjKlMnOp", "Abc123xyz", None):
+        call = {**CALL, "id": call_id} if call_id else {"type": "function", "function": CALL["function"]}
+        asked, calling, reply, answer = tool_use(tool_calls=[call]).messages
+        reply = {"role": "tool", "content": reply["content"]} | ({"tool_call_id": call_id} if call_id else {})
+        row = encode(tokenizer, Conversation("c", (asked, calling, reply, answer), (TOOL,)))
+        texts.append(tokenizer.tokenizer.decode(row.input_ids))
+    ids = [re.findall(r"#(\w+)<.*?@(\w+)<", text)[0] for text in texts]
+    assert all(of_call == of_reply and len(of_call) == 9 for of_call, of_reply in ids)
+    assert ids[1][0] == "Abc123xyz" and len({of_call for of_call, _ in ids}) == 3
+
+
 def test_a_template_that_takes_arguments_as_text(target_path):
     text = (TEMPLATES / "qwen3.jinja").read_text()
     wants_text = text.replace("tool_call.arguments | tojson", "'' + tool_call.arguments")
@@ -237,7 +257,7 @@ def test_a_developer_is_a_system_where_the_template_knows_none(smol, target_path
     developer = Conversation("c", messages)
     system = Conversation("c", (messages[0] | {"role": "system"}, messages[1]))
     assert encode(smol, developer).input_ids.tolist() == encode(smol, system).input_ids.tolist()
-    knows = ChatTokenizer(target_path, "{# developer #}" + smol.template)
+    knows = ChatTokenizer(target_path, "{# developer #}" + smol.template.text)
     assert "<|im_start|>developer\nBe brief." in knows.tokenizer.decode(encode(knows, developer).input_ids)
 
 
@@ -283,7 +303,7 @@ def test_a_turn_of_which_a_call_or_words_beside_it_are_left_out_is_not_learnt(la
 
 def test_calls_where_the_prompt_holds_thoughts_that_are_not_printed_again(target_path):
     tokenizer = ChatTokenizer(target_path, str(TEMPLATES / "qwen3.jinja"), template_kwargs={"enable_thinking": False})
-    assert tokenizer.prompt_text(tool_use().messages[:1]).endswith("assistant\n<think>\n\n</think>\n\n")
+    assert tokenizer.template.prompt(tool_use().messages[:1]).endswith("assistant\n<think>\n\n</think>\n\n")
     row = encode(tokenizer, tool_use())
     assert marked_runs(tokenizer, row) == [CALLED, "Twelve degrees and rain.<|im_end|>"]
 
