@@ -69,19 +69,19 @@ def revived(client: ControllerClient, lost: ControllerLost) -> None:
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
-def test_a_controller_that_is_killed_again_and_again_is_revived_each_time(tmp_path: Path, kills: int) -> None:
-    """With calls under way, as always: those of the watch, and those that are answered when there is news."""
+def test_a_controller_that_is_killed_or_stopped_is_revived_each_time(tmp_path: Path, kills: int) -> None:
+    """With calls under way, as always. One that is stopped is killed by the driver: its calls end in other ways."""
     client = ControllerClient(Answering.remote(str(tmp_path / "broken")), patience=15.0, start=60.0)
     before = 0
     for number in range(kills):
         pulse = Pulse(lambda: client.send("ping").future(), 15.0)
-        pid = client.ask("ping")
+        pid, stopped = client.ask("ping"), number % 3 == 2
         assert pid != before
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGSTOP if stopped else signal.SIGKILL)
         before, deadline = pid, time.monotonic() + number % 5 * 0.05
         while time.monotonic() < deadline:
             pulse.hangs(0.01)
-        revived(client, ControllerLost("died"))
+        revived(client, ControllerLost("as played", hung=stopped))
     ray.kill(client.actor)
 
 

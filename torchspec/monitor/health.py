@@ -76,7 +76,7 @@ def assess(
     training = snapshot.status.phase == "training"
     if (lost := _store_lost(events)) is not None:
         level: Level = "bad" if now - lost > AWAY_SECONDS else "warning"
-        return Health(level, "Store away", f"for {_words(now - lost)}: nothing is captured until it is back")
+        return Health(level, "Store away", f"{_words(now - lost)} so far; nothing is captured until it is back")
     if training and not alive:
         return Health("bad", "No workers", "nobody captures samples")
     if _stalled(snapshot, history):
