@@ -180,7 +180,7 @@ def play_storm(target: Path, chance: random.Random, options: argparse.Namespace)
         "strikes": strikes,
         "steps_again": _count(run_dir, "trained") - len(wanted),
         "rejected": _count(run_dir, "rejected"),
-        "stall": round(max(np.diff(times)), 1),
+        "stall": round(float(max(np.diff(times))), 1),
         "seconds": round(time.monotonic() - started, 1),
     }
 
