@@ -176,7 +176,7 @@ def play_storm(target: Path, chance: random.Random, options: argparse.Namespace)
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     times = [record["time"] for record in records if record["split"] == "train"]
     return {
-        "settings": vars(options),
+        "settings": {name: getattr(options, name) for name in ("seed", "workers", "hang_seconds", "storm")},
         "strikes": strikes,
         "steps_again": _count(run_dir, "trained") - len(wanted),
         "rejected": _count(run_dir, "rejected"),
