@@ -176,11 +176,11 @@ def play_storm(target: Path, chance: random.Random, options: argparse.Namespace)
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     times = [record["time"] for record in records if record["split"] == "train"]
     return {
-        "settings": vars(options),
+        "settings": {name: getattr(options, name) for name in ("seed", "workers", "hang_seconds", "storm")},
         "strikes": strikes,
         "steps_again": _count(run_dir, "trained") - len(wanted),
         "rejected": _count(run_dir, "rejected"),
-        "stall": round(max(np.diff(times)), 1),
+        "stall": round(float(max(np.diff(times))), 1),
         "seconds": round(time.monotonic() - started, 1),
     }
 

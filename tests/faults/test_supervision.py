@@ -69,19 +69,19 @@ def revived(client: ControllerClient, lost: ControllerLost) -> None:
 
 
 @pytest.mark.parametrize("kills", [5, pytest.param(50, marks=[pytest.mark.slow, pytest.mark.timeout(600)])])
-def test_a_controller_that_is_killed_again_and_again_is_revived_each_time(tmp_path: Path, kills: int) -> None:
-    """With calls under way, as always: those of the watch, and those that are answered when there is news."""
+def test_a_controller_that_is_killed_or_stopped_is_revived_each_time(tmp_path: Path, kills: int) -> None:
+    """With calls under way, as always. One that is stopped is killed by the driver: its calls end in other ways."""
     client = ControllerClient(Answering.remote(str(tmp_path / "broken")), patience=15.0, start=60.0)
     before = 0
     for number in range(kills):
         pulse = Pulse(lambda: client.send("ping").future(), 15.0)
-        pid = client.ask("ping")
+        pid, stopped = client.ask("ping"), number % 3 == 2
         assert pid != before
-        os.kill(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGSTOP if stopped else signal.SIGKILL)
         before, deadline = pid, time.monotonic() + number % 5 * 0.05
         while time.monotonic() < deadline:
             pulse.hangs(0.01)
-        revived(client, ControllerLost("died"))
+        revived(client, ControllerLost("as played", hung=stopped))
     ray.kill(client.actor)
 
 
@@ -159,14 +159,30 @@ def test_a_master_that_dies_during_a_repair_is_started_again(store: Any) -> None
     assert master.usage().capacity_bytes == SEGMENT_BYTES
 
 
-@pytest.mark.parametrize("part", ["guard", "command"])
-def test_a_master_whose_guard_or_who_itself_is_killed_is_replaced(store: Any, part: str) -> None:
+@pytest.mark.parametrize(
+    ("part", "how", "fault", "nodes_then"),
+    [
+        ("guard", signal.SIGKILL, "the store's master died", 1),
+        ("master", signal.SIGKILL, "the store's master died", 1),
+        ("master", signal.SIGSTOP, "the store's master hangs", 1),
+        ("node", signal.SIGKILL, "the store's node died", 2),
+        ("node", signal.SIGSTOP, "the store's node hangs", 2),
+    ],
+)
+def test_whatever_happens_to_a_part_of_the_store_it_comes_back(
+    store: Any, part: str, how: signal.Signals, fault: str, nodes_then: int
+) -> None:
+    """A node that is left finds the new master by itself. Nobody wakes here what was stopped."""
     supervisor, master, nodes = store
     guard, command = guarded(master)
-    (guard if part == "guard" else command).kill()
+    (node,) = (p for p in psutil.Process().children(recursive=True) if p.name().startswith("ray::StoreNode"))
+    watch(supervisor, lambda: supervisor._node_pulse.answer is not None)
+    {"guard": guard, "master": command, "node": node}[part].send_signal(how)
     watch(supervisor, lambda: bool(supervisor.fault))
+    assert supervisor.fault == fault
     watch(supervisor, lambda: not supervisor.fault)
-    assert guarded(master)[1].pid != command.pid and len(nodes) == 1, "its node has found the new one"
+    assert guarded(master)[1].pid != command.pid and len(nodes) == nodes_then
+    assert master.usage().capacity_bytes == SEGMENT_BYTES
 
 
 def test_a_store_that_stays_away_ends_the_run_in_one_line(store: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,11 +80,8 @@ class LoggedView:
 
     def log_to(self, path: Path) -> None:
         """Log to ``path``, whose folder is made, what was said so far, too; unless the output is that file."""
-        if _is_output(path):
-            self._log.close()
-            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = _as_text(Lossy(path, "a"))
+        file = _as_text(Lossy(os.devnull if _is_output(path) else path, "a"))
         file.write(self._before.getvalue())
         self._log.say_in(file)
 

@@ -74,9 +74,9 @@ def assess(
         return Health("bad", "Controller silent", f"not heard of for {_words(silence)}{hint}")
     alive = [worker for worker in snapshot.workers if worker.alive]
     training = snapshot.status.phase == "training"
-    if (away_since := _store_lost(events)) is not None:
-        level: Level = "bad" if now - away_since > AWAY_SECONDS else "warning"
-        return Health(level, "Store away", f"for {_words(now - away_since)}: nothing is captured until it is back")
+    if (since := _store_lost(events)) is not None:
+        level: Level = "bad" if now - since > AWAY_SECONDS else "warning"
+        return Health(level, "Store away", f"{_words(now - since)} so far; nothing is captured until it is back")
     if training and not alive:
         return Health("bad", "No workers", "nobody captures samples")
     if _stalled(snapshot, history):

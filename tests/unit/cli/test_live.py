@@ -212,3 +212,23 @@ def test_a_terminal_that_has_vanished_ends_nothing(tmp_path: Path) -> None:
 
 def test_output_that_was_closed_before_ends_nothing(tmp_path: Path) -> None:
     assert unheard(tmp_path, preexec_fn=lambda: (os.close(1), os.close(2))) == (0, "went on")
+
+
+LOGS = """
+import sys
+from pathlib import Path
+from torchspec.cli.live import open_view
+from torchspec.config.schema import MonitorConfig
+with open_view(MonitorConfig()) as view:
+    view.log_to(Path(sys.argv[1]))
+    view.message("worker-1 died")
+"""
+
+
+def test_a_log_that_is_the_output_says_everything_once(tmp_path: Path) -> None:
+    """As of a run in the background."""
+    log = tmp_path / "driver.log"
+    for output, said in ((log, 1), (tmp_path / "other", 2)):
+        with output.open("w") as file:
+            subprocess.run([sys.executable, "-c", LOGS, log], stdout=file, check=True, timeout=60)
+        assert log.read_text().count("worker-1 died") == said and output.read_text().count("worker-1 died") == 1

@@ -105,7 +105,7 @@ def test_a_store_that_is_away_is_said_for_as_long_as_it_is(snapshot: Snapshot) -
         lost = [fault("store_lost", snapshot.time - seconds)]
         health = assess(snapshot, lost, [], live=True, now=snapshot.time)
         assert (health.level, health.headline) == (level, "Store away")
-    assert health.text == "for 10 min: nothing is captured until it is back"
+    assert health.text == "10 min so far; nothing is captured until it is back"
     for kind in ("store_back", "controller_lost", "resumed"):
         back = [*lost, fault(kind, snapshot.time - 590)]
         assert assess(snapshot, back, [], live=True, now=snapshot.time).headline == "Healthy", kind
