@@ -29,6 +29,9 @@ OBJECT_STORE_BYTES = 128 << 20
 """Only metadata goes through Ray; the tensors go through Mooncake."""
 POLL_SECONDS = 1.0
 """Between two looks at a cluster that is still starting."""
+SYSTEM_CONFIG = {"memory_monitor_refresh_ms": 0}
+"""Where memory runs short, Ray's own monitor ends first what it may start again: the controller, which frees nothing.
+The kernel ends the largest process."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +91,7 @@ def start_cluster(config: Config, plan: Plan, temp_dir: Path) -> Iterator[Cluste
         _join(config.cluster, runtime_env={"py_modules": pack_code(temp_dir / "code")}, **common)
     else:
         options = {"num_cpus": plan.cores, "include_dashboard": config.cluster.dashboard, "dashboard_host": LOOPBACK}
-        _start(temp_dir / "ray", **options, **common)
+        _start(temp_dir / "ray", _system_config=SYSTEM_CONFIG, **options, **common)
     logging.getLogger("ray").setLevel(logging.CRITICAL)  # the driver tells of deaths itself, in one line
     try:
         yield _look_around(config.store.host)

@@ -13,7 +13,7 @@ from torchspec.contracts import ITEM_BYTES
 from torchspec.driver.memory import MemoryBudget, Split, host_bytes, possible_splits
 from torchspec.driver.resolve import Resolved
 from torchspec.hardware import device_memory, usable_memory
-from torchspec.inference.sglang_models import serving_gap
+from torchspec.inference.sglang_models import check_served
 from torchspec.knobs import found
 from torchspec.store.geometry import USABLE_SHARE
 
@@ -80,9 +80,8 @@ def make_plan(resolved: Resolved, heldout_samples: int) -> Plan:
         ("inference worker", config.inference.most_workers, _uses(threads.inference, config.inference.tp_size, on_gpu)),
         ("trainer rank", training.world_size, _uses(threads.training, 1, on_gpu)),
     )
-    gap = serving_gap(resolved.target, draft.server_args(draft.draft_tokens)["speculative_algorithm"])
     return Plan(
-        target={**resolved.target.facts(), **({"serving": f"{gap}: its draft is for another server"} if gap else {})},
+        target={**resolved.target.facts(), **_not_served(resolved)},
         actors=actors,
         threads=threads,
         cores=cores,
@@ -97,6 +96,16 @@ def make_plan(resolved: Resolved, heldout_samples: int) -> Plan:
         splits=splits,
         found=resolved.found,
     )
+
+
+def _not_served(resolved: Resolved) -> dict[str, str]:
+    """What keeps SGLang from serving target and draft together; another server may."""
+    try:
+        arguments = resolved.draft.server_args(resolved.draft.draft_tokens)
+        check_served(resolved.target, arguments["speculative_algorithm"])
+    except ValueError as error:
+        return {"serving": str(error)}
+    return {}
 
 
 def usable_cores(config: Config) -> int:

@@ -18,7 +18,7 @@ from torchspec.evaluation.prompts import EvaluationPrompt, load_prompts
 from torchspec.evaluation.result import Acceptance, EvaluationResult, EvaluationSettings, PromptResult, Speed
 from torchspec.evaluation.serving import Job, Served, serve
 from torchspec.hardware import fast_dtype, pick_device
-from torchspec.inference.sglang_models import serving_gap
+from torchspec.inference.sglang_models import check_served
 from torchspec.target.checkpoint import TargetCheckpoint, find_checkpoint
 from torchspec.target.shape import TargetShape
 
@@ -48,8 +48,7 @@ def run_evaluation(
     target = TargetCheckpoint(find_checkpoint(target_path), settings.trust_remote_code)
     require_match(export, target)
     speculation = export.spec.server_args(settings.num_draft_tokens)
-    if gap := serving_gap(target, speculation["speculative_algorithm"]):
-        raise ValueError(f"the draft {export.folder} cannot be tried: {gap}")
+    check_served(target, speculation["speculative_algorithm"])
     trusted, arguments = settings.trust_remote_code, settings.template_kwargs
     chat = ChatTokenizer(target.path, settings.chat_template, trusted, arguments)
     prompts = load_prompts(prompt_set, chat, CACHE, limit, settings.columns, progress)

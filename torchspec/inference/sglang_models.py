@@ -74,8 +74,7 @@ def check_target(target: TargetCheckpoint, layers: Sequence[int], on_gpu: bool) 
         )
 
 
-def serving_gap(target: TargetCheckpoint, algorithm: str) -> str | None:
-    """Why SGLang could not serve ``target`` with drafts of its speculative ``algorithm``; None if it can."""
+def check_served(target: TargetCheckpoint, algorithm: str) -> None:
+    """Raises ValueError: SGLang does not serve ``target`` with drafts of its speculative ``algorithm``."""
     if algorithm == "DFLASH" and target.architecture in WITHOUT_DFLASH:
-        return f"SGLang {SUPPORTED_VERSION} serves no DFlash drafts for {target.architecture}"
-    return None
+        raise ValueError(f"SGLang {SUPPORTED_VERSION} serves no DFlash drafts for {target.architecture}")

@@ -32,7 +32,7 @@ def test_a_late_call_of_a_dead_worker_does_not_show_it_among_the_living(tmp_path
         await controller.begin()
         assert await controller.lease("w0", 1, WorkerReport("w0"))
         assert [report.worker for report in (await controller.status()).workers] == ["w0"]
-        await controller.worker_lost("w0")
+        await controller.worker_lost("w0", True)
         assert await controller.lease("w0", 1, WorkerReport("w0")) == []
         assert (await controller.status()).workers == ()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import threading
 from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torchspec.controller import objects
 from torchspec.controller.controller import Controller
 from torchspec.controller.steps import GroupEnded
 from torchspec.files import read_lines
+from torchspec.monitor.record import write_queue
 from torchspec.run_folder import RunFolder
 from torchspec.store.endpoint import StoreEndpoint
 
@@ -147,5 +150,46 @@ def test_a_rank_of_an_earlier_generation_puts_nothing_in_place(play) -> None:
         await controller.require_current(member(0, 2))
         with pytest.raises(GroupEnded):
             await controller.require_current(member(0, 1))
+
+    play(scene)
+
+
+def test_steps_are_made_while_the_disk_stalls_and_a_checkpoint_waits_for_it(play, tmp_path: Path) -> None:
+    async def scene(controller: Controller) -> None:
+        await controller.draft_vocab()
+        goes_on = threading.Event()
+        controller.observer.files.put(goes_on.wait)
+        before = RunFolder(tmp_path).journal.read_bytes()
+        for step in (1, 2):
+            assert None not in await asyncio.gather(*(controller.next_batch(member(n), step) for n in range(2)))
+            await asyncio.gather(*(controller.fetched(member(n), step, 0, ()) for n in range(2)))
+            await asyncio.gather(*(controller.step_done(member(n), step, None) for n in range(2)))
+        snapshot = asyncio.create_task(controller.ledger_snapshot(member(0), 2))
+        await asyncio.sleep(0.1)
+        assert not snapshot.done(), "it says that the journal is on the disk"
+        assert RunFolder(tmp_path).journal.read_bytes() == before
+        assert await controller.ping() and (await controller.status()).step == 2
+        goes_on.set()
+        assert json.loads(await snapshot)["step"] == 2
+        lines = [line["step"] for line in read_lines(RunFolder(tmp_path).journal) if line["event"] == "trained"]
+        assert lines == [1, 2]
+
+    play(scene)
+
+
+def test_nobody_makes_more_work_for_a_disk_that_is_too_far_behind(play, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(write_queue, "MOST_WAITING", 3)
+
+    async def scene(controller: Controller) -> None:
+        goes_on = threading.Event()
+        controller.observer.files.put(goes_on.wait)
+        for _ in range(4):
+            controller.observer.note("something happens")
+        asking = asyncio.create_task(controller.lease("w2", 1, WorkerReport("w2")))
+        waiting = asyncio.create_task(controller.next_batch(member(0), 1))
+        await asyncio.sleep(0.1)
+        assert not asking.done() and not waiting.done() and await controller.ping()
+        goes_on.set()
+        assert (await waiting).step == 1
 
     play(scene)

@@ -17,8 +17,7 @@ import pytest
 
 from tests.integration.controller_harness import VOCAB, make_spec, save
 from torchspec.contracts import Answer, Lease, MicroBatches, RankId, SampleId, SampleRef, WorkerReport
-from torchspec.controller import controller as controller_module
-from torchspec.controller import objects
+from torchspec.controller import objects, upkeep
 from torchspec.controller.buffer import ControllerSpec
 from torchspec.controller.controller import Controller
 from torchspec.controller.steps import GroupPlan
@@ -324,7 +323,7 @@ class Run:
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(objects, "StoreClient", Store)
     monkeypatch.setattr(objects, "_WORKER_ENDS_SECONDS", 0.05)
-    monkeypatch.setattr(controller_module, "AUTOSCALE_SECONDS", 0.05)
+    monkeypatch.setattr(upkeep, "AUTOSCALE_SECONDS", 0.05)
 
 
 @pytest.mark.parametrize("seed", range(30))

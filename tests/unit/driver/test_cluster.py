@@ -45,6 +45,23 @@ def test_a_token_that_the_environment_names_is_left_alone(home, monkeypatch, nam
     assert not (home / ".ray").exists()
 
 
+def test_where_memory_runs_short_it_is_not_the_controller_that_ray_ends(monkeypatch, tmp_path):
+    asked = {}
+
+    def started(**options):
+        asked.update(options)
+        raise ConnectionError
+
+    monkeypatch.setattr("ray.init", started)
+    config, threads = parse_config({"target": {"path": "unused"}}), ThreadPlan(1, 1)
+    with (
+        pytest.raises(RunFailed),
+        start_cluster(config, Plan({}, (), threads, 2, 0, 0, 0, 0, 0, "", 0, 0, ()), tmp_path),
+    ):
+        pass
+    assert asked["_system_config"] == {"memory_monitor_refresh_ms": 0}
+
+
 def test_a_ray_that_does_not_start_is_said_in_one_line(monkeypatch, tmp_path):
     def slow(**_options):
         raise Exception("The current node timed out\nduring startup.")

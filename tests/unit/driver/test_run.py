@@ -15,7 +15,7 @@ from torchspec.driver import run
 from torchspec.driver.supervise import RunFailed
 from torchspec.run_folder import RunFolder
 
-VIEW: Any = SimpleNamespace(message=lambda text: None)
+VIEW: Any = SimpleNamespace(message=lambda text: None, log_to=lambda path: None)
 
 
 def full_disk() -> None:

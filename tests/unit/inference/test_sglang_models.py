@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import re
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from benchmarks.families import FAMILIES
-from torchspec.inference.sglang_models import CAPTURING, SHIFTING, WITHOUT_DFLASH, check_target, serving_gap
+from torchspec.inference.sglang_models import CAPTURING, SHIFTING, WITHOUT_DFLASH, check_served, check_target
 from torchspec.target.checkpoint import TargetCheckpoint
 
 TARGETS = ("ForCausalLM", "ForConditionalGeneration")
@@ -85,6 +86,7 @@ def test_what_sglang_does_not_serve_with_a_dflash_draft_is_said(family: str, ser
     config.architectures = [f"{family}ForCausalLM"]
     config.save_pretrained(tmp_path)
     target = TargetCheckpoint(tmp_path)
-    assert serving_gap(target, "EAGLE3") is None
-    gap = None if served else "SGLang 0.5.23 serves no DFlash drafts for Qwen2ForCausalLM"
-    assert serving_gap(target, "DFLASH") == gap
+    check_served(target, "EAGLE3")
+    refused = pytest.raises(ValueError, match=r"SGLang 0\.5\.23 serves no DFlash drafts for Qwen2ForCausalLM")
+    with nullcontext() if served else refused:
+        check_served(target, "DFLASH")
