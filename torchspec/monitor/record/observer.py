@@ -65,7 +65,7 @@ class Observer:
 
     def note(self, message: str, kind: EventKind = "note", **detail: Any) -> None:
         """An event worth a person's attention."""
-        log.info(message)
+        self.files.put_for_views(log.info, message)
         self.files.put_for_views(partial(self._events.write, time.time(), kind, message, **detail))
         self._telemetry.totals["faults"] += kind in FAULTS
         self.messages.append(message)
