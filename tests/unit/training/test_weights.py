@@ -58,9 +58,13 @@ def test_an_export_that_fails_is_no_fault_of_the_rank(target: Path, tmp_path: Pa
         spec=SimpleNamespace(draft=draft.spec),
         learner=SimpleNamespace(draft_ids=IDS),
     )
-    assert Trainer._export(rank, draft.state_dict(), folder) == ""  # type: ignore[arg-type]
+
+    def no_fence() -> None:
+        pass
+
+    assert Trainer._export(rank, draft.state_dict(), folder, no_fence) == ""  # type: ignore[arg-type]
     validate_export(folder)
     (folder / "result.json").touch()
-    assert "is not an export (it holds result.json)" in Trainer._export(rank, draft.state_dict(), folder)  # type: ignore[arg-type]
+    assert "is not an export (it holds result.json)" in Trainer._export(rank, draft.state_dict(), folder, no_fence)  # type: ignore[arg-type]
     (tmp_path / "file").touch()
-    assert "file" in Trainer._export(rank, draft.state_dict(), tmp_path / "file" / "export")  # type: ignore[arg-type]
+    assert "file" in Trainer._export(rank, draft.state_dict(), tmp_path / "file" / "export", no_fence)  # type: ignore[arg-type]

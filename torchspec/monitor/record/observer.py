@@ -67,7 +67,7 @@ class Observer:
     def note(self, message: str, kind: EventKind = "note", **detail: Any) -> None:
         """An event worth a person's attention; whatever a name or a reason holds, it stays one line of text."""
         message = printable(message)
-        log.info(message)
+        self.files.put_for_views(log.info, message)
         self.files.put_for_views(partial(self._events.write, time.time(), kind, message, **detail))
         self._telemetry.totals["faults"] += kind in FAULTS
         self.messages.append(message)
