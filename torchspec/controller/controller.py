@@ -7,10 +7,10 @@ Everything waits on futures; nothing polls. The actor holds metadata only: token
 changes happen on one event loop, between awaits, so no lock is needed.
 
 **When the controller dies**, Ray runs its constructor again, and :meth:`Controller.begin` rebuilds everything from
-the run's folder: sizes from ``config.yaml``, the ledger from the newest checkpoint, answers and vocabulary from their
+the run's folder: sizes from ``config.yaml``, the ledger from the last checkpoint, answers and vocabulary from their
 files. Each such *incarnation* has keys of its own, so what a worker still does for an earlier one is thrown away.
 
-**Training ranks** come in generations (``steps.py``): :meth:`Controller.open_group` goes back to the newest checkpoint
+**Training ranks** come in generations (``steps.py``): :meth:`Controller.open_group` goes back to the last checkpoint
 and starts one, at first, at another size, or after a rank was lost.
 """
 
