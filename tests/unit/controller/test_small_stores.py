@@ -230,7 +230,8 @@ class Run:
 
     async def start_controller(self, running: int | None) -> None:
         if running is not None:
-            self.controller._observing.cancel()
+            self.controller._upkeep.end()
+            await self.controller.observer.files.written()
             await end([worker.task for worker in self.workers.values()])  # with what the dead one had in hand
         self.controller = Controller(self.spec)
         await self.controller.begin()
@@ -247,7 +248,7 @@ class Run:
         try:
             worker.task.result()
         except Killed:
-            await self.controller.worker_lost(name)
+            await self.controller.worker_lost(name, True)
             self.start_worker()
         else:
             await self.controller.worker_left(name)
@@ -267,7 +268,7 @@ class Run:
     async def rank(self, me: RankId, step: int) -> None:
         """As ``training/trainer.py``: held-out samples, then steps, fetched ahead of those that are made."""
         ahead: asyncio.Queue[Any] = asyncio.Queue(max(1, self.spec.config.controller.prefetch_steps - 1))
-        fetching = asyncio.create_task(self.fetch(me, ahead))
+        fetching = asyncio.create_task(self.fetch(me, step, ahead))
         try:
             while (batch := await self.either(ahead.get(), fetching)) is not None:
                 assert batch.step == step + 1
@@ -291,17 +292,20 @@ class Run:
             other.result()
         return await task
 
-    async def fetch(self, me: RankId, ahead: asyncio.Queue[Any]) -> None:
+    async def fetch(self, me: RankId, step: int, ahead: asyncio.Queue[Any]) -> None:
         if self.spec.heldout is not None:
+            part, attempt = 1, 0
             refs: MicroBatches | None
-            while refs := await self.controller.heldout_batches(me):
-                await self.controller.heldout_fetched(me, self.missing(refs))
-        while (batch := await self.controller.next_batch(me)) is not None:
-            again = batch
+            while refs := await self.controller.heldout_batches(me, part):
+                whole = await self.controller.heldout_fetched(me, part, attempt, self.missing(refs))
+                part, attempt = (part + 1, 0) if whole else (part, attempt + 1)
+        while (batch := await self.controller.next_batch(me, step + 1)) is not None:
+            step, again, attempt = batch.step, batch, 0
             while again is not None:
                 batch = again
                 await self.pause()
-                again = await self.controller.fetched(me, batch.step, self.missing(batch.micro_batches))
+                again = await self.controller.fetched(me, batch.step, attempt, self.missing(batch.micro_batches))
+                attempt += 1
             await ahead.put(batch)
         await ahead.put(None)
 
