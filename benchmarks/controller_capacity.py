@@ -38,8 +38,8 @@ from rich.table import Table
 
 from torchspec.config.schema import Config
 from torchspec.contracts import Lease, RankBatch, RankId, SampleRef, WorkerReport
-from torchspec.controller.buffer import ControllerSpec
 from torchspec.controller.controller import Controller
+from torchspec.controller.spec import ControllerSpec
 from torchspec.data.prompt_set import PromptSet
 from torchspec.driver.actors import LONG_POLLS
 from torchspec.store.endpoint import StoreEndpoint

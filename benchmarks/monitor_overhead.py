@@ -25,8 +25,8 @@ from rich.table import Table
 
 from torchspec.config.load import parse_config
 from torchspec.contracts import RankId, RankReport, SampleRef, SampleTiming, WorkerReport
-from torchspec.controller.buffer import ControllerSpec
 from torchspec.controller.controller import Controller
+from torchspec.controller.spec import ControllerSpec
 from torchspec.data.prompt_set import PromptSet
 from torchspec.store.client import StoreNode
 from torchspec.store.endpoint import StoreEndpoint

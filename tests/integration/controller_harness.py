@@ -12,8 +12,8 @@ import numpy as np
 
 from torchspec.config.load import parse_config
 from torchspec.contracts import Answer, Lease, RankId, SampleId, SampleRef, WorkerReport
-from torchspec.controller.buffer import ControllerSpec
 from torchspec.controller.controller import Controller
+from torchspec.controller.spec import ControllerSpec
 from torchspec.data.masks import pack_mask
 from torchspec.data.order import epoch_order
 from torchspec.data.prompt_set import PromptSet

@@ -26,7 +26,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,38 +38,13 @@ from torchspec.controller.ledger_snapshot import Rejection, heldout_shape, ledge
 from torchspec.controller.objects import Credits, StoredObjects
 from torchspec.controller.prompts import AnswerBook, Prompts, Writer
 from torchspec.controller.records import Record
-from torchspec.data.prompt_set import PromptSet
+from torchspec.controller.spec import ControllerSpec
 from torchspec.files import Damage, JsonLines
 from torchspec.monitor.record.observer import Observer
 from torchspec.run_folder import LEDGER_FILE, RunFolder
-from torchspec.store.endpoint import StoreEndpoint
 from torchspec.store.geometry import SampleGeometry
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ControllerSpec:
-    """What a controller is made from."""
-
-    config: Config
-    train: PromptSet
-    heldout: PromptSet | None
-    geometry: SampleGeometry
-    """Shapes and bytes of a sample of this target."""
-    halo: int | None
-    """Of the draft: how far a shard reads beyond its rows."""
-    vocab_size: int
-    """Of the target."""
-    target_fingerprint: str
-    """Of its weights."""
-    draft_vocab_size: int | None
-    """None: the draft has the target's, and nothing is counted."""
-    end_token_ids: tuple[int, ...]
-    """Tokens that end an answer: always in the draft's vocabulary."""
-    endpoint: StoreEndpoint
-    credit_bytes: int
-    run_dir: Path
 
 
 class SampleBuffer:
@@ -82,7 +57,7 @@ class SampleBuffer:
         window, max_failures = config.controller.reorder_window, config.controller.max_attempts
         shape, max_steps = ledger_shape(config, spec.train), config.training.max_steps
         self.ledger = Ledger(shape, window, max_failures, max_steps, moved=observer.timelines.moved)
-        shape = heldout_shape(config, spec.heldout, _room_beside_a_batch(spec))
+        shape = heldout_shape(config, spec.heldout, spec.room_beside_a_batch)
         self.heldout = Ledger(
             shape, shape.batch_size, max_failures, first_epoch=HELDOUT_EPOCH, moved=observer.timelines.moved
         )
@@ -405,9 +380,3 @@ class SampleBuffer:
         line = {"id": name, "sample": list(rejection.sample), "reason": rejection.reason}
         self._journal.write({"event": "rejected", **line})
         return line
-
-
-def _room_beside_a_batch(spec: ControllerSpec) -> int:
-    """Samples of the largest size that the store holds beside those of a step; at least one."""
-    longest = max(prompts.longest for prompts in (spec.train, spec.heldout) if prompts)
-    return max(1, spec.credit_bytes // spec.geometry.stored_bytes(longest) - spec.config.training.batch_size)

@@ -38,9 +38,10 @@ from torchspec.contracts import (
     StepReport,
     WorkerReport,
 )
-from torchspec.controller.buffer import ControllerSpec, SampleBuffer
+from torchspec.controller.buffer import SampleBuffer
 from torchspec.controller.inference_pool import InferencePool
 from torchspec.controller.leases import Leases
+from torchspec.controller.spec import ControllerSpec
 from torchspec.controller.status import run_status
 from torchspec.controller.steps import GroupEnded, GroupPlan, TrainingGroup
 from torchspec.controller.sync import Signal
@@ -93,8 +94,7 @@ class Controller:
     async def begin(self, running: int | None = None, go_back_to: Path | None = None) -> None:
         """Take up the run at its last checkpoint, or at an older one, ``go_back_to``. No rank is at work, workers wait.
 
-        Args:
-            running: inference workers that are at work already, after the controller has died.
+        ``running``: inference workers that are at work already, after the controller has died.
 
         Raises:
             ValueError: the checkpoint is gone, or of other data, another seed or another batch size.
@@ -122,8 +122,7 @@ class Controller:
     ) -> list[Lease]:
         """Up to ``max_count`` samples for ``worker``, as soon as there is one. Empty: it is no longer needed.
 
-        Args:
-            held: keys of the leases that the worker has, if it cannot know whether it got all that it was given.
+        ``held``: keys of the leases that the worker has, if it cannot know whether it got all that it was given.
         """
         await self._begun.wait()
         await self.observer.files.room()

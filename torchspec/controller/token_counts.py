@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from torchspec.controller.buffer import ControllerSpec, SampleBuffer
+from torchspec.controller.buffer import SampleBuffer
+from torchspec.controller.spec import ControllerSpec
 from torchspec.controller.sync import Signal
 from torchspec.data.vocabulary import DraftVocab, VocabCounter, load_or_count
 from torchspec.run_folder import RunFolder

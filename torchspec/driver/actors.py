@@ -17,8 +17,8 @@ import ray
 
 from torchspec.config.load import with_values
 from torchspec.config.schema import Config
-from torchspec.controller.buffer import ControllerSpec
 from torchspec.controller.controller import Controller
+from torchspec.controller.spec import ControllerSpec
 from torchspec.controller.steps import GroupPlan
 from torchspec.data.vocabulary import DraftVocab
 from torchspec.driver.placement import Placement, RankSlots

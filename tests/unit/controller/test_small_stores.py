@@ -18,8 +18,8 @@ import pytest
 from tests.integration.controller_harness import VOCAB, make_spec, save
 from torchspec.contracts import Answer, Lease, MicroBatches, RankId, SampleId, SampleRef, WorkerReport
 from torchspec.controller import objects, upkeep
-from torchspec.controller.buffer import ControllerSpec
 from torchspec.controller.controller import Controller
+from torchspec.controller.spec import ControllerSpec
 from torchspec.controller.steps import GroupPlan
 from torchspec.controller.verify import verify_run
 from torchspec.data.masks import pack_mask
