@@ -107,7 +107,7 @@ def test_ctrl_c_while_nobody_reads_the_output_saves_a_checkpoint(tmp_path, targe
 @pytest.mark.timeout(600)
 def test_a_terminal_that_is_closed_saves_a_checkpoint(tmp_path, target_path):
     command, *arguments = train(tmp_path, target_path)
-    process = pexpect.spawn(command, [*arguments, "monitor.live=off"], timeout=300, encoding="utf-8")
+    process = pexpect.spawn(command, [*arguments, "monitor.live='off'"], timeout=300, encoding="utf-8")
     try:
         process.expect(" loss ")
         os.close(process.child_fd)  # SIGHUP, and whatever it writes fails
