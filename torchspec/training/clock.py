@@ -30,9 +30,10 @@ class RankClock:
 
     def __init__(self, rank: int, device: torch.device, peak_flops: float | None):
         self._cuda = device.type == "cuda"
-        self._began = time.perf_counter()
-        self._now = RankReport(rank, peak_flops=peak_flops), self._began
-        """The counters, and since when it is doing what they say: replaced as one, for another thread reads them."""
+        self._counts = RankReport(rank, peak_flops=peak_flops)
+        self._began = self._since = time.perf_counter()
+        self._lock = threading.Lock()
+        """Counters and times are of one moment, whoever reads them."""
         self._spans: dict[str, list[tuple[Mark, Mark]]] = {}
 
     @contextmanager
@@ -57,18 +58,22 @@ class RankClock:
 
     def step_made(self, step: int, **more: float) -> None:
         """Add a step's parts and the like to the counters."""
-        counts, since = self._now
         more["steps"] = 1
-        self._now = replace(counts, step=step, **{k: getattr(counts, k) + v for k, v in more.items()}), since
+        with self._lock:
+            counts = self._counts
+            self._counts = replace(counts, step=step, **{k: getattr(counts, k) + v for k, v in more.items()})
 
     def report(self) -> RankReport:
         """The counters now, with the wait or the pause that goes on."""
-        now = time.perf_counter()
-        return replace(_with_open_part(*self._now, now), seconds=now - self._began)
+        with self._lock:
+            now = time.perf_counter()
+            return replace(_with_open_part(self._counts, now - self._since), seconds=now - self._began)
 
     def _do(self, what: Literal["waiting", "training", "paused"]) -> None:
-        now = time.perf_counter()
-        self._now = replace(_with_open_part(*self._now, now), doing=what), now
+        with self._lock:
+            now = time.perf_counter()
+            self._counts = replace(_with_open_part(self._counts, now - self._since), doing=what)
+            self._since = now
 
     def _mark(self) -> Mark:
         if not self._cuda:
@@ -78,9 +83,8 @@ class RankClock:
         return event
 
 
-def _with_open_part(counts: RankReport, since: float, now: float) -> RankReport:
-    """With the wait or the pause that has gone on from ``since`` to ``now``, which may be a moment before it."""
-    seconds = max(0.0, now - since)
+def _with_open_part(counts: RankReport, seconds: float) -> RankReport:
+    """With the wait or the pause that has gone on for ``seconds``."""
     if counts.doing == "waiting":
         return replace(counts, wait_seconds=counts.wait_seconds + seconds)
     if counts.doing == "paused":
