@@ -16,8 +16,8 @@ from torchspec.insist import insist, insist_and_wait
 class Method:
     """Of an actor that carries out each call, and whose first ``lost`` answers do not arrive."""
 
-    def __init__(self, lost: int, end: Exception | None = None):
-        self.lost, self.end = lost, end
+    def __init__(self, lost: int, end: Exception | None = None, loss: Exception | None = None):
+        self.lost, self.end, self.loss = lost, end, loss or ActorUnavailableError("the connection is gone", None)
         self.calls: list[tuple[Any, ...]] = []
 
     def remote(self, *args: Any) -> Coroutine[Any, Any, int]:
@@ -25,7 +25,7 @@ class Method:
 
         async def answer() -> int:
             if len(self.calls) <= self.lost:
-                raise ActorUnavailableError("the connection is gone", None)
+                raise self.loss
             if self.end is not None:
                 raise self.end
             return len(self.calls)
@@ -46,9 +46,17 @@ def test_it_is_asked_again_with_the_same_words(lost: int) -> None:
     assert insist_and_wait(Method(lost), 1) == lost + 1
 
 
+def test_a_call_that_dies_with_a_process_is_made_again_for_there_may_be_another() -> None:
+    method = Method(3, loss=ActorDiedError())
+    assert asyncio.run(insist(method)) == 4
+
+
 def test_who_is_gone_for_good_and_what_it_raises_is_told() -> None:
-    for error in (ActorDiedError(), ValueError("no")):
-        method = Method(1, error)
-        with pytest.raises(type(error)):
-            insist_and_wait(method)
-        assert len(method.calls) == 2
+    method = Method(1, ActorDiedError())
+    with pytest.raises(ActorDiedError):
+        insist_and_wait(method)
+    assert len(method.calls) == 11
+    method = Method(1, ValueError("no"))
+    with pytest.raises(ValueError, match="no"):
+        insist_and_wait(method)
+    assert len(method.calls) == 2

@@ -76,7 +76,7 @@ class InferenceWorker:
         """Up to ``count`` leases. If an answer is lost on its way, what it held is lost, too, and must go back."""
         try:
             leases: list[Lease] = await self._controller.lease.remote(self._name, count, self._report())
-        except ray.exceptions.ActorUnavailableError:
+        except (ray.exceptions.ActorUnavailableError, ray.exceptions.ActorDiedError):
             leases = await insist(self._controller.lease, self._name, count, self._report(), tuple(self._held))
         self._held.update(lease.key for lease in leases)
         return leases
