@@ -263,6 +263,7 @@ def test_a_run_goes_back_to_an_older_checkpoint_where_that_is_asked_for(play) ->
 def test_damaged_lines_end_no_resume_and_are_told_of(play) -> None:
     async def script(scene: Scene) -> None:
         refs, folder = await scene.stored(3), RunFolder(scene.spec.run_dir)
+        await scene.observer.files.written()
         for path, line in ((folder.journal, 0), (folder.answers, 1)):
             lines = path.read_bytes().splitlines(keepends=True)
             lines.insert(line, b"\0" * len(lines[0]) + b"\n")
