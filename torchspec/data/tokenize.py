@@ -32,6 +32,14 @@ from torchspec.data.conversations import Conversation, printable
 from torchspec.data.marks import Marks, is_whole, mark, take_out, thinks, with_marks
 
 CUT = "turns that the chat template does not print whole carry no loss"
+REWRITTEN = (
+    "the chat template rewrites its assistant turns, so they cannot be located exactly: put {% generation %} markers "
+    "around them in a template of your own (data.chat_template)"
+)
+THOUGHTLESS = (
+    "the prompt of its turn leaves no room for its thoughts (reasoning_content): data.template_kwargs may have "
+    "switched them off"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +66,9 @@ class _Rendered:
 
 class _CannotTell(Exception):
     """Where the assistant's turns are in the text."""
+
+    def __init__(self, reason: str = REWRITTEN):
+        super().__init__(reason)
 
 
 class ChatTokenizer:
@@ -130,11 +141,8 @@ class ChatTokenizer:
                 turns = self._marked_turns(messages, tools, text, spans, last_turn_only)
             else:
                 turns = self._locate_turns(messages, tools, text)[-1 if last_turn_only else 0 :]
-        except _CannotTell:
-            return Refusal(
-                "the chat template rewrites its assistant turns, so they cannot be located exactly: put "
-                "{% generation %} markers around them in a template of your own (data.chat_template)"
-            )
+        except _CannotTell as error:
+            return Refusal(str(error))
         except TEMPLATE_ERRORS as error:
             return Refusal(f"the chat template refuses it: {printable(str(error))}")
         kept = [span for span in turns if span is not None]
@@ -219,7 +227,7 @@ class ChatTokenizer:
         if whole == text and in_prompt and in_text and place in in_prompt and place in in_text:
             prompt, at = prompt[in_prompt[place] :], in_text[place]
         if not text.startswith(prompt, at):
-            raise _CannotTell
+            raise _CannotTell(THOUGHTLESS if "reasoning_content" in messages[number] else REWRITTEN)
         return at + len(prompt)
 
     def _behind_calls(self, messages: Messages, tools: Tools, place: tuple[int, str]) -> str:

@@ -306,6 +306,8 @@ def test_calls_where_the_prompt_holds_thoughts_that_are_not_printed_again(target
     assert tokenizer.template.prompt(tool_use().messages[:1]).endswith("assistant\n<think>\n\n</think>\n\n")
     row = encode(tokenizer, tool_use())
     assert marked_runs(tokenizer, row) == [CALLED, "Twelve degrees and rain.<|im_end|>"]
+    (refused,) = tokenizer.encode([tool_use(reasoning_content="Need it.")])
+    assert isinstance(refused, Refusal) and "leaves no room for its thoughts" in refused.reason
 
 
 def test_a_template_that_rewrites_turns_is_refused_not_guessed(target_path):
