@@ -110,7 +110,7 @@ class SampleBuffer:
     async def sweep(self) -> None:
         """Remove what lies in the store and is nobody's: a put may end long after its lease was given to another."""
         keys = [record.key for ledger in self.ledgers for record in ledger.records.values()]
-        if count := await self._objects.sweep(keys):
+        if count := await self._objects.sweep(f"{self._run}/", keys):
             self._observer.note(f"removed {count} objects from the store that belonged to no sample", objects=count)
 
     async def close(self) -> None:

@@ -128,14 +128,15 @@ class StoredObjects:
         assert self._store is not None
         await self._insist(self._store.remove_all, prefix)
 
-    async def sweep(self, keys: Iterable[str]) -> int:
-        """Remove what is of none of the samples with these ``keys``, and was not the last time either, when it may
-        just have been on its way. Returns how many objects; none while the store is away.
+    async def sweep(self, prefix: str, keys: Iterable[str]) -> int:
+        """Remove what has a key that starts with ``prefix`` and is none of ``keys``, and was not the last time either,
+        when it may just have been on its way. Returns how many objects; none while the store is away.
         """
         assert self._store is not None
         known = {name for key in keys for name in object_names(key, self._suffixes)}
         try:
-            nobodys = await asyncio.to_thread(self._store.names) - known
+            names = await asyncio.to_thread(self._store.names)
+            nobodys = {name for name in names if name.startswith(prefix)} - known
             orphans, self._nobodys = sorted(nobodys & self._nobodys), nobodys
             await asyncio.to_thread(self._store.remove_objects, orphans)
         except StoreError as error:
