@@ -39,7 +39,7 @@ def test_an_event_is_one_line_of_text_whatever_a_reason_holds(tmp_path: Path, ca
     observer = Observer(tmp_path, 0)
     with caplog.at_level("INFO"):
         observer.note("rejected x: \x1b[2J\nall is well", "rejected")
-    asyncio.run(observer.close())
+        asyncio.run(observer.close())
     escaped = "rejected x: \\x1b[2J\\nall is well"
     (event,) = read_series(RunFolder(tmp_path).events)
     assert observer.messages == [event["message"]] == [escaped] == caplog.messages
