@@ -46,6 +46,10 @@ class DraftKnobs(Section):
     """Stretch the rotary embedding of the exported draft with YaRN by this factor, to be served longer than trained."""
     export_yarn_length: int | None = Field(default=None, ge=1)
     """Length that is stretched: that of the samples, if they are short. Default: the target's context."""
+    window: int | None = Field(default=None, ge=1)
+    """Tokens that the served draft looks back at, for prompts longer than the samples it was trained on: at least
+    ``data.max_seq_length``, all of which it sees in training. SGLang is told when it starts, as eval does; vLLM reads
+    it from the config of an EAGLE3 or P-EAGLE draft. Default: all."""
 
     @field_validator("rope")
     @classmethod

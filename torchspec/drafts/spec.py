@@ -30,6 +30,8 @@ DRAFT_VOCAB = 32_000
 """Default size of a draft's own vocabulary: that of the drafts which EAGLE-3 and SpecForge publish."""
 FLOATS = ("BF16", "F16", "F32")
 """Types, in safetensors' words, whose weights are the numbers themselves."""
+SLIDING = "sliding_attention"
+"""What a ``config.json`` calls a layer with a window."""
 MASTER = 4
 """Bytes of an element of gradients and of all sums: float32."""
 
@@ -75,6 +77,8 @@ class DraftSpec(ABC):
     """Target layers whose outputs it reads, 0-based, increasing."""
     export_yarn_factor: float | None = field(default=None, kw_only=True)
     export_yarn_length: int | None = field(default=None, kw_only=True)
+    window: int | None = field(default=None, kw_only=True)
+    """Tokens that it looks back at when it is served; None: all."""
 
     def __post_init__(self) -> None:
         if self.export_yarn_length is not None and self.export_yarn_factor is None:
@@ -136,15 +140,21 @@ class DraftSpec(ABC):
         factor = self.export_yarn_factor
         return self.target if factor is None else stretched(self.target, factor, self.export_yarn_length)
 
+    @property
+    def window_args(self) -> dict[str, int]:
+        """The window among SGLang's arguments."""
+        return {} if self.window is None else {"speculative_draft_window_size": self.window}
+
     def describe(self) -> str:
         """Its shape in a few words."""
         shape, known = self.target, self.vocab_size
         words = f"all {shape.vocab_size:,} tokens" if known is None else f"{known:,} of {shape.vocab_size:,} tokens"
         layers = ", ".join(map(str, self.layers))
+        window = f", looks back at {self.window:,} tokens" if self.window else ""
         return (
             f"{self.kind}: {shape.num_heads} heads ({shape.num_kv_heads} key/value) of {shape.head_dim}, MLP "
             f"{shape.intermediate_size:,}, {words}, RoPE {self.exported_shape.rope_parameters['rope_type']} (theta "
-            f"{shape.rope_parameters['rope_theta']:,.10g}), reads target layers {layers}"
+            f"{shape.rope_parameters['rope_theta']:,.10g}), reads target layers {layers}{window}"
         )
 
     @property
@@ -295,7 +305,13 @@ class ChainSpec(DraftSpec):
             "tie_word_embeddings": False,
             "num_aux_hidden_states": len(self.layers),
             "eagle_aux_hidden_state_layer_ids": [k + 1 for k in self.layers],
+            **({"sliding_window": self.window, "layer_types": [SLIDING] * num_layers} if self.window else {}),
         }
+
+    @staticmethod
+    def window_in(config: Mapping[str, Any]) -> int | None:
+        """That of a ``config.json``, if all its layers have it."""
+        return config["sliding_window"] if {*config.get("layer_types", ())} == {SLIDING} else None
 
     def logits_bytes(self, work: Work, rows: int) -> int:
         """Logits of a chunk and of its teachers, the gradient of the draft's head, and under autocast their copies."""

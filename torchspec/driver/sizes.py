@@ -104,6 +104,12 @@ def _length_complaints(config: Config, target: TargetShape) -> list[str]:
             f"inference.max_total_tokens ({pool}) is too small for a sample of up to {longest} tokens "
             f"(data.max_seq_length): at least {longest + RESERVED_TOKENS}"
         )
+    window = config.draft.window
+    if window is not None and window < longest:
+        wrong.append(
+            f"draft.window ({window}) is too small for a draft that sees samples of up to {longest} tokens "
+            f"(data.max_seq_length) in training: at least {longest}"
+        )
     return wrong
 
 

@@ -180,6 +180,23 @@ def test_yarn_comes_in_at_the_export(target: TargetCheckpoint, tmp_path: Path, k
     assert TypeAdapter(KINDS[kind]).validate_python(kept) == spec, "a checkpoint knows it"
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_window_is_for_servers_alone(target: TargetCheckpoint, tmp_path: Path, kind: str) -> None:
+    plain, spec = draft_for(target, kind), draft_for(target, kind, window=512)
+    assert (spec.parameters(), spec.flops(8, 4)) == (plain.parameters(), plain.flops(8, 4)), "as it is trained"
+    assert "looks back at 512 tokens" in spec.describe() and "looks back" not in plain.describe()
+    config, before = spec.hf_config("float32"), plain.hf_config("float32")
+    assert KINDS[kind].from_config(config).window == 512 and KINDS[kind].from_config(before).window is None
+    served = AutoConfig.from_pretrained(write(tmp_path / "draft", config))
+    if kind == "dflash":  # a layer that slides is causal in SGLang, and a block is not
+        assert {*served.layer_types} == {"full_attention"}
+    else:
+        assert {*served.layer_types} == {"sliding_attention"} and served.sliding_window == 512
+    if kind != "peagle":
+        assert spec.server_args(3)["speculative_draft_window_size"] == 512
+        assert "speculative_draft_window_size" not in plain.server_args(3)
+
+
 @pytest.mark.parametrize(
     ("config", "named"),
     [

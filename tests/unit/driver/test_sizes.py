@@ -103,13 +103,14 @@ def test_all_that_is_too_small_is_named_with_the_least_that_works(monkeypatch: p
         "inference.buffer_bytes": 1 << 20,
         "training.buffer_bytes": 1 << 20,
         "inference.max_total_tokens": 1006,
+        "draft.window": 999,
     }
     config = config_of(evaluation={"heldout": "x"})
     lines = complaints(config, monkeypatch, **small)
     assert {line.split()[0] for line in lines} == set(small)
     least = {line.split()[0]: line.rpartition("at least ")[2].split()[0].rstrip(",") for line in lines}
     assert complaints(config, monkeypatch, **least) == []
-    assert least["inference.max_total_tokens"] == "1007"
+    assert (least["inference.max_total_tokens"], least["draft.window"]) == ("1007", "1000")
     assert least["training.buffer_bytes"] == f"{math.ceil(2 * SLOT / 2**20)}MiB"
 
 

@@ -83,6 +83,7 @@ class DFlashSpec(DraftSpec):
             num_layers=config["num_hidden_layers"],
             block_size=config["block_size"],
             mask_token_id=config["dflash_config"]["mask_token_id"],
+            window=config["dflash_config"].get("window"),
         )
 
     @staticmethod
@@ -132,7 +133,11 @@ class DFlashSpec(DraftSpec):
             "tie_word_embeddings": False,
             "block_size": self.block_size,
             "num_target_layers": self.num_target_layers,
-            "dflash_config": {"target_layer_ids": list(self.layers), "mask_token_id": self.mask_token_id},
+            "dflash_config": {
+                "target_layer_ids": list(self.layers),
+                "mask_token_id": self.mask_token_id,
+                **({"window": self.window} if self.window else {}),  # for us: layers that slide would be causal
+            },
         }
 
     def hf_tensors(self) -> dict[str, tuple[int, ...]]:
@@ -150,7 +155,8 @@ class DFlashSpec(DraftSpec):
                 f"num_draft_tokens={num_draft_tokens} must be from 1 to {self.block_size - 1}: the draft was trained "
                 f"with draft.block_size={self.block_size}, of which the first is the token before"
             )
-        return {"speculative_algorithm": "DFLASH", "speculative_num_draft_tokens": num_draft_tokens + 1}
+        arguments = {"speculative_algorithm": "DFLASH", "speculative_num_draft_tokens": num_draft_tokens + 1}
+        return arguments | self.window_args
 
     def served_as(self) -> dict[str, tuple[str, ...]]:
         return fused(self.hf_tensors())

@@ -88,6 +88,7 @@ class Eagle3Spec(ChainSpec):
             target=TargetShape.from_config(config),
             layers=early_middle_late(MIN_LAYERS) if layers is None else tuple(layers),
             draft_vocab_size=config["draft_vocab_size"],
+            window=cls.window_in(config),
             **{name: config.get(name, False) for name in NORMS},
         )
 
@@ -151,6 +152,7 @@ class Eagle3Spec(ChainSpec):
             "speculative_num_steps": num_draft_tokens,
             "speculative_eagle_topk": 1,
             "speculative_num_draft_tokens": num_draft_tokens + 1,
+            **self.window_args,
         }
 
     def served_as(self) -> dict[str, tuple[str, ...]]:

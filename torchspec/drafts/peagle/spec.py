@@ -77,6 +77,7 @@ class PEagleSpec(ChainSpec):
             target=TargetShape.from_config(config),
             layers=tuple(k - 1 for k in config["eagle_aux_hidden_state_layer_ids"]),
             draft_vocab_size=config["draft_vocab_size"],
+            window=cls.window_in(config),
             mask_token_id=config["ptd_token_id"],
             num_layers=config["num_hidden_layers"],
             num_positions=config["num_positions"],
