@@ -14,8 +14,9 @@ import pytest
 
 pytest_plugins = ["tests.skips"]
 os.environ["RAY_AUTH_MODE"] = "token"  # for tests that start a Ray of their own
-# What a shell starts in the background ignores it, and so would the commands that tests interrupt.
+# What a shell starts in the background ignores the one, and nohup's the other; so would the commands that tests signal.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Before anybody imports torch: its threads wait by spinning, and two test processes with two threads each on two cores
 # spend nine tenths of a small oracle's time on that.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

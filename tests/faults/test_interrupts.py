@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pexpect
 import pytest
+from ray._private import ray_constants
 
 from tests.online import ledger_snapshot, steps_done, wait_until_gone, write_config
 from torchspec.controller.verify import verify_run
@@ -63,7 +64,8 @@ def test_sigterm_with_ray_running_which_lets_nobody_in_without_the_token(folder)
     while not (line := next(lines)).startswith("ready "):
         assert "Error" not in line, line
     join = [sys.executable, "-c", f"import ray; ray.init('{line.split()[1]}')"]
-    without = subprocess.run(join, env=environment, capture_output=True, text=True)
+    on_loopback = environment | {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
+    without = subprocess.run(join, env=on_loopback, capture_output=True, text=True)
     assert without.returncode != 0 and "Authentication" in without.stderr, "whatever the environment says"
     assert stat.S_IMODE((Path(folder) / ".ray" / "auth_token").stat().st_mode) == 0o600
     process.send_signal(signal.SIGTERM)

@@ -127,8 +127,10 @@ def stored(client: HiddenStateStore, ref: SampleRef) -> bool:
 
 async def rank(controller: Controller, client: HiddenStateStore, number: int, seen: dict) -> None:
     """Fetches for real; reports what is missing; keeps every step's samples."""
-    me = member(number, (await controller.status()).generation)
-    steps = itertools.count(controller._group._next_step[number])
+    status = await controller.status()
+    me = member(number, status.generation)
+    here = isinstance(controller, Controller)  # and not an actor that does the same
+    steps = itertools.count(controller._group._next_step[number] if here else status.step + 1)
     while (batch := await controller.next_batch(me, next(steps))) is not None:
         attempts = itertools.count()
         while batch is not None:
