@@ -235,7 +235,7 @@ class OverRay:
 
 
 def test_two_runs_of_one_name_go_on_beside_each_other_and_share_nothing(cluster, tmp_path):
-    """The same actors' names, the same keys, the same prompts, in two folders: each trains its own samples."""
+    """The same actors' names, the same prompts, in two folders: each trains its own samples, under keys of its own."""
     stores, clients, controllers = [], [], []
     for folder in ("a", "b"):
         run_dir = tmp_path / folder / "run"
@@ -255,7 +255,9 @@ def test_two_runs_of_one_name_go_on_beside_each_other_and_share_nothing(cluster,
         return await asyncio.gather(*(drive(controller, client, 2, 1) for controller, client in runs))
 
     seen = asyncio.run(both())
-    assert {r.key for refs in seen[0].values() for r in refs} & {r.key for refs in seen[1].values() for r in refs}
+    refs = [[ref for step in steps.values() for ref in step] for steps in seen]
+    assert {ref.sample for ref in refs[0]} == {ref.sample for ref in refs[1]}
+    assert {ref.key for ref in refs[0]}.isdisjoint(ref.key for ref in refs[1])
     for folder, client, (node, master) in zip("ab", clients, stores, strict=True):
         verdict = verify_run(tmp_path / folder / "run")
         assert verdict.violations == () and sum(epoch.trained for epoch in verdict.epochs) == 20

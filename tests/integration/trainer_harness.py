@@ -51,7 +51,7 @@ class Bench:
 def running_bench(folder: Path) -> Iterator[Bench]:
     """A store, a Ray cluster, a tiny target."""
     with running_store(folder, 64 << 20) as store:
-        client = HiddenStateStore(store.endpoint, 8 << 20)
+        client = HiddenStateStore(store.endpoint, 8 << 20, "training.buffer_bytes")
         environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
         ray.init(
             address="local",  # not one that happens to run on this machine
