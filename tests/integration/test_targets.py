@@ -17,6 +17,6 @@ def test_states_are_those_of_transformers(family: str, target_path: Path, tmp_pa
     assert outcome.stages == {"plan": "ok", "capture": "ok"}
 
 
-@pytest.mark.parametrize("family", ["Qwen2", "Qwen3"])
-def test_a_draft_is_trained_and_served(family: str, target_path: Path, tmp_path: Path) -> None:
-    assert judge(family, tmp_path).stages == dict.fromkeys(STAGES, "ok")
+@pytest.mark.parametrize(("family", "knobs"), [("Qwen2", ()), ("Qwen3", ("draft.window=320",))])
+def test_a_draft_is_trained_and_served(family: str, knobs: tuple[str, ...], target_path: Path, tmp_path: Path) -> None:
+    assert judge(family, tmp_path, knobs).stages == dict.fromkeys(STAGES, "ok")
