@@ -60,19 +60,22 @@ def test_sigterm_with_ray_running_which_lets_nobody_in_without_the_token(folder)
         text=True,
         env=environment,
     )
-    lines = iter(process.stdout.readline, "")
-    while not (line := next(lines)).startswith("ready "):
-        assert "Error" not in line, line
-    join = [sys.executable, "-c", f"import ray; ray.init('{line.split()[1]}')"]
-    on_loopback = environment | {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
-    without = subprocess.run(join, env=on_loopback, capture_output=True, text=True)
-    assert without.returncode != 0 and "Authentication" in without.stderr, "whatever the environment says"
-    assert stat.S_IMODE((Path(folder) / ".ray" / "auth_token").stat().st_mode) == 0o600
-    process.send_signal(signal.SIGTERM)
-    assert next(lines) == "interrupted: stopping with a checkpoint; press Ctrl-C again to stop at once\n"
-    process.send_signal(signal.SIGTERM)
-    assert list(lines) == ["stopped by signal 2\n"]
-    assert process.wait(60) == 0
+    try:
+        lines = iter(process.stdout.readline, "")
+        while not (line := next(lines)).startswith("ready "):
+            assert "Error" not in line, line
+        join = [sys.executable, "-c", f"import ray; ray.init('{line.split()[1]}')"]
+        on_loopback = environment | {ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR: "0"}
+        without = subprocess.run(join, env=on_loopback, capture_output=True, text=True, timeout=120)
+        assert without.returncode != 0 and "Authentication" in without.stderr, "whatever the environment says"
+        assert stat.S_IMODE((Path(folder) / ".ray" / "auth_token").stat().st_mode) == 0o600
+        process.send_signal(signal.SIGTERM)
+        assert next(lines) == "interrupted: stopping with a checkpoint; press Ctrl-C again to stop at once\n"
+        process.send_signal(signal.SIGTERM)
+        assert list(lines) == ["stopped by signal 2\n"]
+        assert process.wait(60) == 0
+    finally:
+        process.kill()
 
 
 def train(folder: Path, target: Path) -> list[str]:
