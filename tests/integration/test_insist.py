@@ -8,6 +8,7 @@ from pathlib import Path
 
 import ray
 
+from tests.integration.trainer_harness import running_ray
 from torchspec.insist import insist, insist_and_wait
 
 
@@ -26,19 +27,8 @@ class Forgetful:
 
 
 def test_answers_that_are_lost_are_asked_for_again(tmp_path: Path) -> None:
-    environment = {"PYTHONPATH": str(Path(__file__).parents[2])}
-    ray.init(
-        address="local",
-        num_cpus=1,
-        include_dashboard=False,
-        log_to_driver=False,
-        _node_ip_address="127.0.0.1",
-        runtime_env={"env_vars": environment},
-    )
-    try:
+    with running_ray():
         actor = ray.remote(Forgetful).options(num_cpus=0, max_restarts=-1).remote(tmp_path / "notes")
         assert insist_and_wait(actor.say, "hello") == "HELLO"
         assert (tmp_path / "notes").read_text().split() == ["hello"] * 3
         assert asyncio.run(insist(actor.say, "again")) == "AGAIN"
-    finally:
-        ray.shutdown()

@@ -52,20 +52,29 @@ def running_bench(folder: Path) -> Iterator[Bench]:
     """A store, a Ray cluster, a tiny target."""
     with running_store(folder, 64 << 20) as store:
         client = HiddenStateStore(store.endpoint, 8 << 20, "training.buffer_bytes")
-        environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
-        ray.init(
-            address="local",  # not one that happens to run on this machine
-            num_cpus=2,
-            include_dashboard=False,
-            log_to_driver=False,
-            _node_ip_address="127.0.0.1",
-            runtime_env={"env_vars": environment},
-        )
         try:
-            yield Bench(store.endpoint, client, make_target(folder / "target"))
+            with running_ray():
+                yield Bench(store.endpoint, client, make_target(folder / "target"))
         finally:
-            ray.shutdown()
             client.close()
+
+
+@contextmanager
+def running_ray() -> Iterator[None]:
+    """A Ray cluster whose actors find this checkout."""
+    environment = {"PYTHONPATH": str(Path(__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    ray.init(
+        address="local",  # not one that happens to run on this machine
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        _node_ip_address="127.0.0.1",
+        runtime_env={"env_vars": environment},
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
 
 def make_target(folder: Path) -> Path:

@@ -112,25 +112,16 @@ POLICY = record(
     ingress=listing(RULE),
 )
 KINDS: dict[str, Schema] = {
-    "RayJob": record(
-        ("apiVersion", "kind", "metadata", "spec"),
-        apiVersion={"const": "ray.io/v1"},
-        kind={"const": "RayJob"},
+    kind: record(
+        ("apiVersion", "kind", "metadata", *body),
+        apiVersion={"const": version},
+        kind={"const": kind},
         metadata=METADATA,
-        spec=JOB,
-    ),
-    "NetworkPolicy": record(
-        ("apiVersion", "kind", "metadata", "spec"),
-        apiVersion={"const": "networking.k8s.io/v1"},
-        kind={"const": "NetworkPolicy"},
-        metadata=METADATA,
-        spec=POLICY,
-    ),
-    "ConfigMap": record(
-        ("apiVersion", "kind", "metadata", "data"),
-        apiVersion={"const": "v1"},
-        kind={"const": "ConfigMap"},
-        metadata=METADATA,
-        data=TEXTS,
-    ),
+        **body,
+    )
+    for kind, version, body in (
+        ("RayJob", "ray.io/v1", {"spec": JOB}),
+        ("NetworkPolicy", "networking.k8s.io/v1", {"spec": POLICY}),
+        ("ConfigMap", "v1", {"data": TEXTS}),
+    )
 }

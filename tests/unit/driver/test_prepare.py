@@ -90,6 +90,7 @@ def test_the_recipes_have_no_less_than_when_they_named_their_sizes(name: str, ta
         "training.buffer_bytes": 64 << 20,
         "training.loss_chunk_tokens": 1024,
     }
+    assert ("SGLang cannot serve a P-EAGLE draft" in plan.target.get("serving", "")) == (name == "quickstart_peagle")
     assert set(plan.found) == set(had)
     assert all(plan.found[knob] >= size for knob, size in had.items())
     same = ("inference.max_concurrency", "inference.max_total_tokens", "training.loss_chunk_tokens")

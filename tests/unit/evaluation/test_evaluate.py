@@ -215,6 +215,18 @@ def test_a_draft_may_name_a_shorter_context_than_its_target_has() -> None:
     assert replace(plain, draft="draft").environment()[knob] == "1" and knob not in plain.environment()
 
 
+def test_what_sglang_serves_no_such_draft_for_is_refused_before_an_engine_starts(
+    target_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = export_for(target_path)
+    monkeypatch.setattr(Eagle3Spec, "server_args", lambda spec, tokens: {"speculative_algorithm": "DFLASH"})
+    monkeypatch.setattr(evaluate, "validate_export", lambda folder: export)
+    monkeypatch.setattr(TargetCheckpoint, "architecture", "Qwen2ForCausalLM")
+    monkeypatch.setattr(evaluate, "serve", lambda job: pytest.fail("an engine"))
+    with pytest.raises(ValueError, match=r"serves no DFlash drafts for Qwen2ForCausalLM"):
+        run_evaluation("draft", target_path, settings=EvaluationSettings(device="cpu"), limit=1)
+
+
 def test_an_engine_ends_answers_where_the_target_does_and_trusts_as_it_is_told(
     target_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
